@@ -1,0 +1,169 @@
+"""Checks of the public functions' arguments, before any work: each error names the argument, what it was, what it must be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("none", "mean", "sum")
+
+# cos spans a range of 2: a margin beyond it is no cosine margin (an angle in degrees, most likely).
+MARGIN_LIMIT = 2.0
+
+
+def check_arguments(
+    features: Any,
+    weight: Any,
+    labels: Any,
+    *,
+    scale: Any,
+    margin: Any,
+    normalize_features: Any,
+    reduction: Any,
+    ignore_index: Any,
+    save_bytes: Any = None,
+) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for anything but the labels' values (:func:`canonical_labels` checks those)."""
+    for name, tensor, dtypes in (("features", features, _FLOATS), ("weight", weight, _FLOATS), ("labels", labels, _INTEGERS)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, but it is {_type(tensor)}")
+        if tensor.dtype not in dtypes:
+            kind = "integer" if dtypes is _INTEGERS else "float64, float32, float16 or bfloat16"
+            raise TypeError(f"{name} must be {kind}, but its dtype is {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, but its layout is {tensor.layout}")
+    if features.dim() != 2:
+        raise ValueError(f"features must have shape [B, D], but it has {list(features.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"weight must have shape [C, D] with at least one class and dimension, but it has {list(weight.shape)}")
+    if features.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"features [B, D] and weight [C, D] must share D, but features has {features.shape[1]} and weight {weight.shape[1]}"
+        )
+    if labels.dim() != 1 or labels.shape[0] != features.shape[0]:
+        raise ValueError(f"labels must have shape [B] = [{features.shape[0]}], but it has {list(labels.shape)}")
+    for name, tensor in (("weight", weight), ("labels", labels)):
+        if tensor.device != features.device:
+            raise ValueError(f"{name} must be on features' device {features.device}, but it is on {tensor.device}")
+    check_scale(scale, features.device)
+    check_margin(margin, weight.shape[0], features.device)
+    check_options(normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index, save_bytes=save_bytes)
+
+
+def check_options(*, normalize_features: Any, reduction: Any, ignore_index: Any, save_bytes: Any) -> None:
+    """Check the arguments that no tensor is needed for."""
+    if not isinstance(normalize_features, bool):
+        raise TypeError(f"normalize_features must be a bool, but it is {_type(normalize_features)}")
+    if not isinstance(reduction, str):
+        raise TypeError(f"reduction must be a str, but it is {_type(reduction)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, but it is {reduction!r}")
+    if not _is_int(ignore_index):
+        raise TypeError(f"ignore_index must be an int, but it is {_type(ignore_index)}")
+    if save_bytes is not None:
+        if not _is_int(save_bytes):
+            raise TypeError(f"save_bytes must be None or an int, but it is {_type(save_bytes)}")
+        if save_bytes < 0:
+            raise ValueError(f"save_bytes must be at least 0, but it is {save_bytes}")
+
+
+def check_scale(scale: Any, device: torch.device | None = None) -> None:
+    """Check s. The value of a tensor is read only where that does not synchronize."""
+    if isinstance(scale, Tensor):
+        if not scale.dtype.is_floating_point:
+            raise TypeError(f"scale must be a float or a floating-point tensor, but its dtype is {scale.dtype}")
+        if scale.dim() != 0:
+            raise ValueError(f"scale must be a 0-d tensor, but its shape is {list(scale.shape)}")
+        if device is not None and scale.device.type != "cpu" and scale.device != device:
+            raise ValueError(f"scale must be on the CPU or on features' device {device}, but it is on {scale.device}")
+        if scale.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = scale.item()
+    elif _is_number(scale):
+        value = scale
+    else:
+        raise TypeError(f"scale must be a float or a 0-d tensor, but it is {_type(scale)}")
+    if not (0 < value < math.inf):
+        raise ValueError(f"scale must be positive and finite, but it is {value}")
+
+
+def check_margin(margin: Any, num_classes: int, device: torch.device | None = None) -> None:
+    """Check m; a margin object can only be asked whether it is callable."""
+    if isinstance(margin, Tensor):
+        if not margin.dtype.is_floating_point:
+            raise TypeError(f"margin must be floating-point, but its dtype is {margin.dtype}")
+        if margin.dim() > 1 or (margin.dim() == 1 and margin.shape[0] != num_classes):
+            raise ValueError(f"margin must have shape [C] = [{num_classes}], but it has {list(margin.shape)}")
+        if device is not None and margin.device != device and not (margin.dim() == 0 and margin.device.type == "cpu"):
+            raise ValueError(f"margin must be on features' device {device}, but it is on {margin.device}")
+    elif _is_number(margin):
+        if not abs(margin) <= MARGIN_LIMIT:
+            raise ValueError(f"margin is taken off a cosine and must lie in [-2, 2], but it is {margin}")
+    elif not callable(margin):
+        raise TypeError(f"margin must be a float, a [C] tensor or a margin object, but it is {_type(margin)}")
+
+
+def compute_dtype(features: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: autocast's if it is on (float64 is never cast), else the inputs', promoted."""
+    dtype = torch.promote_types(features.dtype, weight.dtype)
+    device_type = features.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return dtype
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and of vectors of length B."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# An operator, so that the check of the values also runs where torch.compile has traced the caller.
+_library = torch.library.Library("amsoftmax_kernels", "FRAGMENT")
+_library.define("canonical_labels(Tensor labels, SymInt num_classes, int ignore_index) -> Tensor")
+
+
+def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Labels as backends take them: int64, -1 for an ignored row, and C for a label out of range.
+
+    Raises:
+        ValueError: a label on the CPU is outside ``[0, C)`` and not ``ignore_index``. On a GPU nothing is read back;
+            such a row becomes C, which belongs to no class, and its loss NaN.
+    """
+    result: Tensor = torch.ops.amsoftmax_kernels.canonical_labels(labels, num_classes, ignore_index)
+    return result
+
+
+def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    labels64 = labels.to(torch.int64, copy=True)
+    ignored = labels64 == ignore_index
+    invalid = ((labels64 < 0) | (labels64 >= num_classes)) & ~ignored
+    if labels.device.type == "cpu" and bool(invalid.any()):
+        row = int(invalid.nonzero()[0])
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}) or be ignore_index={ignore_index}, "
+            f"but labels[{row}] is {int(labels64[row])}"
+        )
+    return labels64.masked_fill_(invalid, num_classes).masked_fill_(ignored, -1)
+
+
+_library.impl("canonical_labels", _canonical_labels, "CompositeExplicitAutograd")
+torch.library.register_fake("amsoftmax_kernels::canonical_labels", lib=_library)(
+    lambda labels, num_classes, ignore_index: torch.empty_like(labels, dtype=torch.int64)
+)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _type(value: Any) -> str:
+    return type(value).__name__

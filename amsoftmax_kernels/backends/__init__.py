@@ -1,0 +1,119 @@
+"""The contract of a backend, and the choice of one.
+
+A backend does the B×C work over one shard of classes and knows neither the margin nor the loss. It is a module of this
+package, imported when first asked for, with ``unavailable_reason``, ``serves``, ``forward`` and ``backward`` as in
+:class:`Backend`. ``reference`` is none of these: it is the formula, and is called by the public function itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+# Fastest first. "reference" comes last and is always there.
+NAMES = ("cuda", "triton", "chunked", "reference")
+_NOT_WRITTEN = ("cuda", "triton")
+
+
+class Forward(NamedTuple):
+    """What the forward pass leaves for the loss and for the backward pass."""
+
+    z: Tensor  # [B] Σ_{j≠y} 2^(log2(e)·logit − shift)
+    shift: Tensor  # [B] the largest log2(e)·logit, taken off; 0 where logits are bounded
+    cosine: Tensor  # [B] t, exact; 0 for a row whose label is not in this shard
+    norm: Tensor  # [B] ‖x‖; 1 for an ignored row
+    kept: Tensor  # [K, B] the terms of z for the first K classes
+    kept_shift: Tensor  # [chunks, B] the shift of each chunk of them, when it was kept
+
+
+class Backend(Protocol):
+    def unavailable_reason(self) -> str | None:
+        """Why this backend cannot run on this machine; None if it can."""
+
+    def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether tensors on this device, computed in this dtype, can be given to it."""
+
+    def forward(
+        self,
+        features: Tensor,  # [B, D]
+        weight: Tensor,  # [C, D]
+        labels: Tensor,  # [B] int64: negative where ignored, C or more where the class is not in this shard
+        scale: Tensor,  # 0-d, on the CPU or on the tensors' device; ‖x‖ takes its place without normalize_features
+        normalize_features: bool,
+        compute_dtype: torch.dtype,
+        save_bytes: int,
+    ) -> Forward: ...
+
+    def backward(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: Tensor,
+        normalize_features: bool,
+        compute_dtype: torch.dtype,
+        saved: Forward,
+        row_factor: Tensor,  # [B] gradient with respect to log z, over z
+        grad_cosine: Tensor,  # [B]
+        grad_norm: Tensor,  # [B]
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of features, weight and scale, each of size 0 where it is not needed."""
+
+
+def load(name: str) -> Backend:
+    """The backend of this name (not ``reference``)."""
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+
+
+def unavailable_reason(name: str) -> str | None:
+    """Why a backend cannot run here, None if it can."""
+    if name == "reference":
+        return None
+    if name in _NOT_WRITTEN:
+        return "not part of this version"
+    return load(name).unavailable_reason()
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that can run on this machine, fastest first."""
+    return [name for name in NAMES if unavailable_reason(name) is None]
+
+
+def check_available(name: str | None) -> None:
+    """Check a backend's name.
+
+    Raises:
+        TypeError: ``name`` is neither None nor a str.
+        ValueError: there is no such backend, or it cannot run here.
+    """
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be None or a str, but it is {type(name).__name__}")
+    if name not in NAMES:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, but it is {name!r}")
+    reason = unavailable_reason(name)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot run here: {reason}; available: {', '.join(available_backends())}")
+
+
+def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend to use: ``name`` if it can serve these tensors, the fastest that can if it is None.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_available`, and where it cannot serve tensors of this device and dtype.
+    """
+    check_available(name)
+    if name is None:
+        return next(each for each in NAMES if unavailable_reason(each) is None and _serves(each, device, dtype))
+    if not _serves(name, device, dtype):
+        raise ValueError(f"backend {name!r} does not serve {dtype} on {device}")
+    return name
+
+
+def _serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    return name == "reference" or load(name).serves(device, dtype)

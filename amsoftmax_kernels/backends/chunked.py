@@ -1,0 +1,399 @@
+"""The decomposition in chunks of classes, on PyTorch's own matrix products: any device, any dtype, no compiler.
+
+A chunk's logits are a panel ``[chunk, B]`` that stays in the cache. With E = 2^(log2(e)·logit − shift), the target masked:
+
+    forward     z = Σ_chunks Eᵀ1
+    backward    dx̂ = a∘(Eᵀŵ) + τ∘ŵ_y     dŵ = E(a∘x̂) + scatter(τ∘x̂)     then the normalizations' Jacobians
+
+Half-precision products run with operands in that dtype on a GPU. On a CPU they run in float32: there PyTorch has no
+half-precision product with a float32 result, and cosines rounded to bfloat16 cost more accuracy than all else together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import accumulate_dtype
+from . import Forward
+from .host_memory import advise_huge_pages
+from .products import product_nt
+
+EPS = 1e-12
+
+# The largest scale at which e^(s·cos) and its sums stay inside float32's range whatever the cosines are.
+BOUNDED_SCALE = 64.0
+
+# Elements of a panel [chunk, B]: what a core's L2 holds on a CPU; enough to fill a GPU.
+_PANEL_ELEMENTS = {"cpu": 1 << 19}
+_PANEL_ELEMENTS_ELSEWHERE = 1 << 25
+
+_LOG2E = math.log2(math.e)
+
+
+def unavailable_reason() -> str | None:
+    return None
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    return True
+
+
+def forward(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    normalize_features: bool,
+    compute_dtype: torch.dtype,
+    save_bytes: int,
+) -> Forward:
+    op = torch.ops.amsoftmax_kernels.chunked_forward
+    return Forward(*op(features, weight, labels, scale, normalize_features, compute_dtype, save_bytes))
+
+
+def backward(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    normalize_features: bool,
+    compute_dtype: torch.dtype,
+    saved: Forward,
+    row_factor: Tensor,
+    grad_cosine: Tensor,
+    grad_norm: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = torch.ops.amsoftmax_kernels.chunked_backward
+    grads: tuple[Tensor, Tensor, Tensor] = op(
+        features, weight, labels, scale, normalize_features, compute_dtype,
+        saved.shift, saved.kept, saved.kept_shift, row_factor, grad_cosine, grad_norm, *needs,
+    )  # fmt: skip
+    return grads
+
+
+@dataclass
+class _Shard:
+    """The inputs of both passes, in the dtypes the chunks are computed in."""
+
+    weight: Tensor  # [C, D] as given
+    x: Tensor  # [B, D] accumulate dtype: x̂, or x without normalize_features; zero where the row is ignored
+    norm: Tensor  # [B]
+    inverse_norm: Tensor  # [B]
+    labels: Tensor  # [B]
+    logit_scale: float | Tensor  # s·log2(e), or log2(e)
+    dtype: torch.dtype  # accumulate dtype
+    operand_dtype: torch.dtype  # of the cosines' product
+    panel_dtype: torch.dtype  # of E
+    bounded: bool  # no running maximum is needed
+    chunk: int  # classes a chunk
+
+    @classmethod
+    def of(
+        cls, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, normalize: bool, compute_dtype: torch.dtype
+    ) -> _Shard:
+        dtype = accumulate_dtype(compute_dtype)
+        half = compute_dtype != dtype and features.device.type != "cpu"
+        x = features.to(dtype).masked_fill((labels < 0)[:, None], 0)
+        norm, inverse_norm = _row_norms(x)
+        if normalize:
+            x *= inverse_norm[:, None]
+        # The value of a scale on a GPU is not read: it may be large.
+        known = scale.device.type == "cpu"
+        bounded = normalize and known and scale.item() <= BOUNDED_SCALE
+        s: float | Tensor = 1.0
+        if normalize:
+            s = scale.item() if known else scale.to(dtype)
+        return cls(
+            weight, x, norm, inverse_norm, labels, s * _LOG2E, dtype,
+            operand_dtype=compute_dtype if half else dtype,
+            panel_dtype=_panel_dtype(compute_dtype, features.device),
+            bounded=bounded,
+            chunk=_chunk_size(features.shape[0], features.device),
+        )  # fmt: skip
+
+    def operands(self, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A chunk's centres in the accumulate dtype, their inverse norms, and the operand that stands for them."""
+        w = self.weight[start : start + self.chunk].to(self.dtype)
+        inverse = _row_norms(w)[1]
+        if self.operand_dtype == self.dtype:
+            return w, inverse, w  # the inverse norm is multiplied into the panel, which is smaller
+        return w, inverse, (w * inverse[:, None]).to(self.operand_dtype)
+
+    def logits(self, operand: Tensor, inverse: Tensor, x: Tensor) -> Tensor:
+        """log2(e) times a chunk's logits, ``[chunk, B]``, for ``x`` in the operand dtype."""
+        panel = product_nt(operand, x)
+        if self.operand_dtype == self.dtype:
+            return panel.mul_((inverse * self.logit_scale)[:, None])
+        return panel.mul_(self.logit_scale)
+
+
+def _forward(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    normalize_features: bool,
+    compute_dtype: torch.dtype,
+    save_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with _no_autocast(features.device):
+        shard = _Shard.of(features, weight, labels, scale, normalize_features, compute_dtype)
+        targets = _Targets(labels, weight.shape[0], shard.chunk)
+        B, C = features.shape[0], weight.shape[0]
+        K = _kept_classes(B, C, shard.panel_dtype, save_bytes, shard.chunk)
+        kept = advise_huge_pages(weight.new_empty(K, B, dtype=shard.panel_dtype))
+        kept_shift = shard.x.new_zeros(-(-kept.shape[0] // shard.chunk), B)
+        x = shard.x.to(shard.operand_dtype)
+        # Summed over chunks in float64, so that the error does not grow with C.
+        z = x.new_zeros(B, dtype=torch.float64)
+        shift = shard.x.new_full((B,), 0.0 if shard.bounded else torch.finfo(shard.dtype).min / 4)
+        for start in range(0, C if B else 0, shard.chunk):
+            _, inverse, operand = shard.operands(start)
+            panel = shard.logits(operand, inverse, x)
+            if not shard.bounded:
+                targets.mask_(panel, start, -math.inf)
+                maximum = torch.maximum(shift, panel.amax(0))
+                z *= torch.exp2(shift - maximum)
+                shift = maximum
+                panel -= shift
+            keep = start < kept.shape[0]
+            terms = torch.exp2(panel, out=kept[start : start + shard.chunk] if keep and kept.dtype == panel.dtype else panel)
+            if shard.bounded:
+                targets.mask_(terms, start, 0.0)
+            z += terms.sum(0)
+            if keep:
+                if kept.dtype != panel.dtype:
+                    kept[start : start + shard.chunk] = terms
+                kept_shift[start // shard.chunk] = shift
+        cosine = _TargetPair.of(features, weight, labels).cosine.to(shard.dtype)
+        norm = shard.norm.masked_fill(labels < 0, 1)
+        return z.to(shard.dtype), shift, cosine, norm, kept, kept_shift
+
+
+def _backward(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    normalize_features: bool,
+    compute_dtype: torch.dtype,
+    shift: Tensor,
+    kept: Tensor,
+    kept_shift: Tensor,
+    row_factor: Tensor,
+    grad_cosine: Tensor,
+    grad_norm: Tensor,
+    need_features: bool,
+    need_weight: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with _no_autocast(features.device):
+        shard = _Shard.of(features, weight, labels, scale, normalize_features, compute_dtype)
+        targets = _Targets(labels, weight.shape[0], shard.chunk)
+        pair = _TargetPair.of(features, weight, labels)
+        need_rows = need_features or (need_scale and normalize_features)
+        B, D, C = *features.shape, weight.shape[0]
+        s = scale.to(features.device, shard.dtype) if normalize_features else 1.0
+        x = shard.x.to(shard.operand_dtype)
+        x_factored = (shard.x * (row_factor * s)[:, None]).to(shard.panel_dtype)  # a∘x̂, times the logits' scale
+        x_factored_T = x_factored.T.contiguous()
+        target_rows = pair.grad_weight_rows(grad_cosine).to(shard.dtype)
+
+        rows = shard.x.new_zeros(B, D)  # Eᵀŵ
+        grad_weight = advise_huge_pages(weight.new_empty(weight.shape if need_weight else 0))
+        if B == 0:
+            grad_weight.zero_()
+        for start in range(0, C if B and (need_rows or need_weight) else 0, shard.chunk):
+            w, inverse, operand = shard.operands(start)
+            terms = None
+            if start < kept.shape[0]:
+                terms = kept[start : start + shard.chunk]
+                if not shard.bounded:
+                    terms = terms * torch.exp2(kept_shift[start // shard.chunk] - shift)
+            else:
+                terms = shard.logits(operand, inverse, x)
+                if not shard.bounded:
+                    terms -= shift
+                targets.mask_(terms.exp2_(), start, 0.0)
+            half = shard.operand_dtype != shard.dtype
+            terms = terms.to(shard.panel_dtype) if half else terms * inverse[:, None]
+            if need_rows:
+                rows += product_nt(terms.T, operand.to(shard.panel_dtype).T)
+            if need_weight:
+                grad = product_nt(terms, x_factored_T)  # dŵ, over ‖w‖ but for half precision
+                if half:
+                    grad *= inverse[:, None]
+                along = torch.linalg.vecdot(grad, w) * inverse.square()
+                target = grad_weight[start : start + shard.chunk]
+                grad = torch.addcmul(grad, w, along[:, None], value=-1, out=target if target.dtype == grad.dtype else grad)
+                targets.add_(grad, start, target_rows)
+                if target.dtype != grad.dtype:
+                    target.copy_(grad)
+
+        grad_features = features.new_empty(0)
+        grad_scale = scale.new_zeros(() if need_scale else 0)
+        if need_rows:
+            rows64 = rows.double() * row_factor[:, None]
+            if normalize_features:
+                along = torch.linalg.vecdot(rows64, pair.x)
+                if need_scale:
+                    grad_scale = along.sum().to(scale.device, scale.dtype)
+                rows64 = (rows64 - along[:, None] * pair.x) * (pair.x_inverse * s)[:, None]
+            if need_features:
+                rows64 += pair.grad_features_rows(grad_cosine) + pair.x * grad_norm[:, None]
+                grad_features = rows64.masked_fill_((labels < 0)[:, None], 0).to(features.dtype)
+        return grad_features, grad_weight, grad_scale
+
+
+@dataclass
+class _TargetPair:
+    """Each row's feature and its own centre, normalized in float64: the exact target. Zero where there is no target."""
+
+    x: Tensor  # [B, D] x̂
+    x_inverse: Tensor  # [B] 1/‖x‖
+    w: Tensor  # [B, D] ŵ_y
+    w_inverse: Tensor  # [B] 1/‖w_y‖
+    cosine: Tensor  # [B] t
+    present: Tensor  # [B] bool
+
+    @classmethod
+    def of(cls, features: Tensor, weight: Tensor, labels: Tensor) -> _TargetPair:
+        present = (labels >= 0) & (labels < weight.shape[0])
+        x = features.double().masked_fill((labels < 0)[:, None], 0)
+        w = weight.index_select(0, labels.clamp(0, weight.shape[0] - 1)).double().masked_fill_(~present[:, None], 0)
+        x_inverse, w_inverse = _row_norms(x)[1], _row_norms(w)[1]
+        x *= x_inverse[:, None]
+        w *= w_inverse[:, None]
+        cosine = torch.linalg.vecdot(x, w).masked_fill_(~present, 0)
+        return cls(x, x_inverse, w, w_inverse, cosine, present)
+
+    def grad_features_rows(self, grad_cosine: Tensor) -> Tensor:
+        """∂t/∂x times the gradient of t: ``[B, D]``."""
+        return (self.w - self.cosine[:, None] * self.x) * (self._mask(grad_cosine) * self.x_inverse)[:, None]
+
+    def grad_weight_rows(self, grad_cosine: Tensor) -> Tensor:
+        """∂t/∂w_y times the gradient of t: ``[B, D]``."""
+        return (self.x - self.cosine[:, None] * self.w) * (self._mask(grad_cosine) * self.w_inverse)[:, None]
+
+    def _mask(self, grad_cosine: Tensor) -> Tensor:
+        return grad_cosine.double().masked_fill(~self.present, 0)
+
+
+class _Targets:
+    """Where the targets fall in each chunk's panel. Sums in the order of the rows, so the same bits each time."""
+
+    def __init__(self, labels: Tensor, num_classes: int, chunk: int) -> None:
+        self.labels, self.chunk = labels, chunk
+        self.on_cpu = labels.device.type == "cpu"
+        if self.on_cpu:
+            ordered, self.order = labels.sort(stable=True)
+            starts = torch.arange(0, num_classes + chunk, chunk).clamp(max=num_classes)
+            self.bounds: list[int] = torch.searchsorted(ordered, starts).tolist()
+
+    def mask_(self, panel: Tensor, start: int, value: float) -> None:
+        """Set each target's entry of a panel ``[chunk, B]``."""
+        if self.on_cpu:
+            rows, classes = self._in_chunk(start)
+            panel[classes, rows] = value
+            return
+        # Without reading the labels back: every column writes one entry, itself where its target is elsewhere.
+        inside, classes = self._inside(panel, start)
+        current = panel.gather(0, classes[None])
+        panel.scatter_(0, classes[None], torch.where(inside, value, current))
+
+    def add_(self, grad: Tensor, start: int, target_rows: Tensor) -> None:
+        """Add each row of ``target_rows [B, D]`` to its class in ``grad [chunk, D]``."""
+        if self.on_cpu:
+            rows, classes = self._in_chunk(start)
+            grad.index_add_(0, classes, target_rows[rows])
+            return
+        inside, classes = self._inside(grad, start)
+        # index_put_ sorts on a GPU; index_add_ would add in no fixed order.
+        grad.index_put_((classes,), target_rows.masked_fill(~inside[:, None], 0), accumulate=True)
+
+    def _in_chunk(self, start: int) -> tuple[Tensor, Tensor]:
+        first = start // self.chunk
+        rows = self.order[self.bounds[first] : self.bounds[first + 1]]
+        return rows, self.labels[rows] - start
+
+    def _inside(self, panel: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        local = self.labels - start
+        return (local >= 0) & (local < panel.shape[0]), local.clamp(0, panel.shape[0] - 1)
+
+
+def _row_norms(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms of the rows and their inverses: 0 for a zero row, NaN where the norm overflows."""
+    norm = torch.linalg.vector_norm(matrix, dim=1)
+    return norm, norm.reciprocal().masked_fill_(norm <= EPS, 0).masked_fill_(norm == math.inf, math.nan)
+
+
+def _panel_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    # float16 cannot hold the range of E.
+    dtype = accumulate_dtype(compute_dtype)
+    return dtype if compute_dtype == dtype or device.type == "cpu" else torch.bfloat16
+
+
+def _chunk_size(batch: int, device: torch.device) -> int:
+    elements = _PANEL_ELEMENTS.get(device.type, _PANEL_ELEMENTS_ELSEWHERE)
+    return min(max(elements // max(batch, 1), 256), 1 << 20) // 64 * 64
+
+
+def _kept_classes(batch: int, num_classes: int, dtype: torch.dtype, save_bytes: int, chunk: int) -> int:
+    """Classes whose terms fit ``save_bytes``: whole chunks, or all."""
+    fit = save_bytes // (max(batch, 1) * dtype.itemsize)
+    return min(num_classes, fit // chunk * chunk) if fit < num_classes else num_classes
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)
+
+
+def _forward_fake(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    normalize_features: bool,
+    compute_dtype: torch.dtype,
+    save_bytes: int,
+) -> tuple[Tensor, ...]:
+    dtype, panel_dtype = accumulate_dtype(compute_dtype), _panel_dtype(compute_dtype, features.device)
+    batch, num_classes = features.shape[0], weight.shape[0]
+    chunk = _chunk_size(batch, features.device)
+    kept = _kept_classes(batch, num_classes, panel_dtype, save_bytes, chunk)
+    vectors = [features.new_empty(batch, dtype=dtype) for _ in range(4)]
+    return (
+        *vectors,
+        features.new_empty(kept, batch, dtype=panel_dtype),
+        features.new_empty(-(-kept // chunk), batch, dtype=dtype),
+    )
+
+
+def _backward_fake(features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    need_features, need_weight, need_scale = rest[-3:]
+    return (
+        features.new_empty(features.shape if need_features else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        scale.new_empty(() if need_scale else 0),
+    )
+
+
+_SHARD = "Tensor features, Tensor weight, Tensor labels, Tensor scale, bool normalize_features, ScalarType compute_dtype"
+_SAVED = "Tensor shift, Tensor kept, Tensor kept_shift"
+_GRADS = "Tensor row_factor, Tensor grad_cosine, Tensor grad_norm"
+_NEEDS = "bool need_features, bool need_weight, bool need_scale"
+
+_library = torch.library.Library("amsoftmax_kernels", "FRAGMENT")
+for _name, _schema, _function, _fake in (
+    ("chunked_forward", f"({_SHARD}, SymInt save_bytes) -> ({', '.join(['Tensor'] * 6)})", _forward, _forward_fake),
+    ("chunked_backward", f"({_SHARD}, {_SAVED}, {_GRADS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)", _backward, _backward_fake),
+):
+    _library.define(_name + _schema)
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"amsoftmax_kernels::{_name}", _fake, lib=_library)

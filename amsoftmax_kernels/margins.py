@@ -1,0 +1,107 @@
+"""Margins: ψ on the target's cosine, a vector of length B, differentiated by autograd.
+
+No backend knows which margin is in use. With ψ the target's logit is ``s · ψ(t)``; every margin that touches the
+target alone (additive, angular, per class, per sample) is one such function.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Margin(Protocol):
+    """What a margin object is: any callable of this signature, an ``nn.Module`` among them.
+
+    Args:
+        cosine: ``[B]`` float32 (float64 for float64 inputs), t = cos(x, w_y), rounding may carry it just past ±1.
+        labels: ``[B]`` int64 class indices; rows that are ignored carry 0 and what is returned for them is not used.
+        feature_norm: ``[B]``, ‖x‖, with a gradient (MagFace needs it; AdaFace detaches it).
+
+    Returns:
+        ``[B]``, ψ. Must depend on each row's own entries only.
+    """
+
+    def __call__(self, cosine: Tensor, labels: Tensor, feature_norm: Tensor, /) -> Tensor: ...
+
+
+def _subtract(margin: float | Tensor, cosine: Tensor, labels: Tensor) -> Tensor:
+    if isinstance(margin, Tensor):
+        margin = (margin[labels] if margin.dim() else margin).to(cosine.dtype)
+    return cosine - margin
+
+
+class AdditiveMargin(nn.Module):
+    """ψ(t) = t − m (AM-Softmax, Wang et al. 2018, equation 5; CosFace).
+
+    Args:
+        margin: m, a float, a 0-d tensor or a ``[C]`` tensor with one margin a class. A ``Parameter`` is learned,
+            another tensor is kept as a buffer.
+    """
+
+    margin: float | Tensor
+
+    def __init__(self, margin: float | Tensor = 0.35) -> None:
+        super().__init__()
+        if isinstance(margin, Tensor) and not isinstance(margin, nn.Parameter):
+            self.register_buffer("margin", margin)
+        else:
+            self.margin = margin
+
+    def forward(self, cosine: Tensor, labels: Tensor, feature_norm: Tensor) -> Tensor:
+        return _subtract(self.margin, cosine, labels)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}" if isinstance(self.margin, float) else ""
+
+
+class AnnealedAdditiveMargin(nn.Module):
+    """ψ(t) = t − m with m growing linearly, a step at a time, as in the AM-Softmax authors' own training.
+
+    Their variant without feature normalization starts at m = 0 and adds 5e-5 a step up to 0.4. Call :meth:`step` once
+    a training step, as for a learning-rate schedule. The number of steps taken is a buffer: it moves with the
+    module, is part of its ``state_dict``, and is never read back from a GPU.
+
+    Args:
+        start: m before the first step.
+        end: m that is never passed.
+        increment: what each step adds; its sign must lead from ``start`` to ``end``.
+
+    Raises:
+        ValueError: ``increment`` leads away from ``end``.
+    """
+
+    steps: Tensor
+
+    def __init__(self, start: float = 0.0, end: float = 0.4, increment: float = 5e-5) -> None:
+        super().__init__()
+        if (end - start) * increment < 0 or (increment == 0 and start != end):
+            raise ValueError(f"increment must lead from start={start} to end={end}, but it is {increment}")
+        self.start, self.end, self.increment = float(start), float(end), float(increment)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Count one training step."""
+        self.steps += 1
+
+    @property
+    def margin(self) -> Tensor:
+        """m at this step, 0-d float64."""
+        low, high = min(self.start, self.end), max(self.start, self.end)
+        return (self.start + self.increment * self.steps.double()).clamp(low, high)
+
+    def forward(self, cosine: Tensor, labels: Tensor, feature_norm: Tensor) -> Tensor:
+        return cosine - self.margin.to(cosine.dtype)
+
+    def extra_repr(self) -> str:
+        return f"start={self.start}, end={self.end}, increment={self.increment}"
+
+
+def as_margin(margin: float | Tensor | Margin) -> Margin:
+    """A margin object for whatever the public functions accept as ``margin`` (already checked)."""
+    if isinstance(margin, (int, float, Tensor)):
+        return lambda cosine, labels, feature_norm: _subtract(margin, cosine, labels)
+    return margin

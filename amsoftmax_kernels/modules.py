@@ -1,0 +1,104 @@
+"""The head as a module: the class centres, and the loss on them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, reference
+from .arguments import check_margin, check_options, check_scale
+from .functional import am_softmax_loss
+from .margins import Margin
+
+
+class AMSoftmaxLoss(nn.Module):
+    """Class centres and the AM-Softmax loss: takes the place of ``nn.Linear`` and ``nn.CrossEntropyLoss`` together.
+
+    Args:
+        embedding_dim: D.
+        num_classes: C.
+        scale: s, a positive float or a 0-d tensor; an ``nn.Parameter`` is learned.
+        margin: m, a float, a ``[C]`` tensor, or a margin object; an ``nn.Parameter`` or an ``nn.Module`` is registered
+            here, and so moved, saved and trained with the head.
+        normalize_features, reduction, ignore_index, backend, save_bytes: as in :func:`am_softmax_loss`.
+        device, dtype: of the centres.
+
+    Attributes:
+        weight: Parameter ``[C, D]``, drawn from a normal distribution of standard deviation 1/√D (norms near 1).
+
+    Raises:
+        TypeError, ValueError: as :func:`am_softmax_loss`, at construction where the argument is given here.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        scale: float | Tensor = 30.0,
+        margin: float | Tensor | Margin = 0.35,
+        *,
+        normalize_features: bool = True,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        backend: str | None = None,
+        save_bytes: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("embedding_dim", embedding_dim), ("num_classes", num_classes)):
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(f"{name} must be an int, but it is {type(size).__name__}")
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, but it is {size}")
+        check_scale(scale)
+        check_margin(margin, num_classes)
+        check_options(
+            normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index, save_bytes=save_bytes
+        )
+        backends.check_available(backend)
+        self.embedding_dim, self.num_classes = embedding_dim, num_classes
+        self.normalize_features, self.reduction, self.ignore_index = normalize_features, reduction, ignore_index
+        self.backend, self.save_bytes = backend, save_bytes
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
+        self.scale: float | Tensor
+        self.margin: float | Tensor | Margin
+        for name, value in (("scale", scale), ("margin", margin)):
+            # Like any module's: a plain tensor becomes a buffer, a Parameter or a Module registers itself.
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value.detach().clone().to(device=device))
+            else:
+                setattr(self, name, value)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the centres anew: isotropic directions, norms near 1."""
+        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The loss of ``features [B, D]`` with ``labels [B]``."""
+        return am_softmax_loss(
+            features,
+            self.weight,
+            labels,
+            scale=self.scale,
+            margin=self.margin,
+            normalize_features=self.normalize_features,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            backend=self.backend,
+            save_bytes=self.save_bytes,
+        )
+
+    def cosine(self, features: Tensor) -> Tensor:
+        """Cosines ``[B, C]`` of ``features [B, D]`` to every centre, float32 (float64 for float64), differentiable.
+
+        Holds all B×C of them: for evaluation with few classes.
+        """
+        return reference.cosine(features, self.weight)
+
+    def extra_repr(self) -> str:
+        parts = [f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}"]
+        parts += [f"{name}={value}" for name in ("scale", "margin") if isinstance(value := getattr(self, name), (int, float))]
+        parts += [] if self.normalize_features else ["normalize_features=False"]
+        return ", ".join(parts)

@@ -1,0 +1,84 @@
+"""The formula in plain PyTorch, B×C materialised, differentiated by autograd: the oracle of the tests."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from .arguments import accumulate_dtype, canonical_labels, check_arguments, compute_dtype
+from .margins import Margin, as_margin
+from .reduction import reduce_rows
+
+# ‖·‖ at which a row counts as zero, that of torch.nn.functional.normalize.
+EPS = 1e-12
+
+
+def am_softmax_loss(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    scale: float | Tensor = 30.0,
+    margin: float | Tensor | Margin = 0.35,
+    normalize_features: bool = True,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
+    """AM-Softmax loss (Wang et al. 2018, equation 6) with all B×C logits in memory.
+
+    Arguments, result and errors are those of :func:`amsoftmax_kernels.am_softmax_loss`; half-precision inputs are
+    computed in float32, whether autocast is on or not. Can be differentiated twice.
+    """
+    check_arguments(
+        features, weight, labels,
+        scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
+    )  # fmt: skip
+    labels = canonical_labels(labels, weight.shape[0], ignore_index)
+    rows = loss_rows(features, weight, labels, scale, as_margin(margin), normalize_features)
+    return reduce_rows(rows, labels, reduction)
+
+
+def loss_rows(
+    features: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor, margin: Margin, normalize_features: bool
+) -> Tensor:
+    """The rows' losses ``[B]`` for checked arguments and canonical labels."""
+    dtype = accumulate_dtype(compute_dtype(features, weight))
+    with torch.autocast(features.device.type, enabled=False):
+        return _formula(features.to(dtype), weight.to(dtype), labels, scale, margin, normalize_features)
+
+
+def cosine(features: Tensor, weight: Tensor) -> Tensor:
+    """Cosines ``[B, C]`` of ``features [B, D]`` to the centres ``weight [C, D]``, float32 (float64 for float64)."""
+    dtype = accumulate_dtype(torch.promote_types(features.dtype, weight.dtype))
+    with torch.autocast(features.device.type, enabled=False):
+        return _unit_rows(features.to(dtype)) @ _unit_rows(weight.to(dtype)).T
+
+
+def _formula(
+    x: Tensor, w: Tensor, labels: Tensor, scale: float | Tensor, margin: Margin, normalize_features: bool
+) -> Tensor:
+    num_classes = w.shape[0]
+    x = x.masked_fill((labels < 0)[:, None], 0)
+    target = labels.clamp(0, num_classes - 1)
+    norm = torch.linalg.vector_norm(x, dim=1)
+    s = scale if normalize_features else norm
+    if isinstance(s, Tensor):
+        s = s.to(x.device, x.dtype)
+
+    cos = _unit_rows(x) @ _unit_rows(w).T
+    t = cos.gather(1, target[:, None])[:, 0]
+    t = t.masked_fill(labels >= num_classes, math.nan)
+    logits = cos * (s[:, None] if isinstance(s, Tensor) and s.dim() else s)
+    is_target = torch.arange(num_classes, device=x.device) == target[:, None]
+    log_z = logits.masked_fill(is_target, -math.inf).logsumexp(1)
+    return softplus(log_z - s * margin(t, target, norm), threshold=40)
+
+
+def _unit_rows(matrix: Tensor) -> Tensor:
+    # A zero row has no direction: it is divided by infinity, so that it and its gradient are zero.
+    norm = torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
+    norm = norm.masked_fill(norm.isinf(), math.nan).masked_fill(norm <= EPS, math.inf)
+    return matrix / norm
