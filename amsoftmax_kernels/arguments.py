@@ -1,4 +1,4 @@
-"""Checks of the public functions' arguments, before any work: each error names the argument, what it was, what it must be."""
+"""Checks of the public functions' arguments before any work: errors name the argument, what it was, what it must be."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .operators import register
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -29,7 +31,11 @@ def check_arguments(
     save_bytes: Any = None,
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` for anything but the labels' values (:func:`canonical_labels` checks those)."""
-    for name, tensor, dtypes in (("features", features, _FLOATS), ("weight", weight, _FLOATS), ("labels", labels, _INTEGERS)):
+    for name, tensor, dtypes in (
+        ("features", features, _FLOATS),
+        ("weight", weight, _FLOATS),
+        ("labels", labels, _INTEGERS),
+    ):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, but it is {_type(tensor)}")
         if tensor.dtype not in dtypes:
@@ -40,10 +46,12 @@ def check_arguments(
     if features.dim() != 2:
         raise ValueError(f"features must have shape [B, D], but it has {list(features.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"weight must have shape [C, D] with at least one class and dimension, but it has {list(weight.shape)}")
+        raise ValueError(
+            f"weight must have shape [C, D] with at least one class and dimension, but it has {list(weight.shape)}"
+        )
     if features.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"features [B, D] and weight [C, D] must share D, but features has {features.shape[1]} and weight {weight.shape[1]}"
+            f"features [B, D] and weight [C, D] must share D, but they have {features.shape[1]} and {weight.shape[1]}"
         )
     if labels.dim() != 1 or labels.shape[0] != features.shape[0]:
         raise ValueError(f"labels must have shape [B] = [{features.shape[0]}], but it has {list(labels.shape)}")
@@ -52,7 +60,9 @@ def check_arguments(
             raise ValueError(f"{name} must be on features' device {features.device}, but it is on {tensor.device}")
     check_scale(scale, features.device)
     check_margin(margin, weight.shape[0], features.device)
-    check_options(normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index, save_bytes=save_bytes)
+    check_options(
+        normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index, save_bytes=save_bytes
+    )
 
 
 def check_options(*, normalize_features: Any, reduction: Any, ignore_index: Any, save_bytes: Any) -> None:
@@ -122,11 +132,6 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# An operator, so that the check of the values also runs where torch.compile has traced the caller.
-_library = torch.library.Library("amsoftmax_kernels", "FRAGMENT")
-_library.define("canonical_labels(Tensor labels, SymInt num_classes, int ignore_index) -> Tensor")
-
-
 def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Labels as backends take them: int64, -1 for an ignored row, and C for a label out of range.
 
@@ -151,9 +156,12 @@ def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Te
     return labels64.masked_fill_(invalid, num_classes).masked_fill_(ignored, -1)
 
 
-_library.impl("canonical_labels", _canonical_labels, "CompositeExplicitAutograd")
-torch.library.register_fake("amsoftmax_kernels::canonical_labels", lib=_library)(
-    lambda labels, num_classes, ignore_index: torch.empty_like(labels, dtype=torch.int64)
+# An operator, so that the check of the values also runs where torch.compile has traced the caller.
+register(
+    "canonical_labels",
+    "(Tensor labels, SymInt num_classes, int ignore_index) -> Tensor",
+    _canonical_labels,
+    lambda labels, num_classes, ignore_index: torch.empty_like(labels, dtype=torch.int64),
 )
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from . import backends, reference
 from .arguments import canonical_labels, check_arguments, compute_dtype
-from .margins import Margin, as_margin
+from .margins import Margin, as_margin, target_psi
 from .reduction import reduce_rows
 
 DEFAULT_SAVE_BYTES = 1 << 30
@@ -97,17 +97,14 @@ def _loss_rows(
         save_bytes = 0
     elif save_bytes is None:
         save_bytes = DEFAULT_SAVE_BYTES
-    log_z, cosine, norm = AMSoftmaxFunction.apply(
+    log_z, cosine, norm = AMSoftmaxFunction.apply(  # type: ignore[no-untyped-call]
         features, weight, labels, scale, normalize_features, dtype, save_bytes, backend
     )
     num_classes = weight.shape[0]
     if features.device.type != "cpu":  # on the CPU such a label was an error
         cosine = torch.where(labels < num_classes, cosine, math.nan)
     with torch.autocast(features.device.type, enabled=False):
-        psi = margin(cosine, labels.clamp(0, num_classes - 1), norm)
-        if not isinstance(psi, Tensor) or psi.shape != cosine.shape:
-            shape = list(psi.shape) if isinstance(psi, Tensor) else type(psi).__name__
-            raise ValueError(f"margin must return psi of shape [B] = {list(cosine.shape)}, but it returned {shape}")
+        psi = target_psi(margin, cosine, labels.clamp(0, num_classes - 1), norm)
         u = psi * (scale.to(psi.dtype) if normalize_features else norm)
         # Above 40, log(1 + e^v) is v to the last bit of a float64.
         return softplus(log_z - u, threshold=40)
@@ -129,7 +126,7 @@ class AMSoftmaxFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         features: Tensor,
         weight: Tensor,
         labels: Tensor,

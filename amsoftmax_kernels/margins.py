@@ -105,3 +105,12 @@ def as_margin(margin: float | Tensor | Margin) -> Margin:
     if isinstance(margin, (int, float, Tensor)):
         return lambda cosine, labels, feature_norm: _subtract(margin, cosine, labels)
     return margin
+
+
+def target_psi(margin: Margin, cosine: Tensor, labels: Tensor, feature_norm: Tensor) -> Tensor:
+    """ψ of a margin object, checked: ``[B]`` in the cosine's dtype."""
+    psi = margin(cosine, labels, feature_norm)
+    if not isinstance(psi, Tensor) or psi.shape != cosine.shape:
+        returned = list(psi.shape) if isinstance(psi, Tensor) else type(psi).__name__
+        raise ValueError(f"margin must return psi of shape [B] = {list(cosine.shape)}, but it returned {returned}")
+    return psi.to(cosine.dtype)

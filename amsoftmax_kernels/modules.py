@@ -99,6 +99,8 @@ class AMSoftmaxLoss(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}"]
-        parts += [f"{name}={value}" for name in ("scale", "margin") if isinstance(value := getattr(self, name), (int, float))]
+        parts += [
+            f"{name}={value}" for name in ("scale", "margin") if isinstance(value := getattr(self, name), (int, float))
+        ]
         parts += [] if self.normalize_features else ["normalize_features=False"]
         return ", ".join(parts)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .arguments import accumulate_dtype, canonical_labels, check_arguments, compute_dtype
-from .margins import Margin, as_margin
+from .margins import Margin, as_margin, target_psi
 from .reduction import reduce_rows
 
 # ‖·‖ at which a row counts as zero, that of torch.nn.functional.normalize.
@@ -54,7 +54,8 @@ def cosine(features: Tensor, weight: Tensor) -> Tensor:
     """Cosines ``[B, C]`` of ``features [B, D]`` to the centres ``weight [C, D]``, float32 (float64 for float64)."""
     dtype = accumulate_dtype(torch.promote_types(features.dtype, weight.dtype))
     with torch.autocast(features.device.type, enabled=False):
-        return _unit_rows(features.to(dtype)) @ _unit_rows(weight.to(dtype)).T
+        cos: Tensor = _unit_rows(features.to(dtype)) @ _unit_rows(weight.to(dtype)).T
+    return cos
 
 
 def _formula(
@@ -74,11 +75,11 @@ def _formula(
     logits = cos * (s[:, None] if isinstance(s, Tensor) and s.dim() else s)
     is_target = torch.arange(num_classes, device=x.device) == target[:, None]
     log_z = logits.masked_fill(is_target, -math.inf).logsumexp(1)
-    return softplus(log_z - s * margin(t, target, norm), threshold=40)
+    return softplus(log_z - s * target_psi(margin, t, target, norm), threshold=40)
 
 
 def _unit_rows(matrix: Tensor) -> Tensor:
     # A zero row has no direction: it is divided by infinity, so that it and its gradient are zero.
     norm = torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
-    norm = norm.masked_fill(norm.isinf(), math.nan).masked_fill(norm <= EPS, math.inf)
-    return matrix / norm
+    divisor: Tensor = norm.masked_fill(norm.isinf(), math.nan).masked_fill(norm <= EPS, math.inf)
+    return matrix / divisor

@@ -64,9 +64,14 @@ class Backend(Protocol):
         """Gradients of features, weight and scale, each of size 0 where it is not needed."""
 
 
+_loaded: dict[str, Backend] = {}
+
+
 def load(name: str) -> Backend:
     """The backend of this name (not ``reference``)."""
-    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+    if name not in _loaded:
+        _loaded[name] = cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+    return _loaded[name]
 
 
 def unavailable_reason(name: str) -> str | None:
@@ -101,6 +106,8 @@ def check_available(name: str | None) -> None:
         raise ValueError(f"backend {name!r} cannot run here: {reason}; available: {', '.join(available_backends())}")
 
 
+# torch.compile does not trace imports: it takes the choice as a constant, after which the backend is loaded.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend to use: ``name`` if it can serve these tensors, the fastest that can if it is None.
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import accumulate_dtype
+from ..operators import register
 from . import Forward
 from .host_memory import advise_huge_pages
 from .products import product_nt
@@ -30,7 +31,7 @@ BOUNDED_SCALE = 64.0
 
 # Elements of a chunk of classes and its panel, chunk·(B + D): what two cores' L2 holds on a CPU (times measured at B from
 # 64 to 4096 and D of 64 and 512 are flat within a factor of two of it); enough to fill a GPU elsewhere.
-_CHUNK_ELEMENTS = {"cpu": 3 << 19}
+_CHUNK_ELEMENTS = {"cpu": 3 << 18}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 26
 
 _LOG2E = math.log2(math.e)
@@ -210,6 +211,8 @@ def _backward(
         grad_weight = advise_huge_pages(weight.new_empty(weight.shape if need_weight else 0))
         if B == 0:
             grad_weight.zero_()
+        # Allocated once: a temporary of this size would be new memory from the system in every chunk.
+        scratch = shard.x.new_empty(min(shard.chunk, C) if need_weight else 0, D)
         for start in range(0, C if B and (need_rows or need_weight) else 0, shard.chunk):
             w, inverse, operand = shard.operands(start)
             terms = None
@@ -230,7 +233,7 @@ def _backward(
                 grad = product_nt(terms, x_factored_T)  # dŵ, over ‖w‖ but for half precision
                 if half:
                     grad *= inverse[:, None]
-                along = torch.linalg.vecdot(grad, w) * inverse.square()
+                along = torch.mul(grad, w, out=scratch[: len(grad)]).sum(1) * inverse.square()
                 target = grad_weight[start : start + shard.chunk]
                 grad = torch.addcmul(grad, w, along[:, None], value=-1, out=target if target.dtype == grad.dtype else grad)
                 targets.add_(grad, start, target_rows)
@@ -391,11 +394,7 @@ _SAVED = "Tensor shift, Tensor kept, Tensor kept_shift"
 _GRADS = "Tensor row_factor, Tensor grad_cosine, Tensor grad_norm"
 _NEEDS = "bool need_features, bool need_weight, bool need_scale"
 
-_library = torch.library.Library("amsoftmax_kernels", "FRAGMENT")
-for _name, _schema, _function, _fake in (
-    ("chunked_forward", f"({_SHARD}, SymInt save_bytes) -> ({', '.join(['Tensor'] * 6)})", _forward, _forward_fake),
-    ("chunked_backward", f"({_SHARD}, {_SAVED}, {_GRADS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)", _backward, _backward_fake),
-):
-    _library.define(_name + _schema)
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"amsoftmax_kernels::{_name}", _fake, lib=_library)
+register("chunked_forward", f"({_SHARD}, SymInt save_bytes) -> ({', '.join(['Tensor'] * 6)})", _forward, _forward_fake)
+register(
+    "chunked_backward", f"({_SHARD}, {_SAVED}, {_GRADS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)", _backward, _backward_fake
+)

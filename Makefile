@@ -1,0 +1,38 @@
+# Everything runs in .venv, which is made here: a fresh machine needs Python 3.10 or newer and nothing else.
+PYTHON ?= python3
+PIP := .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+BIN := .venv/bin/
+
+.PHONY: run test lint bench clean
+
+# Trains on real faces (quick), then times the loss on this machine. Results go to out/.
+run: .venv/run
+	$(BIN)python -m amsoftmax_kernels
+	$(BIN)python -m bench faces --quick --out out/faces
+	$(BIN)python -m bench loss --quick --out out/loss
+
+test: .venv/test lint
+	$(BIN)python -m pytest
+
+lint: .venv/test
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(BIN)mypy
+
+# The full benchmarks, beside the peers.
+bench: .venv/peers
+	$(BIN)python -m bench faces --out out/faces
+	$(BIN)python -m bench loss --out out/loss
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run: EXTRA = bench,faces
+.venv/test: EXTRA = test
+.venv/peers: EXTRA = bench,faces,peers
+.venv/run .venv/test .venv/peers: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[$(EXTRA)]'
+	touch $@
+
+clean:
+	rm -rf .venv out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,75 @@
+"""What this machine has, which backends run here and why the others do not, and a self-test of each that does."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Sequence
+
+import torch
+
+from . import __version__, am_softmax_loss, backends, reference
+
+# Relative error of the loss and of each gradient that a self-test allows, by dtype.
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; 1 if a self-test fails."""
+    argparse.ArgumentParser(prog="python -m amsoftmax_kernels", description=__doc__).parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"amsoftmax_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"CPU   {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"GPU   {_describe_gpu()}")
+    print(f"default backend for float32 on {device}: {backends.choose(None, device, torch.float32)}\n")
+    failed = False
+    for name in backends.NAMES:
+        reason = backends.unavailable_reason(name)
+        if reason is None:
+            reason = self_test(name, device)
+            failed |= reason is not None
+            result = "runs, self-test passed" if reason is None else f"self-test FAILED: {reason}"
+        else:
+            result = f"cannot run here: {reason}"
+        print(f"{name:10} {result}")
+    return int(failed)
+
+
+def self_test(backend: str, device: torch.device) -> str | None:
+    """Compare loss and gradients with the reference in float64 on a small problem; what is wrong, None if nothing is."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(32, 64, generator=generator, dtype=torch.float64).to(device)
+    weight = torch.randn(500, 64, generator=generator, dtype=torch.float64).to(device)
+    labels = torch.randint(500, (32,), generator=generator).to(device)
+    for dtype, tolerance in _TOLERANCE.items():
+        if backend != "reference" and not backends.load(backend).serves(device, dtype):
+            continue
+        inputs = [each.to(dtype).requires_grad_() for each in (features, weight)]
+        exact = [each.detach().double().requires_grad_() for each in inputs]
+        for scale in (30.0, 100.0):
+            loss = am_softmax_loss(inputs[0], inputs[1], labels, scale=scale, backend=backend)
+            expected = reference.am_softmax_loss(exact[0], exact[1], labels, scale=scale)
+            results = (loss, *torch.autograd.grad(loss, inputs))
+            for name, ours, theirs in zip(
+                ("loss", "gradient of features", "gradient of weight"),
+                results,
+                (expected, *torch.autograd.grad(expected, exact)),
+                strict=True,
+            ):
+                error = ((ours.double() - theirs).norm() / theirs.norm()).item()
+                if not error < tolerance:
+                    return f"{name} in {dtype} at scale {scale:g} is off by {error:.1e}, {tolerance:.0e} allowed"
+    return None
+
+
+def _describe_gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that this PyTorch can use"
+    properties = torch.cuda.get_device_properties(0)
+    return (
+        f"{properties.name}, compute capability {properties.major}.{properties.minor}, {properties.total_memory >> 30} GiB"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

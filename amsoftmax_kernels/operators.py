@@ -1,0 +1,17 @@
+"""The package's torch.library operators. An operator's body is opaque to torch.compile, which runs its fake instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("amsoftmax_kernels", "DEF")
+
+
+def register(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define ``torch.ops.amsoftmax_kernels.<name>`` for every device; differentiated only through AMSoftmaxFunction."""
+    _library.define(name + schema)
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"amsoftmax_kernels::{name}", fake, lib=_library)

@@ -1,0 +1,95 @@
+"""Inputs, and how far a result may be from the float64 reference, with the reason for each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Float64: a few hundred roundings of 1.1e-16, amplified by s = 1000 at most.
+FLOAT64 = 1e-10
+# Float32: a product of D terms and an exponential of an argument up to 64 (its rounding alone is 64 · 6e-8).
+FLOAT32 = 5e-6
+
+CHUNK = 64  # classes a chunk in tests, so that a few hundred classes take several
+
+
+@dataclass
+class Case:
+    name: str
+    why: str
+    B: int = 24
+    C: int = 3 * CHUNK + 5
+    D: int = 33
+    options: dict[str, Any] = field(default_factory=dict)
+    own: float | None = None  # cosine of each feature to its own centre, random if None
+    wrong: float | None = None  # cosine of each feature to another centre
+
+    def tensors(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """features, weight, labels and an upstream gradient [B], drawn in float64 and rounded to ``dtype``.
+
+        Features and weight are views into NaN-filled buffers: a read past their ends shows.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        weight, labels = normal(self.C, self.D), torch.randint(self.C, (self.B,), generator=generator)
+        if self.B > 3:
+            labels[1] = labels[0]  # two rows of one class
+        features = normal(self.B, self.D)
+        for cosine, classes in ((self.own, labels), (self.wrong, (labels + 1) % self.C)):
+            if cosine is not None:
+                features = _at_cosine(features, weight[classes], cosine)
+        features *= 0.5 + torch.rand(self.B, 1, generator=generator, dtype=torch.float64) * 3
+        return _guarded(features, dtype), _guarded(weight, dtype), labels, normal(self.B)
+
+
+def _at_cosine(x: Tensor, centre: Tensor, cosine: float) -> Tensor:
+    centre = centre / centre.norm(dim=1, keepdim=True)
+    across = x - (x * centre).sum(1, keepdim=True) * centre
+    across = across / across.norm(dim=1, keepdim=True)
+    return cosine * centre + math.sqrt(1 - cosine**2) * across
+
+
+def _guarded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    buffer = torch.full((values.shape[0] + 2, values.shape[1] + 3), math.nan, dtype=dtype)
+    inside = buffer[1:-1, 1:-2]
+    inside.copy_(values)
+    return inside
+
+
+CASES = [
+    Case("plain", "several chunks, the last of them short"),
+    Case("one-chunk", "C below a chunk", C=CHUNK - 1),
+    Case("exact-chunks", "C a multiple of the chunk", C=2 * CHUNK),
+    Case("one-past", "a last chunk of one class", C=2 * CHUNK + 1),
+    Case("one-class", "no negatives: the loss is 0, z is 0", C=1),
+    Case("one-row", "B = 1", B=1),
+    Case("wide", "more rows than classes", B=80, C=7),
+    Case("one-dimension", "D = 1: every cosine is ±1", D=1),
+    Case("s64", "the largest scale without a running maximum", options={"scale": 64.0}),
+    Case("s64-near", "e^64 against the sum of the negatives", own=0.9, options={"scale": 64.0}),
+    Case("s64-wrong", "a hard negative dominates", wrong=0.95, options={"scale": 64.0}),
+    Case("s1000", "past float32's range of e^s", options={"scale": 1000.0}),
+    Case("s1000-far", "the target far from its centre", own=-0.9, options={"scale": 1000.0}),
+    Case("s1000-near", "the target at its centre, negatives vanish", own=0.999, options={"scale": 1000.0}),
+    Case("opposite", "cos = -1", own=-1.0),
+    Case("at-centre", "cos = 1", own=1.0),
+    Case("no-margin", "normalized softmax", options={"margin": 0.0}),
+    Case("no-fn", "without feature normalization", options={"normalize_features": False}),
+    Case("sum", "another reduction", options={"reduction": "sum"}),
+    Case("mean", "the default reduction", options={"reduction": "mean"}),
+]
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64; infinite where a NaN or a wrong shape is in the way."""
+    if actual.shape != expected.shape:
+        return math.inf
+    error, size = (actual.double() - expected.double()).norm().item(), expected.double().norm().item()
+    return math.inf if math.isnan(error) else error / size if size else error

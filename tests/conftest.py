@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from amsoftmax_kernels.backends import chunked
+
+from .cases import CHUNK
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a few classes, so that small problems take several."""
+    monkeypatch.setattr(chunked, "_chunk_size", lambda batch, dim, device: CHUNK)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))

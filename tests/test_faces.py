@@ -1,0 +1,200 @@
+"""The face benchmark from end to end on a small made-up folder, and that its comparison is fair."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import face_data, face_report, face_training, faces
+
+TINY = replace(face_training.Settings(), channels=(4, 8), embedding_dim=8, steps=3, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight people; each is a pattern of their own, with noise on every image."""
+    folder = tmp_path_factory.mktemp("people")
+    rng = np.random.default_rng(0)
+    for person in range(8):
+        pattern = np.kron(rng.integers(40, 216, (7, 6)), np.ones((8, 8)))
+        (folder / f"p{person}").mkdir()
+        for image in range(4):
+            pixels = np.clip(pattern + rng.normal(0, 10, pattern.shape), 0, 255).astype(np.uint8)
+            header = b"P5 %d %d 255\n" % pixels.shape[::-1]
+            (folder / f"p{person}" / f"{image}.pgm").write_bytes(header + pixels.tobytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def face_set(people: Path) -> Iterator[face_data.FaceSet]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield face_data.load_faces(people, TINY.height, TINY.width)
+    torch.set_num_threads(threads)
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    faces.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def without_time(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in result.items() if key != "seconds"} for result in results]
+
+
+def test_whole_run_and_that_workers_do_not_change_the_numbers(people: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    common = ("--quick", "--data", str(people), "--steps", "2")
+    assert faces.run(parse(*common, "--out", str(tmp_path / "a"), "--threads", "1", "--seeds", "2")) == 0
+    assert faces.run(parse(*common, "--out", str(tmp_path / "b"), "--threads", "2", "--seeds", "1")) == 0
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["faces.json", "faces.png"]
+    assert (tmp_path / "a" / "faces.png").read_bytes()[:4] == b"\x89PNG"
+    text = (tmp_path / "a" / "faces.json").read_text()
+    assert str(tmp_path) not in text and str(people) not in text
+    report = json.loads(text)
+    assert report["complete"] is True
+    assert [(r["loss"], r["margin"], r["seed"]) for r in report["results"]] == [
+        (loss, margin, seed)
+        for seed in (0, 1)
+        for loss, margin in (("softmax", None), ("norm-softmax", 0.0), ("am-softmax", 0.35))
+    ]
+    for result in report["results"]:
+        assert {"scale", "train_loss", "seconds"} <= result.keys()
+        for metric in ("eer", "vr@far=1e-2", "vr@far=1e-3", "rank1"):
+            assert 0 <= result[metric] <= 1
+        assert (result["genuine_pairs"], result["impostor_pairs"]) == (
+            3 * 6,
+            3 * 16,
+        )  # 3 people, 4 images each
+    assert [row["num_seeds"] for row in report["summary"]] == [2, 2, 2]
+    assert report["settings"]["train_people"] + report["settings"]["test_people"] == 8
+    other = json.loads((tmp_path / "b" / "faces.json").read_text())
+    assert without_time(other["results"]) == without_time(report["results"][:3])
+
+
+def test_runs_are_reproducible_and_seeds_differ(face_set: face_data.FaceSet) -> None:
+    runs = [faces.Run("am-softmax", 0.35, seed) for seed in (0, 0, 1)]
+    first, again, other = without_time([faces.execute(r, face_set, TINY, lambda step: None) for r in runs])
+    assert first == again
+    assert first["train_loss"] != other["train_loss"]
+
+
+def test_only_people_to_train_on_reach_training(face_set: face_data.FaceSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, embedded = [], []
+    train, embed = face_training.train, face_training.embed
+
+    def spy_train(part: face_data.FaceSet, *rest: Any) -> face_training.Trained:
+        trained.append(part)
+        return train(part, *rest)
+
+    def spy_embed(network: torch.nn.Sequential, images: torch.Tensor) -> torch.Tensor:
+        embedded.append(images)
+        return embed(network, images)
+
+    monkeypatch.setattr(face_training, "train", spy_train)
+    monkeypatch.setattr(face_training, "embed", spy_embed)
+    for loss, margin in (("softmax", None), ("am-softmax", 0.5)):
+        faces.execute(faces.Run(loss, margin, 5), face_set, TINY, lambda step: None)
+    assert trained[0].people == trained[1].people  # the losses of a seed share the split
+    seen = {image.numpy().tobytes() for image in trained[0].images}
+    assert seen.isdisjoint(image.numpy().tobytes() for image in embedded[0])
+    assert len(trained[0].images) + len(embedded[0]) == len(face_set.images)
+
+
+def test_losses_see_the_same_inputs(face_set: face_data.FaceSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[torch.Tensor] = []
+    augment = face_training.augment
+
+    def spy(*arguments: Any) -> torch.Tensor:
+        batches.append(augment(*arguments))
+        return batches[-1]
+
+    monkeypatch.setattr(face_training, "augment", spy)
+    for loss, margin in (("softmax", None), ("norm-softmax", 0.0), ("am-softmax", 0.35)):
+        face_training.train(face_set, loss, margin, 0, TINY)
+    for step in range(TINY.steps):
+        assert torch.equal(batches[step], batches[TINY.steps + step])
+        assert torch.equal(batches[step], batches[2 * TINY.steps + step])
+
+
+def test_training_learns_and_leaves_the_global_generator_alone(face_set: face_data.FaceSet) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    settings = replace(TINY, channels=(8, 16), embedding_dim=16, steps=80, dropout=0.0)
+    trained = face_training.train(face_set, "am-softmax", 0.35, 0, settings)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert trained.train_loss < 5  # about 30 * 0.35 + log(8) = 12.6 at the start
+
+
+def test_augmentation_without_any_change_only_mirrors() -> None:
+    settings = replace(
+        TINY,
+        max_shift=0.0,
+        max_rotation_degrees=0.0,
+        max_zoom=0.0,
+        max_contrast=0.0,
+        max_brightness=0.0,
+    )
+    images = torch.rand(32, 1, TINY.height, TINY.width)
+    moved = face_training.augment(images, settings, torch.Generator().manual_seed(0))
+    same = (moved - images).abs().amax((1, 2, 3)) < 1e-4
+    mirrored = (moved - images.flip(3)).abs().amax((1, 2, 3)) < 1e-4
+    assert bool((same ^ mirrored).all())
+    assert 4 < int(mirrored.sum()) < 28
+
+
+def test_summary_pairs_the_seeds() -> None:
+    def result(loss: str, margin: float | None, seed: int, value: float) -> dict[str, Any]:
+        metrics = dict.fromkeys(face_report.METRICS, value)
+        return {"loss": loss, "margin": margin, "seed": seed, "roc": [value], **metrics}
+
+    results = [result("softmax", None, 0, 0.5), result("softmax", None, 1, 0.7)]
+    results += [result("am-softmax", 0.35, 1, 0.9), result("am-softmax", 0.35, 0, 0.6)]
+    plain, margin = face_report.summarize(results)
+    assert plain["rank1"] == {"mean": pytest.approx(0.6), "std": pytest.approx(0.02**0.5)}
+    assert margin["rank1"]["minus_softmax"] == pytest.approx(0.15)  # 0.1 and 0.2
+    assert margin["rank1"]["minus_softmax_stderr"] == pytest.approx(0.05)
+    assert "se 5.0" in face_report.table_text([plain, margin])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "no/such/folder"), "no/such/folder"),
+        (("--seeds", "0"), "--seeds must be at least 1, got 0"),
+        (("--threads", "-1"), "--threads must be at least 1"),
+        (("--steps", "0"), "--steps must be at least 1"),
+    ],
+)
+def test_unusable_arguments(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert faces.run(parse("--out", str(tmp_path / "out"), *arguments)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_keeps_the_runs_done(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    execute = faces.execute
+
+    def interrupted(run: faces.Run, *rest: Any) -> dict[str, Any]:
+        if run.loss == "am-softmax":
+            raise KeyboardInterrupt
+        return execute(run, *rest)
+
+    monkeypatch.setattr(faces, "execute", interrupted)
+    arguments = parse("--quick", "--data", str(people), "--steps", "1", "--threads", "1", "--out", str(tmp_path))
+    assert faces.run(arguments) == 130
+    report = json.loads((tmp_path / "faces.json").read_text())
+    assert report["complete"] is False
+    assert [result["loss"] for result in report["results"]] == ["softmax", "norm-softmax"]

@@ -1,0 +1,271 @@
+"""The loss and its gradients against the reference in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear, normalize
+
+import amsoftmax_kernels as ak
+from amsoftmax_kernels.backends import chunked
+
+from .cases import CASES, CHUNK, FLOAT32, FLOAT64, Case, relative
+
+BY_NAME = {case.name: case for case in CASES}
+# Bytes that keep one chunk of three for the backward pass (float32; in float64 half as many classes fit).
+ONE_CHUNK = CHUNK * 24 * 8
+Loss = Callable[..., Tensor]
+
+
+def evaluate(
+    loss: Loss, features: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss's rows (or reduced value) and the gradients of features and weight, for an upstream gradient."""
+    x, w = features.detach().requires_grad_(), weight.detach().requires_grad_()
+    out = loss(x, w, labels, **{"reduction": "none", **options})
+    upstream = (upstream if out.dim() else upstream[0]).to(out.dtype)
+    grads = torch.autograd.grad(out, (x, w), upstream)
+    return out.detach(), *grads
+
+
+def oracle(case: Case, dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    features, weight, labels, upstream = case.tensors(dtype)
+    return evaluate(
+        ak.reference.am_softmax_loss, features.double(), weight.double(), labels, upstream, **{**case.options, **options}
+    )
+
+
+def by_hand(features: Tensor, weight: Tensor, labels: Tensor, scale: float = 30.0, margin: float = 0.35) -> Tensor:
+    """Equation 6 of the paper, written as it stands there."""
+    cosine = features / features.norm(dim=1, keepdim=True) @ (weight / weight.norm(dim=1, keepdim=True)).T
+    rows = []
+    for b, y in enumerate(labels.tolist()):
+        target = torch.exp(scale * (cosine[b, y] - margin))
+        negatives = sum(torch.exp(scale * cosine[b, j]) for j in range(weight.shape[0]) if j != y)
+        rows.append(-torch.log(target / (target + negatives)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_the_formula(backend: str, small_chunks: None) -> None:
+    features, weight, labels, _ = BY_NAME["plain"].tensors()
+    loss = ak.am_softmax_loss(features, weight, labels, reduction="none", backend=backend)
+    assert relative(loss, by_hand(features, weight, labels)) < FLOAT64
+
+
+@pytest.mark.parametrize("save_bytes", [None, 0, ONE_CHUNK], ids=["kept", "recomputed", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_the_reference(case: Case, dtype: torch.dtype, save_bytes: int | None, small_chunks: None) -> None:
+    tensors = case.tensors(dtype)
+    actual = evaluate(ak.am_softmax_loss, *tensors, save_bytes=save_bytes, backend="chunked", **case.options)
+    expected = oracle(case, dtype)
+    for name, ours, exact in zip(("loss", "features", "weight"), actual, expected, strict=True):
+        assert ours.dtype == dtype
+        size = exact.norm().item()
+        error = (ours.double() - exact).norm().item()
+        if dtype == torch.float64:
+            assert error <= FLOAT64 * max(size, 1e-3), (name, error, size)
+            continue
+        # An error of 6e-8 in a cosine is one of s · 6e-8 in a logit, relative in every gradient.
+        scale = case.options.get("scale", 30.0)
+        amplified = FLOAT32 * max(1.0, scale / 64)
+        floor = 1e-12
+        if case.D == 1 or (case.own is not None and abs(case.own) == 1):
+            # Directions coincide: the gradient is the rounding left of terms of size s/‖·‖ that cancel.
+            floor = FLOAT32 * scale / min(each.norm(dim=1).min().item() for each in tensors[:2])
+        assert error <= amplified * size + floor, (name, error, size)
+
+
+@pytest.mark.parametrize("wrong", ["features", "weight", "margin", "target"])
+def test_a_wrong_result_would_be_seen(wrong: str) -> None:
+    """A test of the tests: each of these mistakes is past every tolerance."""
+    case = BY_NAME["plain"]
+    tensors = case.tensors(torch.float32)
+    loss, dx, dw = evaluate(ak.am_softmax_loss, *tensors)
+    exact = oracle(case, torch.float32)
+    if wrong == "margin":
+        loss, dx, dw = evaluate(ak.am_softmax_loss, *tensors, margin=0.0)
+    elif wrong == "target":
+        loss, dx, dw = evaluate(ak.am_softmax_loss, tensors[0], tensors[1], (tensors[2] + 1) % case.C, tensors[3])
+    elif wrong == "features":
+        dx = torch.zeros_like(dx)
+    else:
+        dw = torch.zeros_like(dw)
+    errors = [relative(ours, theirs) for ours, theirs in zip((loss, dx, dw), exact, strict=True)]
+    assert max(errors) > 0.05 > 1000 * FLOAT32
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize_features": False}, {"scale": 100.0}], ids=["plain", "no-fn", "s100"])
+@pytest.mark.parametrize("save_bytes", [None, 0])
+def test_gradcheck(options: dict[str, Any], save_bytes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "_chunk_size", lambda *_: 4)
+    features, weight, labels, _ = Case("", "", B=5, C=11, D=3).tensors()
+    labels[2] = -100
+    scale = torch.tensor(options.get("scale", 5.0), dtype=torch.float64)
+    margin = torch.linspace(0.1, 0.4, 11, dtype=torch.float64)
+    inputs = [each.detach().clone().requires_grad_() for each in (features, weight, scale, margin)]
+    rest = {key: value for key, value in options.items() if key != "scale"}
+
+    def loss(x: Tensor, w: Tensor, s: Tensor, m: Tensor) -> Tensor:
+        return ak.am_softmax_loss(x, w, labels, scale=s, margin=m, reduction="none", save_bytes=save_bytes, **rest)
+
+    if not options.get("normalize_features", True):
+        inputs[2].requires_grad_(False)  # ‖x‖ takes its place
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_norm_500_without_feature_normalization(small_chunks: None) -> None:
+    for own in (-0.9, 0.0, 0.999):
+        case = Case("", "", own=own, options={"normalize_features": False})
+        features, weight, labels, upstream = case.tensors()
+        features = 500 * features / features.norm(dim=1, keepdim=True)
+        expected = evaluate(ak.reference.am_softmax_loss, features, weight, labels, upstream, **case.options)
+        for save_bytes in (None, 0):
+            actual = evaluate(ak.am_softmax_loss, features, weight, labels, upstream, save_bytes=save_bytes, **case.options)
+            assert max(map(relative, actual, expected)) < FLOAT64
+
+
+def eager(features: Tensor, weight: Tensor, labels: Tensor, scale: float = 30.0, margin: float = 0.35, **_: Any) -> Tensor:
+    """What is written without this package; under autocast the product is in half precision."""
+    cosine = linear(normalize(features), normalize(weight)).float()
+    offset = torch.zeros_like(cosine).scatter_(1, labels[:, None], margin)
+    return cross_entropy(scale * (cosine - offset), labels, reduction="none")
+
+
+@pytest.mark.parametrize("own", [None, 0.7, 0.9])
+@pytest.mark.parametrize("scale", [30.0, 64.0])
+def test_bf16_autocast_errs_a_quarter_of_eager(scale: float, own: float | None, small_chunks: None) -> None:
+    case = Case("", "", B=64, C=500, D=128, own=own, options={"scale": scale})
+    tensors = case.tensors(torch.float32)
+    expected = oracle(case, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = evaluate(ak.am_softmax_loss, *tensors, scale=scale)
+        theirs = evaluate(eager, *tensors, scale=scale)
+    assert [each.dtype for each in ours] == [torch.float32] * 3
+    for exact, mine, other in zip(expected, ours, theirs, strict=True):
+        assert relative(mine, exact) <= relative(other, exact) / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_inputs(dtype: torch.dtype, small_chunks: None) -> None:
+    """Only the gradients' own rounding is left: half a unit in the last place."""
+    case = BY_NAME["plain"]
+    loss, dx, dw = evaluate(ak.am_softmax_loss, *case.tensors(dtype))
+    exact = oracle(case, dtype)
+    assert (loss.dtype, dx.dtype, dw.dtype) == (torch.float32, dtype, dtype)
+    assert relative(loss, exact[0]) < FLOAT32
+    half_unit = torch.finfo(dtype).eps / 2
+    assert relative(dx, exact[1]) < half_unit and relative(dw, exact[2]) < half_unit
+
+
+def test_mixed_dtypes_are_promoted() -> None:
+    features, weight, labels, upstream = BY_NAME["plain"].tensors(torch.float32)
+    loss, dx, dw = evaluate(ak.am_softmax_loss, features.bfloat16(), weight, labels, upstream)
+    assert (loss.dtype, dx.dtype, dw.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    tensors = BY_NAME["plain"].tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = evaluate(ak.am_softmax_loss, *tensors)
+    assert max(map(relative, actual, oracle(BY_NAME["plain"], torch.float64))) < FLOAT64
+
+
+@pytest.mark.parametrize("frozen", ["features", "weight", "both", "no_grad"])
+@pytest.mark.parametrize("save_bytes", [None, 0])
+def test_frozen_inputs(frozen: str, save_bytes: int | None, small_chunks: None) -> None:
+    features, weight, labels, upstream = BY_NAME["plain"].tensors()
+    loss, dx, dw = oracle(BY_NAME["plain"], torch.float64)
+    features.requires_grad_(frozen == "weight")
+    weight.requires_grad_(frozen == "features")
+    scale = torch.tensor(30.0, dtype=torch.float64, requires_grad=frozen == "both")
+    with torch.set_grad_enabled(frozen != "no_grad"):
+        out = ak.am_softmax_loss(features, weight, labels, scale=scale, reduction="none", save_bytes=save_bytes)
+    assert relative(out, loss) < FLOAT64
+    assert out.requires_grad == (frozen != "no_grad")
+    if frozen == "no_grad":
+        return
+    out.backward(upstream)
+    for tensor, grad, frozen_as in ((features, dx, "weight"), (weight, dw, "features")):
+        assert (tensor.grad is not None) == (frozen == frozen_as)
+        assert tensor.grad is None or relative(tensor.grad, grad) < FLOAT64
+    if frozen == "both":
+        step = 1e-5
+        moved = [
+            ak.reference.am_softmax_loss(features, weight, labels, scale=30 + sign * step, reduction="none")
+            for sign in (1, -1)
+        ]
+        difference = ((moved[0] - moved[1]) @ upstream) / (2 * step)
+        assert scale.grad is not None and torch.isclose(scale.grad, difference, rtol=1e-7)
+
+
+def test_backward_twice_with_retain_graph(small_chunks: None) -> None:
+    features, weight, labels, upstream = BY_NAME["plain"].tensors()
+    x, w = features.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = ak.am_softmax_loss(x, w, labels, reduction="none")
+    first = torch.autograd.grad(out, (x, w), upstream, retain_graph=True)
+    second = torch.autograd.grad(out, (x, w), upstream)
+    assert all(map(torch.equal, first, second))
+
+
+def test_double_backward_is_an_error() -> None:
+    features, weight, labels, _ = BY_NAME["plain"].tensors()
+    x = features.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(ak.am_softmax_loss(x, weight, labels), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_the_reference_differentiates_twice() -> None:
+    features, weight, labels, _ = Case("", "", B=4, C=6, D=3).tensors()
+    inputs = (features.clone().requires_grad_(), weight.clone().requires_grad_())
+    assert torch.autograd.gradgradcheck(lambda x, w: ak.reference.am_softmax_loss(x, w, labels, scale=4.0), inputs)
+
+
+def test_the_callers_tensors_are_never_changed(small_chunks: None) -> None:
+    tensors = BY_NAME["plain"].tensors()
+    tensors[2][3] = -100
+    before = [each.clone() for each in tensors]
+    for options in ({}, {"scale": 100.0}, {"normalize_features": False}):
+        evaluate(ak.am_softmax_loss, *tensors, **options)
+    assert all(map(torch.equal, tensors, before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_same_inputs_same_bits(dtype: torch.dtype, small_chunks: None) -> None:
+    tensors = BY_NAME["wide"].tensors(dtype)
+    first = evaluate(ak.am_softmax_loss, *tensors)
+    for _ in range(5):
+        assert all(map(torch.equal, first, evaluate(ak.am_softmax_loss, *tensors)))
+
+
+def test_same_bits_at_any_thread_count() -> None:
+    """As far as PyTorch's own product is stable: the chunks must not depend on the number of threads."""
+    tensors = Case("", "", B=64, C=5000, D=64).tensors(torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            product = tensors[1] @ tensors[0].T
+            results.append((product, evaluate(ak.am_softmax_loss, *tensors)))
+    finally:
+        torch.set_num_threads(threads)
+    if not torch.equal(results[0][0], results[1][0]):
+        pytest.skip("torch.mm itself gives other bits with other threads here")
+    assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
+def test_running_sums_do_not_lose_the_target() -> None:
+    """With s = 64 and cos = 0.99 the target is e^63 times the negatives' sum: subtracting it would leave nothing."""
+    case = Case("", "", B=16, C=200, D=64, own=0.99, options={"scale": 64.0})
+    loss, dx, dw = evaluate(ak.am_softmax_loss, *case.tensors(torch.float32), scale=64.0)
+    exact = oracle(case, torch.float32)
+    assert exact[0].max() < 1e-5 and loss.min() > 0
+    assert max(map(relative, (loss, dx, dw), exact)) < 2e-5 and math.isfinite(dw.sum().item())

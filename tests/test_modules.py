@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import amsoftmax_kernels as ak
+
+from .cases import relative
+
+
+def test_it_trains_and_equals_the_function() -> None:
+    torch.manual_seed(0)
+    backbone, head = nn.Linear(20, 16), ak.AMSoftmaxLoss(16, 50, scale=16.0, margin=0.2)
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.2, momentum=0.9)
+    labels = torch.arange(50).repeat(4)
+    inputs = torch.randn(50, 20)[labels] + 0.1 * torch.randn(200, 20)
+    first = head(backbone(inputs), labels)
+    assert torch.equal(first, ak.am_softmax_loss(backbone(inputs), head.weight, labels, scale=16.0, margin=0.2))
+    for _ in range(60):
+        loss = head(backbone(inputs), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < first / 5
+    assert (head.cosine(backbone(inputs)).argmax(1) == labels).float().mean() > 0.95
+
+
+def test_cosine() -> None:
+    head = ak.AMSoftmaxLoss(4, 3)
+    features = torch.randn(5, 4)
+    expected = torch.cosine_similarity(features[:, None], head.weight[None], dim=2)
+    assert relative(head.cosine(features), expected) < 1e-6
+    assert head.cosine(features.bfloat16()).dtype == torch.float32
+
+
+def test_centres_start_isotropic_with_norms_near_one() -> None:
+    torch.manual_seed(0)
+    norms = ak.AMSoftmaxLoss(512, 1000).weight.norm(dim=1)
+    assert abs(norms.mean().item() - 1) < 0.01 and norms.std() < 0.05
+
+
+def test_device_and_dtype_are_passed_on() -> None:
+    head = ak.AMSoftmaxLoss(8, 10, dtype=torch.bfloat16, device="meta")
+    assert head.weight.dtype == torch.bfloat16 and head.weight.device.type == "meta"
+
+
+def test_tensors_are_buffers_and_parameters_are_learned() -> None:
+    margin = torch.linspace(0, 0.4, 10)
+    head = ak.AMSoftmaxLoss(8, 10, scale=nn.Parameter(torch.tensor(30.0)), margin=margin)
+    assert {name for name, _ in head.named_parameters()} == {"weight", "scale"}
+    assert {name for name, _ in head.named_buffers()} == {"margin"}
+    margin.zero_()  # the caller's tensor is not the head's
+    assert head.get_buffer("margin")[-1] == 0.4
+    assert head.double()(torch.randn(2, 8).double(), torch.tensor([1, 2])).dtype == torch.float64
+
+
+def test_it_can_be_copied_pickled_and_saved() -> None:
+    head = ak.AMSoftmaxLoss(8, 10, scale=20.0, margin=0.1, save_bytes=0)
+    features, labels = torch.randn(3, 8), torch.tensor([1, 2, 3])
+    buffer = io.BytesIO()
+    torch.save(head.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = ak.AMSoftmaxLoss(8, 10, scale=20.0, margin=0.1)
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head)), loaded):
+        assert torch.equal(other(features, labels), head(features, labels))
+
+
+def test_repr_says_what_it_is() -> None:
+    text = repr(ak.AMSoftmaxLoss(8, 10, margin=0.4, normalize_features=False))
+    assert text == "AMSoftmaxLoss(embedding_dim=8, num_classes=10, scale=30.0, margin=0.4, normalize_features=False)"
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_reduction(reduction: str) -> None:
+    head = ak.AMSoftmaxLoss(8, 10, reduction=reduction)
+    rows = head(torch.randn(3, 8), torch.tensor([1, 2, 3]))
+    assert rows.shape == ((3,) if reduction == "none" else ())

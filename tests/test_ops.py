@@ -1,0 +1,128 @@
+"""The operators under torch.library's own checks, torch.compile, and more than one thread."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import amsoftmax_kernels as ak
+from amsoftmax_kernels.margins import AnnealedAdditiveMargin
+
+from .cases import CASES, CHUNK, relative
+
+PLAIN = CASES[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "normalize"), [(30.0, True), (100.0, True), (30.0, False)])
+@pytest.mark.parametrize("save_bytes", [1 << 30, 0, CHUNK * PLAIN.B * 8])
+def test_opcheck(dtype: torch.dtype, scale: float, normalize: bool, save_bytes: int, small_chunks: None) -> None:
+    features, weight, labels, upstream = PLAIN.tensors(dtype)
+    labels[0] = -1
+    shard = (features, weight, labels, torch.tensor(scale, dtype=torch.float64), normalize, dtype)
+    ops = torch.ops.amsoftmax_kernels
+    z, shift, _cosine, _norm, kept, kept_shift = ops.chunked_forward(*shard, save_bytes)
+    torch.library.opcheck(ops.chunked_forward, (*shard, save_bytes))
+    grads = (upstream.to(z.dtype) / z, upstream.to(z.dtype), upstream.to(z.dtype))
+    for needs in itertools.product((True, False), repeat=3):
+        torch.library.opcheck(
+            ops.chunked_backward,
+            (*shard, shift, kept, kept_shift, *grads, *needs),
+            test_utils="test_faketensor" if sum(needs) == 1 else ("test_schema", "test_faketensor"),
+        )
+    torch.library.opcheck(ops.chunked_backward, (*shard, shift, kept, kept_shift, *grads, True, True, True))
+
+
+def test_opcheck_labels() -> None:
+    torch.library.opcheck(torch.ops.amsoftmax_kernels.canonical_labels, (torch.tensor([3, -100, 0]), 5, -100))
+
+
+def compiled(module: nn.Module, dynamic: bool | None = None) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+
+
+def learnt(head: nn.Module, features: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    x = features.detach().requires_grad_()
+    loss = head(x, labels)
+    parameters = [each for each in head.parameters() if each.requires_grad]
+    return (loss.detach(), *torch.autograd.grad(loss, (x, *parameters)))
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalize_features": False},
+        {"scale": 100.0, "reduction": "sum"},
+        {"scale": nn.Parameter(torch.tensor(30.0))},
+        {"margin": AnnealedAdditiveMargin()},
+        {"save_bytes": 0},
+    ],
+    ids=["plain", "no-fn", "s100", "learned-scale", "annealed", "recomputed"],
+)
+def test_compile_takes_the_whole_module(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
+    head = ak.AMSoftmaxLoss(PLAIN.D, PLAIN.C, backend=backend, dtype=dtype, **options)
+    features, _, labels, _ = PLAIN.tensors(dtype)
+    expected = learnt(head, features, labels)
+    actual = learnt(compiled(head), features, labels)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_compile_with_autocast_and_changing_batches() -> None:
+    head = ak.AMSoftmaxLoss(PLAIN.D, PLAIN.C)
+    features, _, labels, _ = PLAIN.tensors(torch.float32)
+    module = compiled(head, dynamic=True)
+    for rows in (24, 17, 9):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = learnt(head, features[:rows], labels[:rows])
+            actual = learnt(module, features[:rows], labels[:rows])
+        assert max(map(relative, actual, expected)) < 1e-6
+
+
+def test_compile_still_refuses_bad_labels() -> None:
+    head = ak.AMSoftmaxLoss(PLAIN.D, PLAIN.C)
+    features, _, labels, _ = PLAIN.tensors(torch.float32)
+    module = compiled(head)
+    module(features, labels)
+    labels[5] = PLAIN.C
+    with pytest.raises(ValueError, match=r"labels\[5\]"):
+        module(features, labels)
+
+
+def test_inductor(tmp_path: Any) -> None:
+    """With the default compiler backend too, where there is a C++ compiler."""
+    head = nn.Sequential(nn.Linear(PLAIN.D, PLAIN.D))
+    loss = ak.AMSoftmaxLoss(PLAIN.D, PLAIN.C)
+    features, _, labels, _ = PLAIN.tensors(torch.float32)
+
+    def step(x: Tensor) -> Tensor:
+        out: Tensor = loss(head(x), labels)
+        return out
+
+    torch._dynamo.reset()
+    try:
+        value = torch.compile(step, fullgraph=True)(features)
+    except torch._inductor.exc.InductorError as error:
+        pytest.skip(f"no working C++ compiler: {type(error).__name__}")
+    value.backward()
+    assert relative(value.detach(), step(features).detach()) < 1e-6 and loss.weight.grad is not None
+
+
+def test_threads_do_not_disturb_each_other(small_chunks: None) -> None:
+    inputs = [PLAIN.tensors(torch.float32, seed=seed)[:3] for seed in range(8)]
+
+    def run(tensors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x = tensors[0].detach().requires_grad_()
+        return torch.autograd.grad(ak.am_softmax_loss(x, *tensors[1:]), x)[0]
+
+    expected = [run(each) for each in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(run, inputs * 4), expected * 4))
