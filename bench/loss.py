@@ -1,0 +1,213 @@
+"""`python -m bench loss`: a step of the loss, forward and backward, beside its peers and the floor, over numbers of classes.
+
+The floor is 6·B·C·D flops, the three products no method can avoid, at the best rate that torch.mm reaches here; beside
+it stands the floor at the best rate of any product PyTorch carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine, measure
+from .peers import PEERS, Peer, problem, step
+
+CLASSES = [1_000, 10_000, 100_000, 1_000_000]
+QUICK_CLASSES = [1_000, 10_000, 100_000]
+BATCH, DIM = 256, 512
+# Beside the sweep: a small problem, and a large one that is to fit in little memory.
+CASES = [(64, 128, 1_000), (512, 512, 1_000_000)]
+SLOWEST_STEP = 30.0  # seconds; a peer that would take longer is left out
+TOLERANCE = 1e-4  # relative, of losses that should agree
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m bench loss`."""
+    parser.add_argument("--out", type=Path, default=Path("out/loss"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="fewer classes, rounds and peers: under a minute")
+    parser.add_argument("--batch", type=int, default=BATCH, metavar="B", help="default: %(default)s")
+    parser.add_argument("--dim", type=int, default=DIM, metavar="D", help="default: %(default)s")
+    parser.add_argument("--classes", type=int, nargs="+", metavar="C", help="numbers of classes")
+    parser.add_argument("--only", nargs="+", metavar="PEER", choices=[peer.name for peer in PEERS], help="peers to time")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: PyTorch's")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and write; 1 if a peer that should give our loss gives another."""
+    for name in ("batch", "dim", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise SystemExit(f"--{name} must be at least 1, but it is {getattr(args, name)}")
+    if args.classes and min(args.classes) < 1:
+        raise SystemExit(f"--classes must be at least 1, but one is {min(args.classes)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: PyTorch finds no GPU here")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    shapes = [(args.batch, args.dim, C) for C in sorted(args.classes or (QUICK_CLASSES if args.quick else CLASSES))]
+    if not (args.quick or args.classes):
+        shapes += CASES
+    peers = [peer for peer in PEERS if peer.name in args.only] if args.only else PEERS
+    budget = 4.0 if args.quick else 20.0
+
+    rows: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"machine": machine.describe(device), "dtype": "float32", "results": rows}
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(f"{report['machine']['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32\n")
+    print(_row("B", "D", "C", "", "ms", "× eager", "of mm floor", "of floor", "peak MB"))
+    for B, D, C in shapes:
+        new = _shape_rows(B, D, C, peers, rows, device, budget)
+        rows += new
+        for row in new:
+            print(_printed(row), flush=True)
+        print(flush=True)
+        _write(args.out / "loss.json", report)
+    print(
+        "× eager: times as fast as eager PyTorch. of mm floor: the step's time over the products' at the best rate of\n"
+        "torch.mm; of floor: at the best rate of any product. peak MB: above inputs and gradients, in a fresh process."
+    )
+    _plot(args.out / "loss.png", report)
+    print(f"\nwritten to {args.out}: loss.json, loss.png")
+    wrong = [row for row in rows if row.get("disagrees")]
+    return 1 if wrong else 0
+
+
+def _shape_rows(
+    B: int, D: int, C: int, peers: list[Peer], earlier: list[dict[str, Any]], device: torch.device, budget: float
+) -> list[dict[str, Any]]:
+    """Every peer's result at one shape."""
+    shape = {"B": B, "D": D, "C": C}
+    print(f"  timing {shape} ...", end="\r", file=sys.stderr, flush=True)
+    rates = measure.product_rates(B, D, device)
+    flops = 6 * B * D * C
+    rows: list[dict[str, Any]] = [
+        {**shape, "peer": peer.name, "skipped": skip_reason(peer, B, D, C, earlier)} for peer in peers
+    ]
+    times, losses = _time(rows, problem(B, D, C, device), device, budget)
+    eager = times.get("eager PyTorch")
+    expected = losses.get("eager PyTorch", losses.get("ours", math.nan))
+    for peer, row in zip(peers, rows, strict=True):
+        if peer.name not in times:
+            continue
+        taken = times[peer.name]
+        row.update(taken.as_json())
+        row["loss"] = losses[peer.name]
+        row["times_as_fast_as_eager"] = eager.median / taken.median if eager else None
+        row["of_mm_floor"] = taken.median / (flops / rates["torch.mm"])
+        row["of_floor"] = taken.median / (flops / rates["any"])
+        if peer.margin and abs(losses[peer.name] - expected) > TOLERANCE * abs(expected):
+            row["disagrees"] = f"loss {losses[peer.name]:.6g}, expected {expected:.6g}"
+    for row in rows:
+        row["rates"] = rates
+        if not row["skipped"]:
+            print(f"  memory of {row['peer']} at {shape} ...   ", end="\r", file=sys.stderr, flush=True)
+            row["peak_bytes"] = measure.peak_memory(row["peer"], B, D, C, device)
+    print(" " * 78, end="\r", file=sys.stderr, flush=True)
+    return rows
+
+
+def _time(
+    rows: list[dict[str, Any]], tensors: tuple[torch.Tensor, ...], device: torch.device, budget: float
+) -> tuple[dict[str, measure.Times], dict[str, float]]:
+    """Times and losses of the peers that are not left out; each row gets its first step's seconds, or why it failed."""
+    functions: dict[str, Callable[[], Any]] = {}
+    losses: dict[str, float] = {}
+    for row in rows:
+        if row["skipped"]:
+            continue
+        function = functools.partial(step, _peer(row["peer"]).make(), *tensors)
+        start = time.perf_counter()
+        try:
+            losses[row["peer"]] = function().item()
+        except Exception as error:  # whatever a peer's library raises must not end the others' run
+            row["skipped"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            continue
+        row["first_s"] = time.perf_counter() - start
+        functions[row["peer"]] = function
+    return measure.interleaved(functions, device, budget), losses
+
+
+def _peer(name: str) -> Peer:
+    return next(peer for peer in PEERS if peer.name == name)
+
+
+def skip_reason(peer: Peer, B: int, D: int, C: int, earlier: list[dict[str, Any]]) -> str | None:
+    """Why a peer is not run at this shape: it is not here, or would need more memory or time than there is."""
+    missing = peer.unavailable()
+    if missing:
+        return missing
+    needed, available = 4 * (3 * C * D + 3 * B * D) + peer.memory(B, D, C), machine.available_bytes()
+    if available is not None and needed > 0.85 * available:
+        return f"needs about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} are free"
+    before = [row for row in earlier if row["peer"] == peer.name and "median_s" in row]
+    if before:
+        last = max(before, key=lambda row: row["B"] * row["C"] * row["D"])
+        expected = last["median_s"] * B * D * C / (last["B"] * last["D"] * last["C"])
+        if expected > SLOWEST_STEP:
+            return f"would take about {expected:.0f} s a step"
+    return None
+
+
+def _printed(row: dict[str, Any]) -> str:
+    first = (row["B"], row["D"], f"{row['C']:,}", row["peer"])
+    if row["skipped"]:
+        return _row(*first, "") + f"  {row['skipped']}"
+    eager, peak = row["times_as_fast_as_eager"], row["peak_bytes"]
+    numbers = (
+        f"{row['median_s'] * 1e3:.2f}",
+        f"{eager:.2f}" if eager else "",
+        f"{row['of_mm_floor']:.2f}",
+        f"{row['of_floor']:.2f}",
+        f"{peak['above_inputs_and_gradients'] / 1e6:.0f}" if peak else "",
+    )
+    note = "  WRONG: " + row["disagrees"] if row.get("disagrees") else ""
+    return _row(*first, *numbers) + note + ("" if _peer(row["peer"]).margin else "  (no margin)")
+
+
+def _row(B: Any, D: Any, C: Any, peer: str, *numbers: str) -> str:
+    return f"{B!s:>5} {D!s:>4} {C!s:>10}  {peer:<21}" + "".join(f"{number:>12}" for number in numbers)
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _plot(path: Path, report: dict[str, Any]) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sweep = report["results"][0]["B"], report["results"][0]["D"]
+    rows = [row for row in report["results"] if (row["B"], row["D"]) == sweep and "median_s" in row]
+    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+    for name in dict.fromkeys(row["peer"] for row in rows):
+        mine = [row for row in rows if row["peer"] == name]
+        axes.plot([row["C"] for row in mine], [row["median_s"] * 1e3 for row in mine], marker="o", label=name)
+    for rate, style in (("torch.mm", "--"), ("any", ":")):
+        points = {row["C"]: 6 * row["B"] * row["D"] * row["C"] / row["rates"][rate] * 1e3 for row in rows}
+        label = "floor, fastest torch.mm" if rate == "torch.mm" else "floor, fastest product"
+        axes.plot(list(points), list(points.values()), style, color="black", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="classes C", ylabel="forward and backward, ms")
+    axes.set_title(f"AM-Softmax loss, B = {sweep[0]}, D = {sweep[1]}, float32\n{report['machine']['cpu']}, "
+                   f"{report['machine']['threads']} threads, torch {report['machine']['torch']}")  # fmt: skip
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
