@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from bench import machine
 from bench.face_training import LOSSES
 
 if TYPE_CHECKING:
@@ -53,25 +50,11 @@ def _deviation(values: NDArray[np.float64]) -> float | None:
     return float(values.std(ddof=1)) if values.size > 1 else None
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def report_of(results: list[dict[str, Any]], num_runs: int, settings: dict[str, Any]) -> dict[str, Any]:
     """The contents of faces.json."""
     return {
         "complete": len(results) == num_runs,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "cpu": _cpu_name(),
+        "machine": machine.describe(),
         "settings": settings,
         "summary": [{k: v for k, v in row.items() if k != "tar"} for row in summarize(results)],
         "results": [{k: v for k, v in result.items() if k != "roc"} for result in results],

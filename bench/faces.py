@@ -31,7 +31,7 @@ from bench import face_data, face_report, face_training, verification
 MARGINS = (0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
 TRAIN_SHARE = 0.625  # 25 of the 40 ORL people
 FULL_SEEDS, QUICK_SEEDS = 8, 3
-QUICK_STEPS = 120
+QUICK_STEPS = 150
 Report = Callable[[int, int], None]  # index of the run, steps done
 
 

@@ -101,7 +101,7 @@ class _Shard:
     ) -> _Shard:
         dtype = accumulate_dtype(compute_dtype)
         half = compute_dtype != dtype and features.device.type != "cpu"
-        x = features.to(dtype).masked_fill((labels < 0)[:, None], 0)
+        x = features.to(dtype, copy=True).masked_fill_((labels < 0)[:, None], 0)
         norm, inverse_norm = _row_norms(x)
         if normalize:
             x *= inverse_norm[:, None]
@@ -205,7 +205,7 @@ def _backward(
         x = shard.x.to(shard.operand_dtype)
         x_factored = (shard.x * (row_factor * s)[:, None]).to(shard.panel_dtype)  # a∘x̂, times the logits' scale
         x_factored_T = x_factored.T.contiguous()
-        target_rows = pair.grad_weight_rows(grad_cosine).to(shard.dtype)
+        target_rows = pair.grad_weight(grad_cosine).to(shard.dtype) if need_weight else weight.new_empty(0)
 
         rows = shard.x.new_zeros(B, D)  # Eᵀŵ
         grad_weight = advise_huge_pages(weight.new_empty(weight.shape if need_weight else 0))
@@ -243,25 +243,27 @@ def _backward(
         grad_features = features.new_empty(0)
         grad_scale = scale.new_zeros(() if need_scale else 0)
         if need_rows:
-            rows64 = rows.double() * row_factor[:, None]
+            rows64 = rows.double()
+            row_coefficient = row_factor.double() * s
+            x_coefficient = grad_norm.double()
             if normalize_features:
-                along = torch.linalg.vecdot(rows64, pair.x)
+                along = pair.x_inverse * (pair.x * rows64).sum(1)  # x̂·(Eᵀŵ)
                 if need_scale:
-                    grad_scale = along.sum().to(scale.device, scale.dtype)
-                rows64 = (rows64 - along[:, None] * pair.x) * (pair.x_inverse * s)[:, None]
+                    grad_scale = (row_factor * along).sum().to(scale.device, scale.dtype)
+                row_coefficient = row_coefficient * pair.x_inverse
+                x_coefficient = x_coefficient - row_coefficient * along
             if need_features:
-                rows64 += pair.grad_features_rows(grad_cosine) + pair.x * grad_norm[:, None]
-                grad_features = rows64.masked_fill_((labels < 0)[:, None], 0).to(features.dtype)
+                grad_features = pair.grad_features(grad_cosine, rows64, row_coefficient, x_coefficient).to(features.dtype)
         return grad_features, grad_weight, grad_scale
 
 
 @dataclass
 class _TargetPair:
-    """Each row's feature and its own centre, normalized in float64: the exact target. Zero where there is no target."""
+    """Each row's feature and its own centre in float64, for an exact target. Zero where there is no target."""
 
-    x: Tensor  # [B, D] x̂
+    x: Tensor  # [B, D]
     x_inverse: Tensor  # [B] 1/‖x‖
-    w: Tensor  # [B, D] ŵ_y
+    w: Tensor  # [B, D] w_y
     w_inverse: Tensor  # [B] 1/‖w_y‖
     cosine: Tensor  # [B] t
     present: Tensor  # [B] bool
@@ -269,23 +271,27 @@ class _TargetPair:
     @classmethod
     def of(cls, features: Tensor, weight: Tensor, labels: Tensor) -> _TargetPair:
         present = (labels >= 0) & (labels < weight.shape[0])
-        x = features.double().masked_fill((labels < 0)[:, None], 0)
+        x = features.to(torch.float64, copy=True).masked_fill_((labels < 0)[:, None], 0)
         w = weight.index_select(0, labels.clamp(0, weight.shape[0] - 1)).double().masked_fill_(~present[:, None], 0)
         x_inverse, w_inverse = _row_norms(x)[1], _row_norms(w)[1]
-        x *= x_inverse[:, None]
-        w *= w_inverse[:, None]
-        cosine = torch.linalg.vecdot(x, w).masked_fill_(~present, 0)
+        # A row with no target has a cosine of 0 even if it holds a NaN.
+        cosine = ((x * w).sum(1) * (x_inverse * w_inverse)).masked_fill_(~present, 0)
         return cls(x, x_inverse, w, w_inverse, cosine, present)
 
-    def grad_features_rows(self, grad_cosine: Tensor) -> Tensor:
-        """∂t/∂x times the gradient of t: ``[B, D]``."""
-        return (self.w - self.cosine[:, None] * self.x) * (self._mask(grad_cosine) * self.x_inverse)[:, None]
+    def grad_features(self, grad_cosine: Tensor, rows: Tensor, row_coefficient: Tensor, x_coefficient: Tensor) -> Tensor:
+        """``rows`` and x̂ by their coefficients, plus ∂t/∂x = (ŵ − t x̂)/‖x‖ by the gradient of t: ``[B, D]``, in ``rows``."""
+        g = self._of_targets(grad_cosine) * self.x_inverse
+        rows *= row_coefficient[:, None]
+        rows.addcmul_(self.w, (g * self.w_inverse)[:, None])
+        return rows.addcmul_(self.x, ((x_coefficient - g * self.cosine) * self.x_inverse)[:, None])
 
-    def grad_weight_rows(self, grad_cosine: Tensor) -> Tensor:
-        """∂t/∂w_y times the gradient of t: ``[B, D]``."""
-        return (self.x - self.cosine[:, None] * self.w) * (self._mask(grad_cosine) * self.w_inverse)[:, None]
+    def grad_weight(self, grad_cosine: Tensor) -> Tensor:
+        """∂t/∂w_y = (x̂ − t ŵ_y)/‖w_y‖ times the gradient of t: ``[B, D]``."""
+        g = self._of_targets(grad_cosine) * self.w_inverse
+        rows = self.x * (g * self.x_inverse)[:, None]
+        return rows.addcmul_(self.w, (g * self.cosine * self.w_inverse)[:, None], value=-1)
 
-    def _mask(self, grad_cosine: Tensor) -> Tensor:
+    def _of_targets(self, grad_cosine: Tensor) -> Tensor:
         return grad_cosine.double().masked_fill(~self.present, 0)
 
 
