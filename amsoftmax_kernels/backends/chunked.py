@@ -86,9 +86,8 @@ class _Shard:
     weight: Tensor  # [C, D] as given
     x: Tensor  # [B, D] accumulate dtype: x̂, or x without normalize_features; zero where the row is ignored
     norm: Tensor  # [B]
-    inverse_norm: Tensor  # [B]
     labels: Tensor  # [B]
-    logit_scale: float | Tensor  # s·log2(e), or log2(e)
+    scale: float | Tensor  # s, or 1 without normalize_features
     dtype: torch.dtype  # accumulate dtype
     operand_dtype: torch.dtype  # of the cosines' product
     panel_dtype: torch.dtype  # of E
@@ -112,7 +111,7 @@ class _Shard:
         if normalize:
             s = scale.item() if known else scale.to(dtype)
         return cls(
-            weight, x, norm, inverse_norm, labels, s * _LOG2E, dtype,
+            weight, x, norm, labels, s, dtype,
             operand_dtype=compute_dtype if half else dtype,
             panel_dtype=_panel_dtype(compute_dtype, features.device),
             bounded=bounded,
@@ -131,8 +130,8 @@ class _Shard:
         """log2(e) times a chunk's logits, ``[chunk, B]``, for ``x`` in the operand dtype."""
         panel = product_nt(operand, x)
         if self.operand_dtype == self.dtype:
-            return panel.mul_((inverse * self.logit_scale)[:, None])
-        return panel.mul_(self.logit_scale)
+            return panel.mul_((inverse * (self.scale * _LOG2E))[:, None])
+        return panel.mul_(self.scale * _LOG2E)
 
 
 def _forward(
@@ -201,9 +200,8 @@ def _backward(
         pair = _TargetPair.of(features, weight, labels)
         need_rows = need_features or (need_scale and normalize_features)
         B, D, C = *features.shape, weight.shape[0]
-        s = scale.to(features.device, shard.dtype) if normalize_features else 1.0
         x = shard.x.to(shard.operand_dtype)
-        x_factored = (shard.x * (row_factor * s)[:, None]).to(shard.panel_dtype)  # a∘x̂, times the logits' scale
+        x_factored = (shard.x * (row_factor * shard.scale)[:, None]).to(shard.panel_dtype)  # a∘x̂, times the logits' scale
         x_factored_T = x_factored.T.contiguous()
         target_rows = pair.grad_weight(grad_cosine).to(shard.dtype) if need_weight else weight.new_empty(0)
 
@@ -211,11 +209,11 @@ def _backward(
         grad_weight = advise_huge_pages(weight.new_empty(weight.shape if need_weight else 0))
         if B == 0:
             grad_weight.zero_()
-        # Allocated once: a temporary of this size would be new memory from the system in every chunk.
-        scratch = shard.x.new_empty(min(shard.chunk, C) if need_weight else 0, D)
+        in_place = grad_weight.dtype == shard.dtype
+        # Allocated once, if at all: a temporary of this size would be new memory from the system in every chunk.
+        buffer = shard.x.new_empty(0 if in_place or not need_weight else min(shard.chunk, C), D)
         for start in range(0, C if B and (need_rows or need_weight) else 0, shard.chunk):
             w, inverse, operand = shard.operands(start)
-            terms = None
             if start < kept.shape[0]:
                 terms = kept[start : start + shard.chunk]
                 if not shard.bounded:
@@ -233,18 +231,19 @@ def _backward(
                 grad = product_nt(terms, x_factored_T)  # dŵ, over ‖w‖ but for half precision
                 if half:
                     grad *= inverse[:, None]
-                along = torch.mul(grad, w, out=scratch[: len(grad)]).sum(1) * inverse.square()
                 target = grad_weight[start : start + shard.chunk]
-                grad = torch.addcmul(grad, w, along[:, None], value=-1, out=target if target.dtype == grad.dtype else grad)
-                targets.add_(grad, start, target_rows)
-                if target.dtype != grad.dtype:
-                    target.copy_(grad)
+                out = target if in_place else buffer[: len(grad)]
+                along = torch.mul(grad, w, out=out).sum(1) * inverse.square()
+                torch.addcmul(grad, w, along[:, None], value=-1, out=out)
+                targets.add_(out, start, target_rows)
+                if not in_place:
+                    target.copy_(out)
 
         grad_features = features.new_empty(0)
         grad_scale = scale.new_zeros(() if need_scale else 0)
         if need_rows:
             rows64 = rows.double()
-            row_coefficient = row_factor.double() * s
+            row_coefficient = row_factor.double() * shard.scale
             x_coefficient = grad_norm.double()
             if normalize_features:
                 along = pair.x_inverse * (pair.x * rows64).sum(1)  # x̂·(Eᵀŵ)
