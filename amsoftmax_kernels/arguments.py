@@ -145,6 +145,10 @@ def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Ten
 
 def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     labels64 = labels.to(torch.int64, copy=True)
+    if labels.device.type == "cpu" and labels.numel() and not 0 <= ignore_index < num_classes:
+        smallest, largest = torch.aminmax(labels64)
+        if smallest.item() >= 0 and largest.item() < num_classes:
+            return labels64  # as nearly always
     ignored = labels64 == ignore_index
     invalid = ((labels64 < 0) | (labels64 >= num_classes)) & ~ignored
     if labels.device.type == "cpu" and bool(invalid.any()):

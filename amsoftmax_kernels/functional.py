@@ -88,10 +88,11 @@ def _loss_rows(
     save_bytes: int | None,
     backend: str,
 ) -> Tensor:
+    s: float | Tensor = scale
     if not isinstance(scale, Tensor):
         scale = torch.tensor(scale, dtype=torch.float64)  # 0-d on the CPU: read without synchronizing
     elif scale.requires_grad:
-        scale = scale.to(features.device)
+        s = scale = scale.to(features.device)
     differentiated = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad or scale.requires_grad)
     if not differentiated:
         save_bytes = 0
@@ -105,7 +106,7 @@ def _loss_rows(
         cosine = torch.where(labels < num_classes, cosine, math.nan)
     with torch.autocast(features.device.type, enabled=False):
         psi = target_psi(margin, cosine, labels.clamp(0, num_classes - 1), norm)
-        u = psi * (scale.to(psi.dtype) if normalize_features else norm)
+        u = psi * (s if normalize_features else norm)
         # Above 40, log(1 + e^v) is v to the last bit of a float64.
         return softplus(log_z - u, threshold=40)
 

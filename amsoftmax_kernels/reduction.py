@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
 def reduce_rows(rows: Tensor, labels: Tensor, reduction: str) -> Tensor:
     """Mean (over the rows not ignored; 0 if there is none), sum, or ``[B]`` rows with 0 where ``labels`` is -1."""
-    kept = labels >= 0
-    rows = torch.where(kept, rows, torch.zeros_like(rows))
+    ignored = labels < 0
+    rows = rows.masked_fill(ignored, 0)
     if reduction == "none":
         return rows
     if reduction == "sum":
         return rows.sum()
-    return rows.sum() / kept.sum().clamp(min=1)
+    return rows.sum() / (len(labels) - ignored.sum()).clamp(min=1)

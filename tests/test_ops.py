@@ -26,16 +26,16 @@ def test_opcheck(dtype: torch.dtype, scale: float, normalize: bool, save_bytes: 
     labels[0] = -1
     shard = (features, weight, labels, torch.tensor(scale, dtype=torch.float64), normalize, dtype)
     ops = torch.ops.amsoftmax_kernels
-    z, shift, _cosine, _norm, kept, kept_shift = ops.chunked_forward(*shard, save_bytes)
+    z, shift, _cosine, _norm, inverse_norm, kept, kept_shift = ops.chunked_forward(*shard, save_bytes)
     torch.library.opcheck(ops.chunked_forward, (*shard, save_bytes))
     grads = (upstream.to(z.dtype) / z, upstream.to(z.dtype), upstream.to(z.dtype))
     for needs in itertools.product((True, False), repeat=3):
         torch.library.opcheck(
             ops.chunked_backward,
-            (*shard, shift, kept, kept_shift, *grads, *needs),
+            (*shard, shift, inverse_norm, kept, kept_shift, *grads, *needs),
             test_utils="test_faketensor" if sum(needs) == 1 else ("test_schema", "test_faketensor"),
         )
-    torch.library.opcheck(ops.chunked_backward, (*shard, shift, kept, kept_shift, *grads, True, True, True))
+    torch.library.opcheck(ops.chunked_backward, (*shard, shift, inverse_norm, kept, kept_shift, *grads, True, True, True))
 
 
 def test_opcheck_labels() -> None:

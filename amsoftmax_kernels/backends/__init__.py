@@ -25,6 +25,7 @@ class Forward(NamedTuple):
     shift: Tensor  # [B] the largest log2(e)·logit, taken off; 0 where logits are bounded
     cosine: Tensor  # [B] t, exact; 0 for a row whose label is not in this shard
     norm: Tensor  # [B] ‖x‖; 1 for an ignored row
+    inverse_norm: Tensor  # [C] 1/‖w‖, 0 for a zero row
     kept: Tensor  # [K, B] the terms of z for the first K classes
     kept_shift: Tensor  # [chunks, B] the shift of each chunk of them, when it was kept
 

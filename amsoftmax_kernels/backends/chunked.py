@@ -12,11 +12,13 @@ half-precision product with a float32 result, and cosines rounded to bfloat16 co
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from ..arguments import accumulate_dtype
 from ..operators import register
@@ -74,7 +76,7 @@ def backward(
     op = torch.ops.amsoftmax_kernels.chunked_backward
     grads: tuple[Tensor, Tensor, Tensor] = op(
         features, weight, labels, scale, normalize_features, compute_dtype,
-        saved.shift, saved.kept, saved.kept_shift, row_factor, grad_cosine, grad_norm, *needs,
+        saved.shift, saved.inverse_norm, saved.kept, saved.kept_shift, row_factor, grad_cosine, grad_norm, *needs,
     )  # fmt: skip
     return grads
 
@@ -85,8 +87,6 @@ class _Shard:
 
     weight: Tensor  # [C, D] as given
     x: Tensor  # [B, D] accumulate dtype: x̂, or x without normalize_features; zero where the row is ignored
-    norm: Tensor  # [B]
-    labels: Tensor  # [B]
     scale: float | Tensor  # s, or 1 without normalize_features
     dtype: torch.dtype  # accumulate dtype
     operand_dtype: torch.dtype  # of the cosines' product
@@ -95,36 +95,32 @@ class _Shard:
     chunk: int  # classes a chunk
 
     @classmethod
-    def of(
-        cls, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, normalize: bool, compute_dtype: torch.dtype
-    ) -> _Shard:
-        dtype = accumulate_dtype(compute_dtype)
-        half = compute_dtype != dtype and features.device.type != "cpu"
-        x = features.to(dtype, copy=True).masked_fill_((labels < 0)[:, None], 0)
-        norm, inverse_norm = _row_norms(x)
-        if normalize:
-            x *= inverse_norm[:, None]
+    def of(cls, pair: _TargetPair, weight: Tensor, scale: Tensor, normalize: bool, compute_dtype: torch.dtype) -> _Shard:
+        dtype, device = accumulate_dtype(compute_dtype), weight.device
+        half = compute_dtype != dtype and device.type != "cpu"
         # The value of a scale on a GPU is not read: it may be large.
         known = scale.device.type == "cpu"
-        bounded = normalize and known and scale.item() <= BOUNDED_SCALE
         s: float | Tensor = 1.0
         if normalize:
             s = scale.item() if known else scale.to(dtype)
+        x = pair.x * pair.x_inverse[:, None] if normalize else pair.x
         return cls(
-            weight, x, norm, labels, s, dtype,
+            weight, x.to(dtype), s, dtype,
             operand_dtype=compute_dtype if half else dtype,
-            panel_dtype=_panel_dtype(compute_dtype, features.device),
-            bounded=bounded,
-            chunk=_chunk_size(features.shape[0], features.shape[1], features.device),
+            panel_dtype=_panel_dtype(compute_dtype, device),
+            bounded=normalize and known and scale.item() <= BOUNDED_SCALE,
+            chunk=_chunk_size(x.shape[0], x.shape[1], device),
         )  # fmt: skip
 
-    def operands(self, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A chunk's centres in the accumulate dtype, their inverse norms, and the operand that stands for them."""
-        w = self.weight[start : start + self.chunk].to(self.dtype)
-        inverse = _row_norms(w)[1]
+    def centres(self, start: int) -> Tensor:
+        """A chunk's centres in the accumulate dtype, ``[chunk, D]``."""
+        return self.weight[start : start + self.chunk].to(self.dtype)
+
+    def operand(self, w: Tensor, inverse: Tensor) -> Tensor:
+        """What stands for a chunk's centres in the products."""
         if self.operand_dtype == self.dtype:
-            return w, inverse, w  # the inverse norm is multiplied into the panel, which is smaller
-        return w, inverse, (w * inverse[:, None]).to(self.operand_dtype)
+            return w  # the inverse norm is multiplied into the panel, which is smaller
+        return (w * inverse[:, None]).to(self.operand_dtype)
 
     def logits(self, operand: Tensor, inverse: Tensor, x: Tensor) -> Tensor:
         """log2(e) times a chunk's logits, ``[chunk, B]``, for ``x`` in the operand dtype."""
@@ -142,21 +138,25 @@ def _forward(
     normalize_features: bool,
     compute_dtype: torch.dtype,
     save_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     with _no_autocast(features.device):
-        shard = _Shard.of(features, weight, labels, scale, normalize_features, compute_dtype)
+        pair = _TargetPair.of(features, weight, labels)
+        shard = _Shard.of(pair, weight, scale, normalize_features, compute_dtype)
         targets = _Targets(labels, weight.shape[0], shard.chunk)
         B, C = features.shape[0], weight.shape[0]
         K = _kept_classes(B, C, shard.panel_dtype, save_bytes, shard.chunk)
         kept = advise_huge_pages(weight.new_empty(K, B, dtype=shard.panel_dtype))
+        inverse_norm = shard.x.new_empty(C)
         kept_shift = shard.x.new_zeros(-(-kept.shape[0] // shard.chunk), B)
         x = shard.x.to(shard.operand_dtype)
         # Summed over chunks in float64, so that the error does not grow with C.
         z = x.new_zeros(B, dtype=torch.float64)
         shift = shard.x.new_full((B,), 0.0 if shard.bounded else torch.finfo(shard.dtype).min / 4)
         for start in range(0, C if B else 0, shard.chunk):
-            _, inverse, operand = shard.operands(start)
-            panel = shard.logits(operand, inverse, x)
+            w = shard.centres(start)
+            inverse = inverse_norm[start : start + shard.chunk]
+            inverse.copy_(_row_norms(w)[1])
+            panel = shard.logits(shard.operand(w, inverse), inverse, x)
             if not shard.bounded:
                 targets.mask_(panel, start, -math.inf)
                 maximum = torch.maximum(shift, panel.amax(0))
@@ -172,9 +172,8 @@ def _forward(
                 if kept.dtype != panel.dtype:
                     kept[start : start + shard.chunk] = terms
                 kept_shift[start // shard.chunk] = shift
-        cosine = _TargetPair.of(features, weight, labels).cosine.to(shard.dtype)
-        norm = shard.norm.masked_fill(labels < 0, 1)
-        return z.to(shard.dtype), shift, cosine, norm, kept, kept_shift
+        norm = pair.x_norm.to(shard.dtype).masked_fill_(labels < 0, 1)
+        return z.to(shard.dtype), shift, pair.cosine.to(shard.dtype), norm, inverse_norm, kept, kept_shift
 
 
 def _backward(
@@ -185,6 +184,7 @@ def _backward(
     normalize_features: bool,
     compute_dtype: torch.dtype,
     shift: Tensor,
+    inverse_norm: Tensor,
     kept: Tensor,
     kept_shift: Tensor,
     row_factor: Tensor,
@@ -195,14 +195,13 @@ def _backward(
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _no_autocast(features.device):
-        shard = _Shard.of(features, weight, labels, scale, normalize_features, compute_dtype)
-        targets = _Targets(labels, weight.shape[0], shard.chunk)
         pair = _TargetPair.of(features, weight, labels)
+        shard = _Shard.of(pair, weight, scale, normalize_features, compute_dtype)
+        targets = _Targets(labels, weight.shape[0], shard.chunk)
         need_rows = need_features or (need_scale and normalize_features)
         B, D, C = *features.shape, weight.shape[0]
         x = shard.x.to(shard.operand_dtype)
         x_factored = (shard.x * (row_factor * shard.scale)[:, None]).to(shard.panel_dtype)  # a∘x̂, times the logits' scale
-        x_factored_T = x_factored.T.contiguous()
         target_rows = pair.grad_weight(grad_cosine).to(shard.dtype) if need_weight else weight.new_empty(0)
 
         rows = shard.x.new_zeros(B, D)  # Eᵀŵ
@@ -213,7 +212,9 @@ def _backward(
         # Allocated once, if at all: a temporary of this size would be new memory from the system in every chunk.
         buffer = shard.x.new_empty(0 if in_place or not need_weight else min(shard.chunk, C), D)
         for start in range(0, C if B and (need_rows or need_weight) else 0, shard.chunk):
-            w, inverse, operand = shard.operands(start)
+            w = shard.centres(start)
+            inverse = inverse_norm[start : start + shard.chunk]
+            operand = shard.operand(w, inverse)
             if start < kept.shape[0]:
                 terms = kept[start : start + shard.chunk]
                 if not shard.bounded:
@@ -228,7 +229,7 @@ def _backward(
             if need_rows:
                 rows += product_nt(terms.T, operand.to(shard.panel_dtype).T)
             if need_weight:
-                grad = product_nt(terms, x_factored_T)  # dŵ, over ‖w‖ but for half precision
+                grad = product_nt(terms, x_factored.T)  # dŵ, over ‖w‖ but for half precision
                 if half:
                     grad *= inverse[:, None]
                 target = grad_weight[start : start + shard.chunk]
@@ -258,24 +259,26 @@ def _backward(
 
 @dataclass
 class _TargetPair:
-    """Each row's feature and its own centre in float64, for an exact target. Zero where there is no target."""
+    """Each row's feature and its own centre in float64, for an exact target."""
 
-    x: Tensor  # [B, D]
+    x: Tensor  # [B, D], zero where the row is ignored
+    x_norm: Tensor  # [B] ‖x‖
     x_inverse: Tensor  # [B] 1/‖x‖
-    w: Tensor  # [B, D] w_y
+    w: Tensor  # [B, D] w_y; another class's where the target is absent
     w_inverse: Tensor  # [B] 1/‖w_y‖
-    cosine: Tensor  # [B] t
-    present: Tensor  # [B] bool
+    cosine: Tensor  # [B] t, 0 where the target is absent
+    absent: Tensor  # [B] bool: no target in this shard
 
     @classmethod
     def of(cls, features: Tensor, weight: Tensor, labels: Tensor) -> _TargetPair:
-        present = (labels >= 0) & (labels < weight.shape[0])
-        x = features.to(torch.float64, copy=True).masked_fill_((labels < 0)[:, None], 0)
-        w = weight.index_select(0, labels.clamp(0, weight.shape[0] - 1)).double().masked_fill_(~present[:, None], 0)
-        x_inverse, w_inverse = _row_norms(x)[1], _row_norms(w)[1]
-        # A row with no target has a cosine of 0 even if it holds a NaN.
-        cosine = ((x * w).sum(1) * (x_inverse * w_inverse)).masked_fill_(~present, 0)
-        return cls(x, x_inverse, w, w_inverse, cosine, present)
+        ignored = labels < 0
+        absent = ignored | (labels >= weight.shape[0])
+        x = features.to(torch.float64, copy=True).masked_fill_(ignored[:, None], 0)
+        w = weight.index_select(0, labels.clamp(0, weight.shape[0] - 1)).double()
+        x_norm, x_inverse = _row_norms(x)
+        w_inverse = _row_norms(w)[1]
+        cosine = ((x * w).sum(1) * (x_inverse * w_inverse)).masked_fill_(absent, 0)
+        return cls(x, x_norm, x_inverse, w, w_inverse, cosine, absent)
 
     def grad_features(self, grad_cosine: Tensor, rows: Tensor, row_coefficient: Tensor, x_coefficient: Tensor) -> Tensor:
         """``rows`` and x̂ by their coefficients, plus ∂t/∂x = (ŵ − t x̂)/‖x‖ by the gradient of t: ``[B, D]``, in ``rows``."""
@@ -291,7 +294,7 @@ class _TargetPair:
         return rows.addcmul_(self.w, (g * self.cosine * self.w_inverse)[:, None], value=-1)
 
     def _of_targets(self, grad_cosine: Tensor) -> Tensor:
-        return grad_cosine.double().masked_fill(~self.present, 0)
+        return grad_cosine.double().masked_fill(self.absent, 0)
 
 
 class _Targets:
@@ -300,10 +303,16 @@ class _Targets:
     def __init__(self, labels: Tensor, num_classes: int, chunk: int) -> None:
         self.labels, self.chunk = labels, chunk
         self.on_cpu = labels.device.type == "cpu"
-        if self.on_cpu:
+        self.bounds: list[int] = []
+        if not self.on_cpu:
+            return
+        if num_classes <= chunk:
+            self.order = ((labels >= 0) & (labels < num_classes)).nonzero()[:, 0]
+            self.bounds = [0, len(self.order)]
+        else:
             ordered, self.order = labels.sort(stable=True)
             starts = torch.arange(0, num_classes + chunk, chunk).clamp(max=num_classes)
-            self.bounds: list[int] = torch.searchsorted(ordered, starts).tolist()
+            self.bounds = torch.searchsorted(ordered, starts).tolist()
 
     def mask_(self, panel: Tensor, start: int, value: float) -> None:
         """Set each target's entry of a panel ``[chunk, B]``."""
@@ -339,7 +348,8 @@ class _Targets:
 def _row_norms(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Norms of the rows and their inverses: 0 for a zero row, NaN where the norm overflows."""
     norm = torch.linalg.vector_norm(matrix, dim=1)
-    return norm, norm.reciprocal().masked_fill_(norm <= EPS, 0).masked_fill_(norm == math.inf, math.nan)
+    inverse = threshold(norm, EPS, math.inf).reciprocal_()
+    return norm, inverse.add_(norm - norm)  # inf - inf is NaN
 
 
 def _panel_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -360,8 +370,8 @@ def _kept_classes(batch: int, num_classes: int, dtype: torch.dtype, save_bytes: 
     return min(num_classes, fit // chunk * chunk) if fit < num_classes else num_classes
 
 
-def _no_autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def _forward_fake(
@@ -380,6 +390,7 @@ def _forward_fake(
     vectors = [features.new_empty(batch, dtype=dtype) for _ in range(4)]
     return (
         *vectors,
+        features.new_empty(num_classes, dtype=dtype),
         features.new_empty(kept, batch, dtype=panel_dtype),
         features.new_empty(-(-kept // chunk), batch, dtype=dtype),
     )
@@ -395,11 +406,11 @@ def _backward_fake(features: Tensor, weight: Tensor, labels: Tensor, scale: Tens
 
 
 _SHARD = "Tensor features, Tensor weight, Tensor labels, Tensor scale, bool normalize_features, ScalarType compute_dtype"
-_SAVED = "Tensor shift, Tensor kept, Tensor kept_shift"
+_SAVED = "Tensor shift, Tensor inverse_norm, Tensor kept, Tensor kept_shift"
 _GRADS = "Tensor row_factor, Tensor grad_cosine, Tensor grad_norm"
 _NEEDS = "bool need_features, bool need_weight, bool need_scale"
 
-register("chunked_forward", f"({_SHARD}, SymInt save_bytes) -> ({', '.join(['Tensor'] * 6)})", _forward, _forward_fake)
+register("chunked_forward", f"({_SHARD}, SymInt save_bytes) -> ({', '.join(['Tensor'] * 7)})", _forward, _forward_fake)
 register(
     "chunked_backward", f"({_SHARD}, {_SAVED}, {_GRADS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)", _backward, _backward_fake
 )
