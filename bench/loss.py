@@ -27,7 +27,8 @@ QUICK_CLASSES = [1_000, 10_000, 100_000]
 BATCH, DIM = 256, 512
 # Beside the sweep: a small problem, and a large one that is to fit in little memory.
 CASES = [(64, 128, 1_000), (512, 512, 1_000_000)]
-SLOWEST_STEP = 30.0  # seconds; a peer that would take longer is left out
+# Seconds a step; a peer that would take longer is left out.
+SLOWEST_STEP, QUICK_SLOWEST_STEP = 30.0, 1.5
 TOLERANCE = 1e-4  # relative, of losses that should agree
 
 
@@ -59,7 +60,6 @@ def run(args: argparse.Namespace) -> int:
     if not (args.quick or args.classes):
         shapes += CASES
     peers = [peer for peer in PEERS if peer.name in args.only] if args.only else PEERS
-    budget = 4.0 if args.quick else 20.0
 
     rows: list[dict[str, Any]] = []
     report: dict[str, Any] = {"machine": machine.describe(device), "dtype": "float32", "results": rows}
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{report['machine']['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32\n")
     print(_row("B", "D", "C", "", "ms", "× eager", "of mm floor", "of floor", "peak MB"))
     for B, D, C in shapes:
-        new = _shape_rows(B, D, C, peers, rows, device, budget)
+        new = _shape_rows(B, D, C, peers, rows, device, args.quick)
         rows += new
         for row in new:
             print(_printed(row), flush=True)
@@ -84,15 +84,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shape_rows(
-    B: int, D: int, C: int, peers: list[Peer], earlier: list[dict[str, Any]], device: torch.device, budget: float
+    B: int, D: int, C: int, peers: list[Peer], earlier: list[dict[str, Any]], device: torch.device, quick: bool
 ) -> list[dict[str, Any]]:
     """Every peer's result at one shape."""
     shape = {"B": B, "D": D, "C": C}
-    print(f"  timing {shape} ...", end="\r", file=sys.stderr, flush=True)
+    _progress(f"timing {shape} ...")
     rates = measure.product_rates(B, D, device)
     flops = 6 * B * D * C
+    budget, slowest = (4.0, QUICK_SLOWEST_STEP) if quick else (20.0, SLOWEST_STEP)
     rows: list[dict[str, Any]] = [
-        {**shape, "peer": peer.name, "skipped": skip_reason(peer, B, D, C, earlier)} for peer in peers
+        {**shape, "peer": peer.name, "skipped": skip_reason(peer, B, D, C, earlier, slowest)} for peer in peers
     ]
     times, losses = _time(rows, problem(B, D, C, device), device, budget)
     eager = times.get("eager PyTorch")
@@ -111,9 +112,9 @@ def _shape_rows(
     for row in rows:
         row["rates"] = rates
         if not row["skipped"]:
-            print(f"  memory of {row['peer']} at {shape} ...   ", end="\r", file=sys.stderr, flush=True)
+            _progress(f"memory of {row['peer']} at {shape} ...")
             row["peak_bytes"] = measure.peak_memory(row["peer"], B, D, C, device)
-    print(" " * 78, end="\r", file=sys.stderr, flush=True)
+    _progress("")
     return rows
 
 
@@ -142,7 +143,7 @@ def _peer(name: str) -> Peer:
     return next(peer for peer in PEERS if peer.name == name)
 
 
-def skip_reason(peer: Peer, B: int, D: int, C: int, earlier: list[dict[str, Any]]) -> str | None:
+def skip_reason(peer: Peer, B: int, D: int, C: int, earlier: list[dict[str, Any]], slowest: float) -> str | None:
     """Why a peer is not run at this shape: it is not here, or would need more memory or time than there is."""
     missing = peer.unavailable()
     if missing:
@@ -154,7 +155,7 @@ def skip_reason(peer: Peer, B: int, D: int, C: int, earlier: list[dict[str, Any]
     if before:
         last = max(before, key=lambda row: row["B"] * row["C"] * row["D"])
         expected = last["median_s"] * B * D * C / (last["B"] * last["D"] * last["C"])
-        if expected > SLOWEST_STEP:
+        if expected > slowest:
             return f"would take about {expected:.0f} s a step"
     return None
 
@@ -177,6 +178,11 @@ def _printed(row: dict[str, Any]) -> str:
 
 def _row(B: Any, D: Any, C: Any, peer: str, *numbers: str) -> str:
     return f"{B!s:>5} {D!s:>4} {C!s:>10}  {peer:<21}" + "".join(f"{number:>12}" for number in numbers)
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text:<90}", end="\r", file=sys.stderr, flush=True)
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

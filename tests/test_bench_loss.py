@@ -70,12 +70,12 @@ def test_a_failing_peer_does_not_end_the_run(tmp_path: Path, quickly: None, monk
 def test_what_is_left_out_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     peer = peers.PEERS[2]
     earlier = [{"peer": peer.name, "B": 1, "D": 1, "C": 100, "median_s": 2.0}]
-    assert command.skip_reason(peer, 1, 1, 200, earlier) is None
-    assert "40 s" in (command.skip_reason(peer, 1, 1, 2000, earlier) or "")
+    assert command.skip_reason(peer, 1, 1, 200, earlier, 30.0) is None
+    assert "40 s" in (command.skip_reason(peer, 1, 1, 2000, earlier, 30.0) or "")
     monkeypatch.setattr(machine, "available_bytes", lambda: 10**9)
-    assert "memory" in (command.skip_reason(peer, 256, 512, 10**6, []) or "")
+    assert "memory" in (command.skip_reason(peer, 256, 512, 10**6, [], 30.0) or "")
     missing = peers.Peer("x", peer.make, peer.memory, lambda: "is not installed")
-    assert command.skip_reason(missing, 1, 1, 1, []) == "is not installed"
+    assert command.skip_reason(missing, 1, 1, 1, [], 30.0) == "is not installed"
 
 
 def test_every_peer_here_computes_the_loss() -> None:
