@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .margins import AdditiveMargin
 from .operators import register
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -31,28 +33,8 @@ def check_arguments(
     save_bytes: Any = None,
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` for anything but the labels' values (:func:`canonical_labels` checks those)."""
-    for name, tensor, dtypes in (
-        ("features", features, _FLOATS),
-        ("weight", weight, _FLOATS),
-        ("labels", labels, _INTEGERS),
-    ):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, but it is {_type(tensor)}")
-        if tensor.dtype not in dtypes:
-            kind = "integer" if dtypes is _INTEGERS else "float64, float32, float16 or bfloat16"
-            raise TypeError(f"{name} must be {kind}, but its dtype is {tensor.dtype}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, but its layout is {tensor.layout}")
-    if features.dim() != 2:
-        raise ValueError(f"features must have shape [B, D], but it has {list(features.shape)}")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(
-            f"weight must have shape [C, D] with at least one class and dimension, but it has {list(weight.shape)}"
-        )
-    if features.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"features [B, D] and weight [C, D] must share D, but they have {features.shape[1]} and {weight.shape[1]}"
-        )
+    check_features(features, weight)
+    _check_dense("labels", labels, _INTEGERS)
     if labels.dim() != 1 or labels.shape[0] != features.shape[0]:
         raise ValueError(f"labels must have shape [B] = [{features.shape[0]}], but it has {list(labels.shape)}")
     for name, tensor in (("weight", weight), ("labels", labels)):
@@ -65,6 +47,32 @@ def check_arguments(
     )
 
 
+def check_features(features: Any, weight: Any) -> None:
+    """Check types, dtypes and shapes of features [B, D] and weight [C, D]."""
+    _check_dense("features", features, FLOATS)
+    _check_dense("weight", weight, FLOATS)
+    if features.dim() != 2:
+        raise ValueError(f"features must have shape [B, D], but it has {list(features.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(
+            f"weight must have shape [C, D] with at least one class and dimension, but it has {list(weight.shape)}"
+        )
+    if features.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"features [B, D] and weight [C, D] must share D, but they have {features.shape[1]} and {weight.shape[1]}"
+        )
+
+
+def _check_dense(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, but it is {_type(tensor)}")
+    if tensor.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be one of {allowed}, but its dtype is {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, but its layout is {tensor.layout}")
+
+
 def check_options(*, normalize_features: Any, reduction: Any, ignore_index: Any, save_bytes: Any) -> None:
     """Check the arguments that no tensor is needed for."""
     if not isinstance(normalize_features, bool):
@@ -75,6 +83,8 @@ def check_options(*, normalize_features: Any, reduction: Any, ignore_index: Any,
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, but it is {reduction!r}")
     if not _is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int, but it is {_type(ignore_index)}")
+    if not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"ignore_index must fit an int64, but it is {ignore_index}")
     if save_bytes is not None:
         if not _is_int(save_bytes):
             raise TypeError(f"save_bytes must be None or an int, but it is {_type(save_bytes)}")
@@ -103,7 +113,9 @@ def check_scale(scale: Any, device: torch.device | None = None) -> None:
 
 
 def check_margin(margin: Any, num_classes: int, device: torch.device | None = None) -> None:
-    """Check m; a margin object can only be asked whether it is callable."""
+    """Check m, also an AdditiveMargin's; another margin object can only be asked whether it is callable."""
+    if isinstance(margin, AdditiveMargin):
+        margin = margin.margin
     if isinstance(margin, Tensor):
         if not margin.dtype.is_floating_point:
             raise TypeError(f"margin must be floating-point, but its dtype is {margin.dtype}")
@@ -158,6 +170,11 @@ def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Te
             f"but labels[{row}] is {int(labels64[row])}"
         )
     return labels64.masked_fill_(invalid, num_classes).masked_fill_(ignored, -1)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context without autocast; entering it costs nothing where autocast is off."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 # An operator, so that the check of the values also runs where torch.compile has traced the caller.

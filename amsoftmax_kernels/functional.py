@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from . import backends, reference
-from .arguments import canonical_labels, check_arguments, compute_dtype
+from .arguments import canonical_labels, check_arguments, compute_dtype, no_autocast
 from .margins import Margin, as_margin, target_psi
 from .reduction import reduce_rows
 
@@ -90,7 +90,7 @@ def _loss_rows(
 ) -> Tensor:
     s: float | Tensor = scale
     if not isinstance(scale, Tensor):
-        scale = torch.tensor(scale, dtype=torch.float64)  # 0-d on the CPU: read without synchronizing
+        scale = torch.tensor(scale, dtype=torch.float64, device="cpu")  # 0-d on the CPU: read without synchronizing
     elif scale.requires_grad:
         s = scale = scale.to(features.device)
     differentiated = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad or scale.requires_grad)
@@ -98,13 +98,14 @@ def _loss_rows(
         save_bytes = 0
     elif save_bytes is None:
         save_bytes = DEFAULT_SAVE_BYTES
+    save_bytes = min(save_bytes, (1 << 63) - 1)
     log_z, cosine, norm = AMSoftmaxFunction.apply(  # type: ignore[no-untyped-call]
         features, weight, labels, scale, normalize_features, dtype, save_bytes, backend
     )
     num_classes = weight.shape[0]
     if features.device.type != "cpu":  # on the CPU such a label was an error
         cosine = torch.where(labels < num_classes, cosine, math.nan)
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features.device):
         psi = target_psi(margin, cosine, labels.clamp(0, num_classes - 1), norm)
         u = psi * (s if normalize_features else norm)
         # Above 40, log(1 + e^v) is v to the last bit of a float64.
@@ -150,7 +151,7 @@ class AMSoftmaxFunction(torch.autograd.Function):
         normalize_features, dtype, backend = ctx.options
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         # z = 0 where there is no negative (one class) or all vanish beside the target: nothing flows to them.
-        row_factor = torch.where(saved.z == 0, 0.0, grad_log_z / saved.z)
+        row_factor = (grad_log_z / saved.z).masked_fill_(saved.z == 0, 0)
         grads = backends.load(backend).backward(
             features, weight, labels, scale, normalize_features, dtype, saved, row_factor, grad_cosine, grad_norm, needs
         )

@@ -6,6 +6,7 @@ target alone (additive, angular, per class, per sample) is one such function.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -17,11 +18,14 @@ class Margin(Protocol):
 
     Args:
         cosine: ``[B]`` float32 (float64 for float64 inputs), t = cos(x, w_y), rounding may carry it just past ±1.
-        labels: ``[B]`` int64 class indices; rows that are ignored carry 0 and what is returned for them is not used.
+        labels: ``[B]`` int64 class indices.
         feature_norm: ``[B]``, ‖x‖, with a gradient (MagFace needs it; AdaFace detaches it).
 
     Returns:
-        ``[B]``, ψ. Must depend on each row's own entries only.
+        ``[B]``, ψ, without changing the arguments in place.
+
+    A row that is ignored is passed with cosine 0, label 0 and norm 1, and what is returned for it is not used. A margin with
+    statistics over the batch (AdaFace's) would count it: drop such rows before the loss.
     """
 
     def __call__(self, cosine: Tensor, labels: Tensor, feature_norm: Tensor, /) -> Tensor: ...
@@ -45,8 +49,10 @@ class AdditiveMargin(nn.Module):
 
     def __init__(self, margin: float | Tensor = 0.35) -> None:
         super().__init__()
+        if isinstance(margin, Tensor) and margin.requires_grad and not isinstance(margin, nn.Parameter):
+            raise ValueError("margin must be an nn.Parameter to be learned, but it is a plain tensor that requires grad")
         if isinstance(margin, Tensor) and not isinstance(margin, nn.Parameter):
-            self.register_buffer("margin", margin)
+            self.register_buffer("margin", margin.clone())
         else:
             self.margin = margin
 
@@ -70,13 +76,15 @@ class AnnealedAdditiveMargin(nn.Module):
         increment: what each step adds; its sign must lead from ``start`` to ``end``.
 
     Raises:
-        ValueError: ``increment`` leads away from ``end``.
+        ValueError: an argument is not finite, or ``increment`` leads away from ``end``.
     """
 
     steps: Tensor
 
     def __init__(self, start: float = 0.0, end: float = 0.4, increment: float = 5e-5) -> None:
         super().__init__()
+        if not all(map(math.isfinite, (start, end, increment))):
+            raise ValueError(f"start, end and increment must be finite, but they are {start}, {end} and {increment}")
         if (end - start) * increment < 0 or (increment == 0 and start != end):
             raise ValueError(f"increment must lead from start={start} to end={end}, but it is {increment}")
         self.start, self.end, self.increment = float(start), float(end), float(increment)

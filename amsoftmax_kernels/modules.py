@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, reference
-from .arguments import check_margin, check_options, check_scale
+from .arguments import FLOATS, check_features, check_margin, check_options, check_scale
 from .functional import am_softmax_loss
 from .margins import Margin
 
@@ -51,6 +51,8 @@ class AMSoftmaxLoss(nn.Module):
                 raise TypeError(f"{name} must be an int, but it is {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, but it is {size}")
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, but it is {dtype}")
         check_scale(scale)
         check_margin(margin, num_classes)
         check_options(
@@ -66,6 +68,10 @@ class AMSoftmaxLoss(nn.Module):
         for name, value in (("scale", scale), ("margin", margin)):
             # Like any module's: a plain tensor becomes a buffer, a Parameter or a Module registers itself.
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                if value.requires_grad:
+                    raise ValueError(
+                        f"{name} must be an nn.Parameter to be learned, but it is a plain tensor that requires grad"
+                    )
                 self.register_buffer(name, value.detach().clone().to(device=device))
             else:
                 setattr(self, name, value)
@@ -95,6 +101,7 @@ class AMSoftmaxLoss(nn.Module):
 
         Holds all B×C of them: for evaluation with few classes.
         """
+        check_features(features, self.weight)
         return reference.cosine(features, self.weight)
 
     def extra_repr(self) -> str:

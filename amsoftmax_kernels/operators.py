@@ -15,3 +15,10 @@ def register(name: str, schema: str, function: Callable[..., Any], fake: Callabl
     _library.define(name + schema)
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"amsoftmax_kernels::{name}", fake, lib=_library)
+    torch.library.register_autograd(f"amsoftmax_kernels::{name}", _no_gradient, lib=_library)
+
+
+def _no_gradient(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "amsoftmax_kernels: this operator has no gradient of its own; differentiate through am_softmax_loss, once"
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .arguments import accumulate_dtype, canonical_labels, check_arguments, compute_dtype
+from .arguments import accumulate_dtype, canonical_labels, check_arguments, compute_dtype, no_autocast
 from .margins import Margin, as_margin, target_psi
 from .reduction import reduce_rows
 
@@ -46,14 +46,14 @@ def loss_rows(
 ) -> Tensor:
     """The rows' losses ``[B]`` for checked arguments and canonical labels."""
     dtype = accumulate_dtype(compute_dtype(features, weight))
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features.device):
         return _formula(features.to(dtype), weight.to(dtype), labels, scale, margin, normalize_features)
 
 
 def cosine(features: Tensor, weight: Tensor) -> Tensor:
     """Cosines ``[B, C]`` of ``features [B, D]`` to the centres ``weight [C, D]``, float32 (float64 for float64)."""
     dtype = accumulate_dtype(torch.promote_types(features.dtype, weight.dtype))
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features.device):
         cos: Tensor = _unit_rows(features.to(dtype)) @ _unit_rows(weight.to(dtype)).T
     return cos
 
@@ -64,7 +64,7 @@ def _formula(
     num_classes = w.shape[0]
     x = x.masked_fill((labels < 0)[:, None], 0)
     target = labels.clamp(0, num_classes - 1)
-    norm = torch.linalg.vector_norm(x, dim=1)
+    norm = torch.linalg.vector_norm(x, dim=1).masked_fill(labels < 0, 1)
     s = scale if normalize_features else norm
     if isinstance(s, Tensor):
         s = s.to(x.device, x.dtype)

@@ -28,6 +28,11 @@ class Case:
     own: float | None = None  # cosine of each feature to its own centre, random if None
     wrong: float | None = None  # cosine of each feature to another centre
 
+    @property
+    def degenerate(self) -> bool:
+        """Whether directions coincide, so that the exact gradient is zero."""
+        return self.D == 1 or (self.own is not None and abs(self.own) == 1)
+
     def tensors(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """features, weight, labels and an upstream gradient [B], drawn in float64 and rounded to ``dtype``.
 
@@ -77,7 +82,13 @@ CASES = [
     Case("s64-wrong", "a hard negative dominates", wrong=0.95, options={"scale": 64.0}),
     Case("s1000", "past float32's range of e^s", options={"scale": 1000.0}),
     Case("s1000-far", "the target far from its centre", own=-0.9, options={"scale": 1000.0}),
-    Case("s1000-near", "the target at its centre, negatives vanish", own=0.999, options={"scale": 1000.0}),
+    Case(
+        "s1000-near",
+        "the target at its centre, held back by its margin",
+        own=0.999,
+        options={"scale": 1000.0, "margin": 0.9},
+    ),
+    Case("s64-nearer", "a cosine of 1 - 1e-5", own=0.99999, options={"scale": 64.0, "margin": 0.9}),
     Case("opposite", "cos = -1", own=-1.0),
     Case("at-centre", "cos = 1", own=1.0),
     Case("no-margin", "normalized softmax", options={"margin": 0.0}),

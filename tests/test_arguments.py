@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import amsoftmax_kernels as ak
+from amsoftmax_kernels.margins import AdditiveMargin
 
 GOOD: dict[str, Any] = {"features": torch.randn(4, 8), "weight": torch.randn(10, 8), "labels": torch.tensor([0, 1, 9, 5])}
 NAN = float("nan")
@@ -50,10 +51,13 @@ BAD = [
     ("margin", torch.ones(10, device="meta"), ValueError, "meta"),
     ("margin", lambda t, labels, norm: t.sum(), ValueError, r"\[\]"),
     ("margin", lambda t, labels, norm: 0.3, ValueError, "float"),
+    ("margin", AdditiveMargin(28.6), ValueError, "28.6"),
+    ("margin", AdditiveMargin(torch.zeros(12)), ValueError, r"\[12\]"),
     ("normalize_features", 1, TypeError, "int"),
     ("reduction", None, TypeError, "NoneType"),
     ("reduction", "average", ValueError, "'average'"),
     ("ignore_index", -1.0, TypeError, "float"),
+    ("ignore_index", 2**70, ValueError, str(2**70)),
     ("backend", 3, TypeError, "int"),
     ("backend", "tensorflow", ValueError, "'tensorflow'"),
     ("backend", "cuda", ValueError, "cannot run here"),

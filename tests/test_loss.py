@@ -17,7 +17,7 @@ from amsoftmax_kernels.backends import chunked
 from .cases import CASES, CHUNK, FLOAT32, FLOAT64, Case, relative
 
 BY_NAME = {case.name: case for case in CASES}
-# Bytes that keep one chunk of three for the backward pass (float32; in float64 half as many classes fit).
+# Bytes that keep one chunk of a few for the backward pass in float64, two in float32.
 ONE_CHUNK = CHUNK * 24 * 8
 Loss = Callable[..., Tensor]
 
@@ -58,44 +58,81 @@ def test_the_formula(backend: str, small_chunks: None) -> None:
     assert relative(loss, by_hand(features, weight, labels)) < FLOAT64
 
 
-@pytest.mark.parametrize("save_bytes", [None, 0, ONE_CHUNK], ids=["kept", "recomputed", "mixed"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_against_the_reference(case: Case, dtype: torch.dtype, save_bytes: int | None, small_chunks: None) -> None:
+def check(case: Case, dtype: torch.dtype, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Assert that loss and gradients are as near the exact ones as ``dtype`` allows."""
     tensors = case.tensors(dtype)
-    actual = evaluate(ak.am_softmax_loss, *tensors, save_bytes=save_bytes, backend="chunked", **case.options)
-    expected = oracle(case, dtype)
+    scale = case.options.get("scale", 30.0)
+    # Float32: an error of 6e-8 in a cosine is one of s · 6e-8 in a logit, relative in every gradient.
+    tolerance = FLOAT64 if dtype == torch.float64 else FLOAT32 * max(1.0, scale / 64)
+    floor = 1e-13
+    if case.degenerate:
+        # Directions coincide: the gradient is the rounding left of terms of size s/‖·‖ that cancel.
+        floor = tolerance * scale / min(each.norm(dim=1).min().item() for each in tensors[:2])
     for name, ours, exact in zip(("loss", "features", "weight"), actual, expected, strict=True):
         assert ours.dtype == dtype
         size = exact.norm().item()
         error = (ours.double() - exact).norm().item()
-        scale = case.options.get("scale", 30.0)
-        # Float32: an error of 6e-8 in a cosine is one of s · 6e-8 in a logit, relative in every gradient.
-        tolerance = FLOAT64 if dtype == torch.float64 else FLOAT32 * max(1.0, scale / 64)
-        floor = 1e-13
-        if case.D == 1 or (case.own is not None and abs(case.own) == 1):
-            # Directions coincide: the gradient is the rounding left of terms of size s/‖·‖ that cancel.
-            floor = tolerance * scale / min(each.norm(dim=1).min().item() for each in tensors[:2])
         assert error <= tolerance * size + floor, (name, error, size)
 
 
-@pytest.mark.parametrize("wrong", ["features", "weight", "margin", "target"])
-def test_a_wrong_result_would_be_seen(wrong: str) -> None:
-    """A test of the tests: each of these mistakes is past every tolerance."""
-    case = BY_NAME["plain"]
-    tensors = case.tensors(torch.float32)
-    loss, dx, dw = evaluate(ak.am_softmax_loss, *tensors)
-    exact = oracle(case, torch.float32)
-    if wrong == "margin":
-        loss, dx, dw = evaluate(ak.am_softmax_loss, *tensors, margin=0.0)
-    elif wrong == "target":
-        loss, dx, dw = evaluate(ak.am_softmax_loss, tensors[0], tensors[1], (tensors[2] + 1) % case.C, tensors[3])
-    elif wrong == "features":
-        dx = torch.zeros_like(dx)
-    else:
-        dw = torch.zeros_like(dw)
-    errors = [relative(ours, theirs) for ours, theirs in zip((loss, dx, dw), exact, strict=True)]
-    assert max(errors) > 0.05 > 1000 * FLOAT32
+@pytest.mark.parametrize("save_bytes", [None, 0, ONE_CHUNK], ids=["kept", "recomputed", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_the_reference(case: Case, dtype: torch.dtype, save_bytes: int | None, small_chunks: None) -> None:
+    actual = evaluate(ak.am_softmax_loss, *case.tensors(dtype), save_bytes=save_bytes, backend="chunked", **case.options)
+    check(case, dtype, actual, oracle(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_in_one_chunk(case: Case, dtype: torch.dtype) -> None:
+    """The same without small chunks: most cases take the short way for one chunk."""
+    check(case, dtype, evaluate(ak.am_softmax_loss, *case.tensors(dtype), **case.options), oracle(case, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("save_bytes", [None, 0, ONE_CHUNK], ids=["kept", "recomputed", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_on_a_gpu(case: Case, dtype: torch.dtype, save_bytes: int | None, small_chunks: None) -> None:
+    tensors = [each.cuda() for each in case.tensors(dtype)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = evaluate(ak.am_softmax_loss, *tensors, save_bytes=save_bytes, **case.options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    check(case, dtype, tuple(each.cpu() for each in actual), oracle(case, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("scale", [30.0, 64.0, 200.0])
+def test_half_precision_on_a_gpu_errs_at_most_twice_eager(dtype: torch.dtype, scale: float, small_chunks: None) -> None:
+    case = Case("", "", B=64, C=500, D=128, own=0.7, options={"scale": scale})
+    tensors = [each.cuda() for each in case.tensors(torch.float32)]
+    with torch.autocast("cuda", dtype):
+        ours = evaluate(ak.am_softmax_loss, *tensors, scale=scale)
+        theirs = evaluate(eager, *tensors, scale=scale)
+    for exact, mine, other in zip(oracle(case, torch.float32), ours, theirs, strict=True):
+        assert relative(mine.cpu(), exact) <= 2 * relative(other.cpu(), exact) + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.degenerate and case.C > 1], ids=lambda case: case.name)
+def test_a_wrong_result_would_be_seen(case: Case, dtype: torch.dtype) -> None:
+    """A test of the tests: a zeroed gradient, a dropped margin and a wrong target fail the check of every case."""
+    tensors, exact = case.tensors(dtype), oracle(case, dtype)
+    loss, dx, dw = evaluate(ak.am_softmax_loss, *tensors, **case.options)
+    check(case, dtype, (loss, dx, dw), exact)
+    wrong = [(loss, torch.zeros_like(dx), dw), (loss, dx, torch.zeros_like(dw)), (torch.zeros_like(loss), dx, dw)]
+    other = (tensors[0], tensors[1], (tensors[2] + 1) % case.C, tensors[3])
+    wrong.append(evaluate(ak.am_softmax_loss, *other, **case.options))
+    wrong.append(
+        evaluate(ak.am_softmax_loss, *tensors, **{**case.options, "margin": case.options.get("margin", 0.35) - 0.3})
+    )
+    for result in wrong:
+        with pytest.raises(AssertionError):
+            check(case, dtype, result, exact)
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize_features": False}, {"scale": 100.0}], ids=["plain", "no-fn", "s100"])

@@ -116,7 +116,7 @@ def test_annealing_can_go_down_and_refuses_the_wrong_way() -> None:
     margin = AnnealedAdditiveMargin(0.5, 0.1, -0.1)
     margin.step()
     assert margin.margin.item() == pytest.approx(0.4)
-    for arguments in ((0.0, 0.4, -1e-3), (0.5, 0.1, 0.1), (0.0, 0.4, 0.0)):
+    for arguments in ((0.0, 0.4, -1e-3), (0.5, 0.1, 0.1), (0.0, 0.4, 0.0), (0.0, 0.4, math.nan)):
         with pytest.raises(ValueError, match="increment"):
             AnnealedAdditiveMargin(*arguments)
 

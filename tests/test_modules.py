@@ -81,3 +81,19 @@ def test_reduction(reduction: str) -> None:
     head = ak.AMSoftmaxLoss(8, 10, reduction=reduction)
     rows = head(torch.randn(3, 8), torch.tensor([1, 2, 3]))
     assert rows.shape == ((3,) if reduction == "none" else ())
+
+
+def test_a_plain_tensor_that_requires_grad_is_refused() -> None:
+    for name in ("scale", "margin"):
+        with pytest.raises(ValueError, match=f"{name} must be an nn.Parameter"):
+            ak.AMSoftmaxLoss(8, 10, **{name: torch.tensor(0.3, requires_grad=True)})
+
+
+def test_bad_dtype_and_features() -> None:
+    with pytest.raises(TypeError, match="dtype"):
+        ak.AMSoftmaxLoss(8, 10, dtype=torch.complex64)
+    head = ak.AMSoftmaxLoss(8, 10)
+    with pytest.raises(ValueError, match="features"):
+        head.cosine(torch.randn(5, 7))
+    with pytest.raises(TypeError, match="features"):
+        head.cosine(torch.ones(5, 8, dtype=torch.int64))

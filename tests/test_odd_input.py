@@ -98,9 +98,9 @@ def test_zero_rows(backend: str, dtype: torch.dtype, options: dict[str, Any]) ->
     loss, dx, dw = evaluate(ak.am_softmax_loss, features, weight, labels, upstream, backend=backend, **options)
     assert all(each.isfinite().all() for each in (loss, dx, dw))
     assert dw[labels[4]].eq(0).all()
+    assert dx[3].eq(0).all()
     if options.get("normalize_features", True):
         s = options.get("scale", 30.0)
-        assert dx[3].eq(0).all()
         # every logit of the zero feature is 0: log(1 + (C − 1) e^{s m})
         assert loss[3].item() == pytest.approx(math.log1p((PLAIN.C - 1) * math.exp(s * 0.35)), rel=1e-6)
 
@@ -154,3 +154,10 @@ def test_duplicate_centres() -> None:
     weight = features.expand(300, 16).clone()
     loss = ak.am_softmax_loss(features, weight, torch.tensor([5]), scale=64.0)
     assert loss.item() == pytest.approx(math.log1p(299 * math.exp(64 * 0.35)), rel=1e-6)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    features, weight, labels, _ = PLAIN.tensors()
+    expected = ak.am_softmax_loss(features, weight, labels)
+    with torch.device("meta"):
+        assert torch.equal(ak.am_softmax_loss(features, weight, labels), expected)

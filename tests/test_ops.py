@@ -26,16 +26,28 @@ def test_opcheck(dtype: torch.dtype, scale: float, normalize: bool, save_bytes: 
     labels[0] = -1
     shard = (features, weight, labels, torch.tensor(scale, dtype=torch.float64), normalize, dtype)
     ops = torch.ops.amsoftmax_kernels
-    z, shift, _cosine, _norm, inverse_norm, kept, kept_shift = ops.chunked_forward(*shard, save_bytes)
+    z, shift, cosine, norm, inverse_norm, kept, kept_shift = ops.chunked_forward(*shard, save_bytes)
     torch.library.opcheck(ops.chunked_forward, (*shard, save_bytes))
     grads = (upstream.to(z.dtype) / z, upstream.to(z.dtype), upstream.to(z.dtype))
     for needs in itertools.product((True, False), repeat=3):
         torch.library.opcheck(
             ops.chunked_backward,
-            (*shard, shift, inverse_norm, kept, kept_shift, *grads, *needs),
+            (*shard, shift, cosine, norm, inverse_norm, kept, kept_shift, *grads, *needs),
             test_utils="test_faketensor" if sum(needs) == 1 else ("test_schema", "test_faketensor"),
         )
-    torch.library.opcheck(ops.chunked_backward, (*shard, shift, inverse_norm, kept, kept_shift, *grads, True, True, True))
+    torch.library.opcheck(
+        ops.chunked_backward, (*shard, shift, cosine, norm, inverse_norm, kept, kept_shift, *grads, True, True, True)
+    )
+
+
+def test_the_operators_alone_have_no_gradient() -> None:
+    features, weight, labels, _ = PLAIN.tensors()
+    scale = torch.tensor(30.0, dtype=torch.float64)
+    z = torch.ops.amsoftmax_kernels.chunked_forward(
+        features.clone().requires_grad_(), weight, labels, scale, True, torch.float64, 1 << 30
+    )[0]
+    with pytest.raises(RuntimeError, match="differentiate through am_softmax_loss"):
+        z.sum().backward()
 
 
 def test_opcheck_labels() -> None:

@@ -12,21 +12,18 @@ half-precision product with a float32 result, and cosines rounded to bfloat16 co
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold
 
-from ..arguments import accumulate_dtype
+from ..arguments import accumulate_dtype, no_autocast
 from ..operators import register
-from . import Forward
+from . import Forward, one_chunk
 from .host_memory import advise_huge_pages
+from .norms import row_norms
 from .products import product_nt
-
-EPS = 1e-12
 
 # The largest scale at which e^(s·cos) and its sums stay inside float32's range whatever the cosines are.
 BOUNDED_SCALE = 64.0
@@ -44,7 +41,7 @@ def unavailable_reason() -> str | None:
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    return True
+    return device.type != "mps"  # no float64 there
 
 
 def forward(
@@ -76,7 +73,8 @@ def backward(
     op = torch.ops.amsoftmax_kernels.chunked_backward
     grads: tuple[Tensor, Tensor, Tensor] = op(
         features, weight, labels, scale, normalize_features, compute_dtype,
-        saved.shift, saved.inverse_norm, saved.kept, saved.kept_shift, row_factor, grad_cosine, grad_norm, *needs,
+        saved.shift, saved.cosine, saved.norm, saved.inverse_norm, saved.kept, saved.kept_shift,
+        row_factor, grad_cosine, grad_norm, *needs,
     )  # fmt: skip
     return grads
 
@@ -86,8 +84,8 @@ class _Shard:
     """The inputs of both passes, in the dtypes the chunks are computed in."""
 
     weight: Tensor  # [C, D] as given
-    x: Tensor  # [B, D] accumulate dtype: x̂, or x without normalize_features; zero where the row is ignored
-    scale: float | Tensor  # s, or 1 without normalize_features
+    x: Tensor  # [B, D] x̂ in the accumulate dtype, zero where the row is ignored
+    scale: float | Tensor  # s, or ‖x‖ [B] without normalize_features
     dtype: torch.dtype  # accumulate dtype
     operand_dtype: torch.dtype  # of the cosines' product
     panel_dtype: torch.dtype  # of E
@@ -100,10 +98,13 @@ class _Shard:
         half = compute_dtype != dtype and device.type != "cpu"
         # The value of a scale on a GPU is not read: it may be large.
         known = scale.device.type == "cpu"
-        s: float | Tensor = 1.0
+        norm = pair.x_norm.to(dtype)
+        s: float | Tensor = norm + (norm - norm)  # NaN where it overflows
         if normalize:
             s = scale.item() if known else scale.to(dtype)
-        x = pair.x * pair.x_inverse[:, None] if normalize else pair.x
+        if isinstance(s, float) and not s > 0:
+            raise ValueError(f"scale must be positive and finite, but it is {s}")
+        x = pair.x * pair.x_inverse[:, None]
         return cls(
             weight, x.to(dtype), s, dtype,
             operand_dtype=compute_dtype if half else dtype,
@@ -125,6 +126,9 @@ class _Shard:
     def logits(self, operand: Tensor, inverse: Tensor, x: Tensor) -> Tensor:
         """log2(e) times a chunk's logits, ``[chunk, B]``, for ``x`` in the operand dtype."""
         panel = product_nt(operand, x)
+        if isinstance(self.scale, Tensor) and self.scale.dim():
+            panel.mul_(self.scale)  # after the product: x itself may be past float16's range
+            return panel.mul_((inverse * _LOG2E)[:, None] if self.operand_dtype == self.dtype else _LOG2E)
         if self.operand_dtype == self.dtype:
             return panel.mul_((inverse * (self.scale * _LOG2E))[:, None])
         return panel.mul_(self.scale * _LOG2E)
@@ -139,7 +143,11 @@ def _forward(
     compute_dtype: torch.dtype,
     save_bytes: int,
 ) -> tuple[Tensor, ...]:
-    with _no_autocast(features.device):
+    with no_autocast(features.device):
+        if _is_one_chunk(features, weight, labels, scale, normalize_features, compute_dtype, save_bytes):
+            dtype = accumulate_dtype(compute_dtype)
+            z, cosine, norm, inverse_norm, kept = one_chunk.forward(features, weight, labels, scale.item(), dtype)
+            return z, torch.zeros_like(z), cosine, norm, inverse_norm, kept, kept.new_zeros(1, len(z))
         pair = _TargetPair.of(features, weight, labels)
         shard = _Shard.of(pair, weight, scale, normalize_features, compute_dtype)
         targets = _Targets(labels, weight.shape[0], shard.chunk)
@@ -155,7 +163,7 @@ def _forward(
         for start in range(0, C if B else 0, shard.chunk):
             w = shard.centres(start)
             inverse = inverse_norm[start : start + shard.chunk]
-            inverse.copy_(_row_norms(w)[1])
+            inverse.copy_(row_norms(w)[1])
             panel = shard.logits(shard.operand(w, inverse), inverse, x)
             if not shard.bounded:
                 targets.mask_(panel, start, -math.inf)
@@ -172,7 +180,7 @@ def _forward(
                 if kept.dtype != panel.dtype:
                     kept[start : start + shard.chunk] = terms
                 kept_shift[start // shard.chunk] = shift
-        norm = pair.x_norm.to(shard.dtype).masked_fill_(labels < 0, 1)
+        norm = pair.x_norm.to(shard.dtype).masked_fill(labels < 0, 1)
         return z.to(shard.dtype), shift, pair.cosine.to(shard.dtype), norm, inverse_norm, kept, kept_shift
 
 
@@ -184,6 +192,8 @@ def _backward(
     normalize_features: bool,
     compute_dtype: torch.dtype,
     shift: Tensor,
+    cosine: Tensor,
+    norm: Tensor,
     inverse_norm: Tensor,
     kept: Tensor,
     kept_shift: Tensor,
@@ -193,8 +203,18 @@ def _backward(
     need_features: bool,
     need_weight: bool,
     need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    with _no_autocast(features.device):
+) -> tuple[Tensor, ...]:
+    with no_autocast(features.device):
+        kept_bytes = kept.numel() * kept.element_size()
+        if _is_one_chunk(features, weight, labels, scale, normalize_features, compute_dtype, kept_bytes):
+            grads = one_chunk.backward(
+                features, weight, labels, scale.item(), norm, inverse_norm, cosine, kept, row_factor, grad_cosine, grad_norm
+            )
+            needs = (need_features, need_weight, need_scale)
+            return tuple(
+                grad.to(tensor.dtype) if need else tensor.new_empty(0)
+                for grad, tensor, need in zip(grads, (features, weight, scale), needs, strict=True)
+            )
         pair = _TargetPair.of(features, weight, labels)
         shard = _Shard.of(pair, weight, scale, normalize_features, compute_dtype)
         targets = _Targets(labels, weight.shape[0], shard.chunk)
@@ -244,14 +264,16 @@ def _backward(
         grad_scale = scale.new_zeros(() if need_scale else 0)
         if need_rows:
             rows64 = rows.double()
-            row_coefficient = row_factor.double() * shard.scale
+            row_coefficient = row_factor.double()
             x_coefficient = grad_norm.double()
             if normalize_features:
                 along = pair.x_inverse * (pair.x * rows64).sum(1)  # x̂·(Eᵀŵ)
                 if need_scale:
                     grad_scale = (row_factor * along).sum().to(scale.device, scale.dtype)
-                row_coefficient = row_coefficient * pair.x_inverse
+                row_coefficient = row_coefficient * shard.scale * pair.x_inverse
                 x_coefficient = x_coefficient - row_coefficient * along
+            else:
+                row_coefficient = row_coefficient.masked_fill(pair.x_inverse == 0, 0)  # a zero row has no direction
             if need_features:
                 grad_features = pair.grad_features(grad_cosine, rows64, row_coefficient, x_coefficient).to(features.dtype)
         return grad_features, grad_weight, grad_scale
@@ -275,8 +297,8 @@ class _TargetPair:
         absent = ignored | (labels >= weight.shape[0])
         x = features.to(torch.float64, copy=True).masked_fill_(ignored[:, None], 0)
         w = weight.index_select(0, labels.clamp(0, weight.shape[0] - 1)).double()
-        x_norm, x_inverse = _row_norms(x)
-        w_inverse = _row_norms(w)[1]
+        x_norm, x_inverse = row_norms(x)
+        w_inverse = row_norms(w)[1]
         cosine = ((x * w).sum(1) * (x_inverse * w_inverse)).masked_fill_(absent, 0)
         return cls(x, x_norm, x_inverse, w, w_inverse, cosine, absent)
 
@@ -345,13 +367,6 @@ class _Targets:
         return (local >= 0) & (local < panel.shape[0]), local.clamp(0, panel.shape[0] - 1)
 
 
-def _row_norms(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms of the rows and their inverses: 0 for a zero row, NaN where the norm overflows."""
-    norm = torch.linalg.vector_norm(matrix, dim=1)
-    inverse = threshold(norm, EPS, math.inf).reciprocal_()
-    return norm, inverse.add_(norm - norm)  # inf - inf is NaN
-
-
 def _panel_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     # float16 cannot hold the range of E.
     dtype = accumulate_dtype(compute_dtype)
@@ -370,8 +385,24 @@ def _kept_classes(batch: int, num_classes: int, dtype: torch.dtype, save_bytes: 
     return min(num_classes, fit // chunk * chunk) if fit < num_classes else num_classes
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+def _is_one_chunk(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    normalize_features: bool,
+    compute_dtype: torch.dtype,
+    kept_bytes: int,
+) -> bool:
+    """Whether both passes take the short way: see :mod:`.one_chunk`."""
+    device, (B, D), C = features.device, features.shape, weight.shape[0]
+    itemsize = accumulate_dtype(compute_dtype).itemsize
+    if device.type != "cpu" or scale.device.type != "cpu" or not normalize_features or scale.item() > BOUNDED_SCALE:
+        return False
+    if B == 0 or _chunk_size(B, D, device) < C or kept_bytes < B * C * itemsize:
+        return False
+    smallest, largest = torch.aminmax(labels)
+    return smallest.item() >= 0 and largest.item() < C
 
 
 def _forward_fake(
@@ -406,7 +437,7 @@ def _backward_fake(features: Tensor, weight: Tensor, labels: Tensor, scale: Tens
 
 
 _SHARD = "Tensor features, Tensor weight, Tensor labels, Tensor scale, bool normalize_features, ScalarType compute_dtype"
-_SAVED = "Tensor shift, Tensor inverse_norm, Tensor kept, Tensor kept_shift"
+_SAVED = "Tensor shift, Tensor cosine, Tensor norm, Tensor inverse_norm, Tensor kept, Tensor kept_shift"
 _GRADS = "Tensor row_factor, Tensor grad_cosine, Tensor grad_norm"
 _NEEDS = "bool need_features, bool need_weight, bool need_scale"
 
