@@ -183,6 +183,7 @@ register(
     "(Tensor labels, SymInt num_classes, int ignore_index) -> Tensor",
     _canonical_labels,
     lambda labels, num_classes, ignore_index: torch.empty_like(labels, dtype=torch.int64),
+    differentiable=False,
 )
 
 

@@ -10,12 +10,15 @@ import torch
 _library = torch.library.Library("amsoftmax_kernels", "DEF")
 
 
-def register(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def register(
+    name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any], differentiable: bool = True
+) -> None:
     """Define ``torch.ops.amsoftmax_kernels.<name>`` for every device; differentiated only through AMSoftmaxFunction."""
     _library.define(name + schema)
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"amsoftmax_kernels::{name}", fake, lib=_library)
-    torch.library.register_autograd(f"amsoftmax_kernels::{name}", _no_gradient, lib=_library)
+    if differentiable:
+        torch.library.register_autograd(f"amsoftmax_kernels::{name}", _no_gradient, lib=_library)
 
 
 def _no_gradient(ctx: Any, *grads: Any) -> Any:

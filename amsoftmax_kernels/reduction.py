@@ -13,4 +13,4 @@ def reduce_rows(rows: Tensor, labels: Tensor, reduction: str) -> Tensor:
         return rows
     if reduction == "sum":
         return rows.sum()
-    return rows.sum() / (len(labels) - ignored.sum()).clamp(min=1)
+    return rows.sum() / (~ignored).sum().clamp(min=1)
