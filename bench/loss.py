@@ -107,7 +107,7 @@ def _shape_rows(
         row["times_as_fast_as_eager"] = eager.median / taken.median if eager else None
         row["of_mm_floor"] = taken.median / (flops / rates["torch.mm"])
         row["of_floor"] = taken.median / (flops / rates["any"])
-        if peer.margin and abs(losses[peer.name] - expected) > TOLERANCE * abs(expected):
+        if peer.margin and not abs(losses[peer.name] - expected) <= TOLERANCE * abs(expected):  # NaN disagrees
             row["disagrees"] = f"loss {losses[peer.name]:.6g}, expected {expected:.6g}"
     for row in rows:
         row["rates"] = rates

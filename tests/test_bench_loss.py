@@ -58,6 +58,12 @@ def test_a_wrong_peer_is_flagged(
     assert "WRONG" in capsys.readouterr().out
 
 
+def test_a_nan_is_flagged(tmp_path: Path, quickly: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    nan = [peers.Peer("ours", lambda: lambda x, w, y: peers.eager(x, w, y) * float("nan"), lambda *_: 0), *peers.PEERS[2:3]]
+    monkeypatch.setattr(command, "PEERS", nan)
+    assert bench(tmp_path)[0] == 1
+
+
 def test_a_failing_peer_does_not_end_the_run(tmp_path: Path, quickly: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no such kernel")
