@@ -32,8 +32,11 @@ def cpu_name() -> str:
     return _first_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
 
 
-def available_bytes() -> int | None:
-    """Memory that can be had without swapping; None where Linux does not say."""
+def available_bytes(device: torch.device) -> int | None:
+    """Memory of ``device`` that can be had, without swapping on a CPU; None where Linux does not say."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
     field = _first_field("/proc/meminfo", "MemAvailable")
     return int(field.split()[0]) << 10 if field else None
 

@@ -55,31 +55,37 @@ def interleaved(functions: dict[str, Callable[[], Any]], device: torch.device, b
     """Time functions in turn, so that a drift of the machine's speed falls on all alike.
 
     Each runs twice in a row and the second is counted: the first also pays for memory that the one before it gave back.
-    At least three rounds, at most fifty, until ``budget`` seconds have gone.
+    At most fifty rounds and at least three (two, of steps over 5 s). ``budget`` is each function's own seconds, so that a
+    slow one does not leave the others with few samples.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    start = time.perf_counter()
     for turn in range(50):
-        if turn >= 3 and time.perf_counter() - start > budget:
-            break
         for name, function in functions.items():
-            function()
-            samples[name].append(seconds(function, device))
+            taken = samples[name]
+            fewest = 2 if taken and min(taken) > 5 else 3
+            if turn < fewest or 2 * sum(taken) < budget:
+                function()
+                taken.append(seconds(function, device))
     return {name: Times(each) for name, each in samples.items()}
 
 
-def product_rates(B: int, D: int, device: torch.device) -> dict[str, float]:
-    """Flop/s of the fastest torch.mm, and of the fastest product at all, over the three products' shapes and some sizes."""
+def product_rates(B: int, D: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Flop/s of the fastest torch.mm, and of the fastest product at all, over the three products' shapes and some sizes.
+
+    The package's own products on a CPU are float32 whatever ``dtype`` is.
+    """
     best = {"torch.mm": 0.0, "any": 0.0}
     for n in (512, 1024, 2048, 4096, 8192):
-        w, x, e = (torch.randn(shape, device=device) for shape in ((n, D), (B, D), (n, B)))
-        xT = x.T.contiguous()
+        shapes = ((n, D), (B, D), (n, B))
+        w, x, e = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+        w_own, x_own, e_own = (each.float() if device.type == "cpu" else each for each in (w, x, e))
+        xT = x_own.T.contiguous()
         candidates = (
             ("torch.mm", functools.partial(torch.mm, w, x.T)),
             ("torch.mm", functools.partial(torch.mm, e, x)),
             ("torch.mm", functools.partial(torch.mm, e.T, w)),
-            ("any", functools.partial(product_nt, w, x)),
-            ("any", functools.partial(product_nt, e, xT)),
+            ("any", functools.partial(product_nt, w_own, x_own)),
+            ("any", functools.partial(product_nt, e_own, xT)),
         )
         for name, product in candidates:
             fastest = min(seconds(product, device) for _ in range(8))
@@ -88,14 +94,23 @@ def product_rates(B: int, D: int, device: torch.device) -> dict[str, float]:
     return best
 
 
-def peak_memory(peer: str, B: int, D: int, C: int, device: torch.device) -> dict[str, int] | None:
+def copies(B: int, D: int, C: int, device: torch.device) -> int:
+    """How many problems to take in turn so that a step on a GPU does not find its inputs in the cache."""
+    if device.type != "cuda":
+        return 1
+    cache: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(2 * cache // (4 * D * (B + C)) + 1, 32)
+
+
+def peak_memory(peer: str, B: int, D: int, C: int, device: torch.device, autocast: bool = False) -> dict[str, int] | None:
     """Bytes a step needs above its inputs, and above inputs and gradients: the peak of a fresh process.
 
     None where the system does not tell a process its own peak.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_peak, args=(there, peer, B, D, C, device.type, torch.get_num_threads()))
+    arguments = (there, peer, B, D, C, device.type, torch.get_num_threads(), autocast)
+    process = context.Process(target=_measure_peak, args=arguments)
     process.start()
     there.close()
     try:
@@ -109,24 +124,31 @@ def peak_memory(peer: str, B: int, D: int, C: int, device: torch.device) -> dict
 
 
 def _measure_peak(
-    pipe: multiprocessing.connection.Connection, name: str, B: int, D: int, C: int, device_type: str, threads: int
+    pipe: multiprocessing.connection.Connection,
+    name: str,
+    B: int,
+    D: int,
+    C: int,
+    device_type: str,
+    threads: int,
+    autocast: bool,
 ) -> None:
     torch.set_num_threads(threads)
     device = torch.device(device_type)
     loss = next(peer for peer in PEERS if peer.name == name).make()
-    step(loss, *problem(8, D, 64, device))  # whatever libraries set up once
+    step(loss, *problem(8, D, 64, device), autocast=autocast)  # whatever libraries set up once
     tensors = problem(B, D, C, device)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step(loss, *tensors)
+        step(loss, *tensors, autocast=autocast)
         pipe.send(torch.cuda.max_memory_allocated() - before)
         return
     try:
         with open("/proc/self/clear_refs", "w", encoding="utf-8") as clear:
             clear.write("5")  # the peak counts from here
         before = _status("VmRSS")
-        step(loss, *tensors)
+        step(loss, *tensors, autocast=autocast)
         pipe.send(_status("VmHWM") - before)
     except OSError:
         pipe.send(None)
