@@ -51,7 +51,7 @@ def self_test(backend: str, device: torch.device) -> str | None:
         exact = [each.detach().double().requires_grad_() for each in inputs]
         for scale in (30.0, 100.0):
             loss = am_softmax_loss(inputs[0], inputs[1], labels, scale=scale, backend=backend)
-            expected = reference.am_softmax_loss(exact[0], exact[1], labels, scale=scale)
+            expected: torch.Tensor = reference.am_softmax_loss(exact[0], exact[1], labels, scale=scale)
             results = (loss, *torch.autograd.grad(loss, inputs))
             for name, ours, theirs in zip(
                 ("loss", "gradient of features", "gradient of weight"),

@@ -30,6 +30,7 @@ def check_arguments(
     normalize_features: Any,
     reduction: Any,
     ignore_index: Any,
+    interclass_filter: Any = None,
     save_bytes: Any = None,
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` for anything but the labels' values (:func:`canonical_labels` checks those)."""
@@ -43,8 +44,9 @@ def check_arguments(
     check_scale(scale, features.device)
     check_margin(margin, weight.shape[0], features.device)
     check_options(
-        normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index, save_bytes=save_bytes
-    )
+        normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
+        interclass_filter=interclass_filter, save_bytes=save_bytes,
+    )  # fmt: skip
 
 
 def check_features(features: Any, weight: Any) -> None:
@@ -73,7 +75,9 @@ def _check_dense(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> Non
         raise TypeError(f"{name} must be a dense tensor, but its layout is {tensor.layout}")
 
 
-def check_options(*, normalize_features: Any, reduction: Any, ignore_index: Any, save_bytes: Any) -> None:
+def check_options(
+    *, normalize_features: Any, reduction: Any, ignore_index: Any, interclass_filter: Any, save_bytes: Any
+) -> None:
     """Check the arguments that no tensor is needed for."""
     if not isinstance(normalize_features, bool):
         raise TypeError(f"normalize_features must be a bool, but it is {_type(normalize_features)}")
@@ -85,6 +89,11 @@ def check_options(*, normalize_features: Any, reduction: Any, ignore_index: Any,
         raise TypeError(f"ignore_index must be an int, but it is {_type(ignore_index)}")
     if not -(1 << 63) <= ignore_index < 1 << 63:
         raise ValueError(f"ignore_index must fit an int64, but it is {ignore_index}")
+    if interclass_filter is not None:
+        if not _is_number(interclass_filter):
+            raise TypeError(f"interclass_filter must be None or a float, but it is {_type(interclass_filter)}")
+        if not -1 <= interclass_filter <= 1:
+            raise ValueError(f"interclass_filter is a cosine and must lie in [-1, 1], but it is {interclass_filter}")
     if save_bytes is not None:
         if not _is_int(save_bytes):
             raise TypeError(f"save_bytes must be None or an int, but it is {_type(save_bytes)}")
@@ -144,23 +153,25 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Labels as backends take them: int64, -1 for an ignored row, and C for a label out of range.
+
+    Also the number of rows not ignored, at least 1, as a 0-d int64 tensor on the labels' device.
 
     Raises:
         ValueError: a label on the CPU is outside ``[0, C)`` and not ``ignore_index``. On a GPU nothing is read back;
             such a row becomes C, which belongs to no class, and its loss NaN.
     """
-    result: Tensor = torch.ops.amsoftmax_kernels.canonical_labels(labels, num_classes, ignore_index)
+    result: tuple[Tensor, Tensor] = torch.ops.amsoftmax_kernels.canonical_labels(labels, num_classes, ignore_index)
     return result
 
 
-def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     labels64 = labels.to(torch.int64, copy=True)
     if labels.device.type == "cpu" and labels.numel() and not 0 <= ignore_index < num_classes:
         smallest, largest = torch.aminmax(labels64)
         if smallest.item() >= 0 and largest.item() < num_classes:
-            return labels64  # as nearly always
+            return labels64, torch.tensor(len(labels64))  # as nearly always
     ignored = labels64 == ignore_index
     invalid = ((labels64 < 0) | (labels64 >= num_classes)) & ~ignored
     if labels.device.type == "cpu" and bool(invalid.any()):
@@ -169,7 +180,7 @@ def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Te
             f"labels must lie in [0, {num_classes}) or be ignore_index={ignore_index}, "
             f"but labels[{row}] is {int(labels64[row])}"
         )
-    return labels64.masked_fill_(invalid, num_classes).masked_fill_(ignored, -1)
+    return labels64.masked_fill_(invalid, num_classes).masked_fill_(ignored, -1), (~ignored).sum().clamp_(min=1)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -180,9 +191,12 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 # An operator, so that the check of the values also runs where torch.compile has traced the caller.
 register(
     "canonical_labels",
-    "(Tensor labels, SymInt num_classes, int ignore_index) -> Tensor",
+    "(Tensor labels, SymInt num_classes, int ignore_index) -> (Tensor, Tensor)",
     _canonical_labels,
-    lambda labels, num_classes, ignore_index: torch.empty_like(labels, dtype=torch.int64),
+    lambda labels, num_classes, ignore_index: (
+        torch.empty_like(labels, dtype=torch.int64),
+        labels.new_empty((), dtype=torch.int64),
+    ),
     differentiable=False,
 )
 

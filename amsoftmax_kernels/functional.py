@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from . import backends, reference
 from .arguments import canonical_labels, check_arguments, compute_dtype, no_autocast
-from .margins import Margin, as_margin, target_psi
+from .margins import AdditiveMargin, Margin, as_margin, target_psi
 from .reduction import reduce_rows
 
 DEFAULT_SAVE_BYTES = 1 << 30
 
 
+@overload
 def am_softmax_loss(
     features: Tensor,
     weight: Tensor,
@@ -28,9 +30,42 @@ def am_softmax_loss(
     normalize_features: bool = True,
     reduction: str = "mean",
     ignore_index: int = -100,
+    interclass_filter: float | None = None,
+    return_predictions: Literal[False] = False,
     backend: str | None = None,
     save_bytes: int | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def am_softmax_loss(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    scale: float | Tensor = 30.0,
+    margin: float | Tensor | Margin = 0.35,
+    normalize_features: bool = True,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    interclass_filter: float | None = None,
+    return_predictions: Literal[True],
+    backend: str | None = None,
+    save_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def am_softmax_loss(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    scale: float | Tensor = 30.0,
+    margin: float | Tensor | Margin = 0.35,
+    normalize_features: bool = True,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    interclass_filter: float | None = None,
+    return_predictions: bool = False,
+    backend: str | None = None,
+    save_bytes: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""Additive-margin softmax loss (AM-Softmax, Wang et al. 2018, equation 6; CosFace) without the B×C logits.
 
     With x̂, ŵ the normalized features and class centres, t = x̂·ŵ_y and ψ(t) = t − m,
@@ -46,6 +81,10 @@ def am_softmax_loss(
         normalize_features: if False, ‖x‖ takes the place of ``scale`` (the paper's variant without feature normalization).
         reduction: ``"mean"`` over the rows not ignored, ``"sum"``, or ``"none"`` for the ``[B]`` rows.
         ignore_index: rows with this label give loss 0 and no gradient, whatever their features.
+        interclass_filter: negatives whose cosine exceeds this are left out: they may be the same identity under another
+            label (InsightFace's ``interclass_filtering_threshold``, which makes their logits 0 instead). None keeps all.
+        return_predictions: also return the class of the largest cosine (before margin and filter) of each row, found in
+            the same pass.
         backend: a name of :func:`available_backends`; None picks the fastest that serves these tensors.
         save_bytes: bytes of B×C intermediates kept for the backward pass, the rest is computed again; 0 keeps none,
             None keeps 1 GiB at most.
@@ -56,6 +95,10 @@ def am_softmax_loss(
         direction: their cosines and gradients are 0. The gradient can be taken once (``backend="reference"``: any
         number of times).
 
+        With ``return_predictions`` the pair of it and the predicted classes, ``[B]`` int64: the label itself where no
+        negative's cosine is larger, so that ``(predictions == labels).float().mean()`` is the training accuracy; -1 for
+        an ignored row.
+
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device, range, reduction or backend; on the CPU, a label that is neither in
@@ -63,31 +106,19 @@ def am_softmax_loss(
     """
     check_arguments(
         features, weight, labels,
-        scale=scale, margin=margin, normalize_features=normalize_features,
-        reduction=reduction, ignore_index=ignore_index, save_bytes=save_bytes,
+        scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction,
+        ignore_index=ignore_index, interclass_filter=interclass_filter, save_bytes=save_bytes,
     )  # fmt: skip
     dtype = compute_dtype(features, weight)
     backend = backends.choose(backend, features.device, dtype)
-    labels = canonical_labels(labels, weight.shape[0], ignore_index)
-    psi = as_margin(margin)
+    labels, num_rows = canonical_labels(labels, weight.shape[0], ignore_index)
     if backend == "reference":
-        rows = reference.loss_rows(features, weight, labels, scale, psi, normalize_features)
-    else:
-        rows = _loss_rows(features, weight, labels, scale, psi, normalize_features, dtype, save_bytes, backend)
-    return reduce_rows(rows, labels, reduction)
+        rows, predictions = reference.loss_rows(
+            features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter
+        )
+        loss = reduce_rows(rows, labels, num_rows, reduction)
+        return (loss, predictions) if return_predictions else loss
 
-
-def _loss_rows(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: float | Tensor,
-    margin: Margin,
-    normalize_features: bool,
-    dtype: torch.dtype,
-    save_bytes: int | None,
-    backend: str,
-) -> Tensor:
     s: float | Tensor = scale
     if not isinstance(scale, Tensor):
         scale = torch.tensor(scale, dtype=torch.float64, device="cpu")  # 0-d on the CPU: read without synchronizing
@@ -98,62 +129,157 @@ def _loss_rows(
         save_bytes = 0
     elif save_bytes is None:
         save_bytes = DEFAULT_SAVE_BYTES
-    save_bytes = min(save_bytes, (1 << 63) - 1)
-    log_z, cosine, norm = AMSoftmaxFunction.apply(  # type: ignore[no-untyped-call]
-        features, weight, labels, scale, normalize_features, dtype, save_bytes, backend
-    )
-    num_classes = weight.shape[0]
-    if features.device.type != "cpu":  # on the CPU such a label was an error
+    problem = backends.Problem(
+        features, weight, labels, scale, normalize_features, dtype,
+        math.inf if interclass_filter is None else float(interclass_filter),
+    )  # fmt: skip
+    how = (min(save_bytes, (1 << 63) - 1), return_predictions, backend)
+    constant = margin.margin if type(margin) is AdditiveMargin else margin
+    if isinstance(constant, (int, float)):
+        need_scale = not normalize_features or scale.requires_grad
+        loss, cosine, best, best_class = _ConstantMarginLoss.apply(  # type: ignore[no-untyped-call]
+            *problem, *how, num_rows, float(constant), reduction, need_scale
+        )
+    else:
+        log_z, cosine, norm, best, best_class = AMSoftmaxFunction.apply(*problem, *how)  # type: ignore[no-untyped-call]
+        rows = _loss_rows(log_z, cosine, norm, labels, weight.shape[0], s if normalize_features else norm, as_margin(margin))
+        loss = reduce_rows(rows, labels, num_rows, reduction)
+    if not return_predictions:
+        return loss
+    return loss, torch.where(cosine.detach() >= best, labels, best_class)
+
+
+def _loss_rows(
+    log_z: Tensor, cosine: Tensor, norm: Tensor, labels: Tensor, num_classes: int, s: float | Tensor, margin: Margin
+) -> Tensor:
+    if cosine.device.type != "cpu":  # on the CPU such a label was an error
         cosine = torch.where(labels < num_classes, cosine, math.nan)
-    with no_autocast(features.device):
-        psi = target_psi(margin, cosine, labels.clamp(0, num_classes - 1), norm)
-        u = psi * (s if normalize_features else norm)
+    with no_autocast(cosine.device):
+        u = target_psi(margin, cosine, labels.clamp(0, num_classes - 1), norm) * s
         # Above 40, log(1 + e^v) is v to the last bit of a float64.
         return softplus(log_z - u, threshold=40)
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    """The first tensor, as a function of the others that has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *unused: Tensor) -> None:
+        raise RuntimeError("am_softmax_loss can be differentiated once; backend='reference' can be any number of times")
+
+
+def _once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """PyTorch's decorator of this name lets a second gradient vanish silently where the upstream one is a constant."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return results
+        inputs = [each for each in ctx.saved_tensors if each.requires_grad]
+        return tuple(
+            None if each is None else _DifferentiatedOnce.apply(each, *inputs)  # type: ignore[no-untyped-call]
+            for each in results
+        )
+
+    return wrapped
 
 
 class AMSoftmaxFunction(torch.autograd.Function):
     """The B×C work as one differentiable function, on which any margin on the target can be built.
 
-    ``apply(features, weight, labels, scale, normalize_features, compute_dtype, save_bytes, backend)`` takes checked
-    arguments: labels as :func:`amsoftmax_kernels.arguments.canonical_labels` leaves them, ``scale`` a 0-d tensor, the
-    name of a backend. It returns three vectors ``[B]``, each differentiable once:
+    ``apply(features, weight, labels, scale, normalize_features, compute_dtype, interclass_filter, save_bytes, predict,
+    backend)`` takes checked arguments: those of :class:`amsoftmax_kernels.backends.Problem`, the bytes to keep, whether
+    to find the best negative, and the name of a backend. It returns vectors ``[B]``, the first three differentiable once:
 
     - log z, the log-sum-exp of the negatives' logits, log Σ_{j≠y} exp(s·cos_j) (s = ‖x‖ without normalize_features);
     - t, the target's cosine, exact (never through the low-precision product);
-    - ‖x‖.
+    - ‖x‖;
+    - the largest cosine of a negative and its class (of size 0 without ``predict``).
 
-    With u = s·ψ(t) the loss is softplus(log z − u).
+    With u = s·ψ(t) the loss is softplus(log z − u). An ignored row has log z = −∞.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        scale: Tensor,
-        normalize_features: bool,
-        dtype: torch.dtype,
-        save_bytes: int,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out = backends.load(backend).forward(features, weight, labels, scale, normalize_features, dtype, save_bytes)
-        ctx.save_for_backward(features, weight, labels, scale, *out)
-        ctx.options = (normalize_features, dtype, backend)
-        return out.z.log() + out.shift * math.log(2), out.cosine, out.norm
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        problem, (save_bytes, predict, backend) = backends.Problem(*arguments[:7]), arguments[7:]
+        out = backends.load(backend).forward(problem, save_bytes, predict)
+        _save(ctx, problem, out, backend)
+        ctx.mark_non_differentiable(out.best, out.best_class)
+        return torch.add(out.z.log(), out.shift, alpha=math.log(2)), out.cosine, out.norm, out.best, out.best_class
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_log_z: Tensor, grad_cosine: Tensor, grad_norm: Tensor) -> tuple[Tensor | None, ...]:
-        features, weight, labels, scale, *out = ctx.saved_tensors
-        saved = backends.Forward(*out)
-        normalize_features, dtype, backend = ctx.options
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    @_once_differentiable
+    def backward(
+        ctx: Any, grad_log_z: Tensor | None, grad_cosine: Tensor | None, grad_norm: Tensor | None, *unused: None
+    ) -> tuple[Tensor | None, ...]:
+        problem, saved, _ = _saved(ctx)
+        zero = torch.zeros_like(saved.z)
         # z = 0 where there is no negative (one class) or all vanish beside the target: nothing flows to them.
-        row_factor = (grad_log_z / saved.z).masked_fill_(saved.z == 0, 0)
-        grads = backends.load(backend).backward(
-            features, weight, labels, scale, normalize_features, dtype, saved, row_factor, grad_cosine, grad_norm, needs
-        )
-        grad_features, grad_weight, grad_scale = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return grad_features, grad_weight, None, grad_scale, None, None, None, None
+        row_factor = zero if grad_log_z is None else (grad_log_z / saved.z).masked_fill_(saved.z == 0, 0)
+        grad_cosine = zero if grad_cosine is None else grad_cosine
+        return _backward(ctx, problem, saved, row_factor, grad_cosine, grad_norm)
+
+
+class _ConstantMarginLoss(torch.autograd.Function):
+    """The whole loss for a margin that is a number: its derivatives are known in the forward pass.
+
+    ``apply(*AMSoftmaxFunction's arguments, num_rows, margin, reduction, need_scale)`` returns the loss, t, and the best
+    negative's cosine and class, of which the loss alone is differentiable.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        problem, (save_bytes, predict, backend), how = backends.Problem(*arguments[:7]), arguments[7:10], arguments[10:]
+        module = backends.load(backend)
+        out = module.forward(problem, save_bytes, predict)
+        loss, derivatives = module.constant_margin(problem, out, *how)
+        _save(ctx, problem, out, backend, derivatives)
+        ctx.mark_non_differentiable(out.cosine, out.best, out.best_class)
+        return loss, out.cosine, out.best, out.best_class
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 14
+        problem, saved, (derivatives,) = _saved(ctx)
+        row_factor, grad_cosine, *grad_s = (derivatives * grad).unbind()
+        grad_norm = None if problem.normalize_features else grad_s[0]
+        grads = _backward(ctx, problem, saved, row_factor, grad_cosine, grad_norm)
+        grad_scale = grads[3]
+        if grad_scale is not None and problem.normalize_features:
+            grad_scale = grad_scale + grad_s[0].sum().to(grad_scale)
+        return *grads[:3], grad_scale, *grads[4:], None, None, None, None
+
+
+def _save(ctx: Any, problem: backends.Problem, out: backends.Forward, backend: str, *tensors: Tensor) -> None:
+    ctx.save_for_backward(*problem[:4], *out, *tensors)
+    ctx.options = (problem[4:], backend)
+    ctx.set_materialize_grads(False)
+
+
+def _saved(ctx: Any) -> tuple[backends.Problem, backends.Forward, tuple[Tensor, ...]]:
+    tensors = ctx.saved_tensors
+    end = 4 + len(backends.Forward._fields)
+    return backends.Problem(*tensors[:4], *ctx.options[0]), backends.Forward(*tensors[4:end]), tensors[end:]
+
+
+def _backward(
+    ctx: Any,
+    problem: backends.Problem,
+    saved: backends.Forward,
+    row_factor: Tensor,
+    grad_cosine: Tensor,
+    grad_norm: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The backend's gradients, one for each argument of :class:`AMSoftmaxFunction`."""
+    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    grads = backends.load(ctx.options[1]).backward(problem, saved, row_factor, grad_cosine, grad_norm, needs)
+    grad_features, grad_weight, grad_scale = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return grad_features, grad_weight, None, grad_scale, *[None] * 6

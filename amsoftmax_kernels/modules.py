@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ class AMSoftmaxLoss(nn.Module):
         scale: s, a positive float or a 0-d tensor; an ``nn.Parameter`` is learned.
         margin: m, a float, a ``[C]`` tensor, or a margin object; an ``nn.Parameter`` or an ``nn.Module`` is registered
             here, and so moved, saved and trained with the head.
-        normalize_features, reduction, ignore_index, backend, save_bytes: as in :func:`am_softmax_loss`.
+        normalize_features, reduction, ignore_index, interclass_filter, backend, save_bytes: as in :func:`am_softmax_loss`.
         device, dtype: of the centres.
 
     Attributes:
@@ -40,6 +42,7 @@ class AMSoftmaxLoss(nn.Module):
         normalize_features: bool = True,
         reduction: str = "mean",
         ignore_index: int = -100,
+        interclass_filter: float | None = None,
         backend: str | None = None,
         save_bytes: int | None = None,
         device: torch.device | str | None = None,
@@ -56,12 +59,13 @@ class AMSoftmaxLoss(nn.Module):
         check_scale(scale)
         check_margin(margin, num_classes)
         check_options(
-            normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index, save_bytes=save_bytes
-        )
+            normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
+            interclass_filter=interclass_filter, save_bytes=save_bytes,
+        )  # fmt: skip
         backends.check_available(backend)
         self.embedding_dim, self.num_classes = embedding_dim, num_classes
         self.normalize_features, self.reduction, self.ignore_index = normalize_features, reduction, ignore_index
-        self.backend, self.save_bytes = backend, save_bytes
+        self.interclass_filter, self.backend, self.save_bytes = interclass_filter, backend, save_bytes
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
         self.scale: float | Tensor
         self.margin: float | Tensor | Margin
@@ -81,9 +85,13 @@ class AMSoftmaxLoss(nn.Module):
         """Draw the centres anew: isotropic directions, norms near 1."""
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The loss of ``features [B, D]`` with ``labels [B]``."""
-        return am_softmax_loss(
+    @overload
+    def forward(self, features: Tensor, labels: Tensor, return_predictions: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, features: Tensor, labels: Tensor, return_predictions: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def forward(self, features: Tensor, labels: Tensor, return_predictions: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss of ``features [B, D]`` with ``labels [B]``; with ``return_predictions`` also the predicted classes."""
+        result: Tensor | tuple[Tensor, Tensor] = am_softmax_loss(  # type: ignore[call-overload, misc]
             features,
             self.weight,
             labels,
@@ -92,9 +100,12 @@ class AMSoftmaxLoss(nn.Module):
             normalize_features=self.normalize_features,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
+            interclass_filter=self.interclass_filter,
+            return_predictions=return_predictions,
             backend=self.backend,
             save_bytes=self.save_bytes,
         )
+        return result
 
     def cosine(self, features: Tensor) -> Tensor:
         """Cosines ``[B, C]`` of ``features [B, D]`` to every centre, float32 (float64 for float64), differentiable.
@@ -110,4 +121,5 @@ class AMSoftmaxLoss(nn.Module):
             f"{name}={value}" for name in ("scale", "margin") if isinstance(value := getattr(self, name), (int, float))
         ]
         parts += [] if self.normalize_features else ["normalize_features=False"]
+        parts += [] if self.interclass_filter is None else [f"interclass_filter={self.interclass_filter}"]
         return ", ".join(parts)

@@ -7,6 +7,15 @@ from typing import Any
 
 import torch
 
+# The arguments that every backend's operators share: backends.Problem, and what the backward pass is given.
+PROBLEM_SCHEMA = (
+    "Tensor features, Tensor weight, Tensor labels, Tensor scale, bool normalize_features, ScalarType compute_dtype, "
+    "float interclass_filter"
+)
+GRADS_SCHEMA = (
+    "Tensor row_factor, Tensor grad_cosine, Tensor? grad_norm, bool need_features, bool need_weight, bool need_scale"
+)
+
 _library = torch.library.Library("amsoftmax_kernels", "DEF")
 
 

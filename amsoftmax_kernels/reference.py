@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,9 @@ def am_softmax_loss(
     normalize_features: bool = True,
     reduction: str = "mean",
     ignore_index: int = -100,
-) -> Tensor:
+    interclass_filter: float | None = None,
+    return_predictions: bool = False,
+) -> Any:
     """AM-Softmax loss (Wang et al. 2018, equation 6) with all B×C logits in memory.
 
     Arguments, result and errors are those of :func:`amsoftmax_kernels.am_softmax_loss`; half-precision inputs are
@@ -34,20 +37,28 @@ def am_softmax_loss(
     """
     check_arguments(
         features, weight, labels,
-        scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
+        scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction,
+        ignore_index=ignore_index, interclass_filter=interclass_filter,
     )  # fmt: skip
-    labels = canonical_labels(labels, weight.shape[0], ignore_index)
-    rows = loss_rows(features, weight, labels, scale, as_margin(margin), normalize_features)
-    return reduce_rows(rows, labels, reduction)
+    labels, num_rows = canonical_labels(labels, weight.shape[0], ignore_index)
+    rows, predictions = loss_rows(features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter)
+    loss = reduce_rows(rows, labels, num_rows, reduction)
+    return (loss, predictions) if return_predictions else loss
 
 
 def loss_rows(
-    features: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor, margin: Margin, normalize_features: bool
-) -> Tensor:
-    """The rows' losses ``[B]`` for checked arguments and canonical labels."""
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    margin: Margin,
+    normalize_features: bool,
+    interclass_filter: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The rows' losses and predicted classes ``[B]`` for checked arguments and canonical labels."""
     dtype = accumulate_dtype(compute_dtype(features, weight))
     with no_autocast(features.device):
-        return _formula(features.to(dtype), weight.to(dtype), labels, scale, margin, normalize_features)
+        return _formula(features.to(dtype), weight.to(dtype), labels, scale, margin, normalize_features, interclass_filter)
 
 
 def cosine(features: Tensor, weight: Tensor) -> Tensor:
@@ -59,8 +70,14 @@ def cosine(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def _formula(
-    x: Tensor, w: Tensor, labels: Tensor, scale: float | Tensor, margin: Margin, normalize_features: bool
-) -> Tensor:
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    margin: Margin,
+    normalize_features: bool,
+    interclass_filter: float | None,
+) -> tuple[Tensor, Tensor]:
     num_classes = w.shape[0]
     x = x.masked_fill((labels < 0)[:, None], 0)
     target = labels.clamp(0, num_classes - 1)
@@ -73,9 +90,14 @@ def _formula(
     t = cos.gather(1, target[:, None])[:, 0]
     t = t.masked_fill(labels >= num_classes, math.nan)
     logits = cos * (s[:, None] if isinstance(s, Tensor) and s.dim() else s)
-    is_target = torch.arange(num_classes, device=x.device) == target[:, None]
-    log_z = logits.masked_fill(is_target, -math.inf).logsumexp(1)
-    return softplus(log_z - s * target_psi(margin, t, target, norm), threshold=40)
+    left_out = is_target = torch.arange(num_classes, device=x.device) == target[:, None]
+    if interclass_filter is not None:
+        left_out = is_target | (cos > interclass_filter)
+    log_z = logits.masked_fill(left_out, -math.inf).logsumexp(1)
+    rows = softplus(log_z - s * target_psi(margin, t, target, norm), threshold=40)
+    best, best_class = cos.detach().masked_fill(is_target, -math.inf).max(1)
+    best_class = best_class.masked_fill(best.isnan(), -1)
+    return rows, torch.where(t.detach() >= best, labels, best_class)
 
 
 def _unit_rows(matrix: Tensor) -> Tensor:

@@ -93,6 +93,14 @@ CASES = [
     Case("at-centre", "cos = 1", own=1.0),
     Case("no-margin", "normalized softmax", options={"margin": 0.0}),
     Case("no-fn", "without feature normalization", options={"normalize_features": False}),
+    Case("filter", "some negatives are left out", options={"interclass_filter": 0.1}),
+    Case("filter-s1000", "the filter under a running maximum", options={"interclass_filter": 0.2, "scale": 1000.0}),
+    Case(
+        "filter-no-fn",
+        "the filter is on cosines whatever ‖x‖",
+        options={"interclass_filter": 0.1, "normalize_features": False},
+    ),
+    Case("filter-wrong", "the filter takes the hard negative out", wrong=0.95, options={"interclass_filter": 0.9}),
     Case("sum", "another reduction", options={"reduction": "sum"}),
     Case("mean", "the default reduction", options={"reduction": "mean"}),
 ]

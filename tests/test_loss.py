@@ -154,6 +154,17 @@ def test_gradcheck(options: dict[str, Any], save_bytes: int | None, monkeypatch:
     assert torch.autograd.gradcheck(loss, inputs)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("normalize_features", [True, False])
+def test_gradcheck_with_a_constant_margin(reduction: str, normalize_features: bool, small_chunks: None) -> None:
+    features, weight, labels, _ = Case("", "", B=5, C=11, D=3).tensors()
+    labels[2] = -100
+    scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=normalize_features)
+    options = {"reduction": reduction, "normalize_features": normalize_features, "interclass_filter": 0.6}
+    inputs = [features.clone().requires_grad_(), weight.clone().requires_grad_(), scale]
+    assert torch.autograd.gradcheck(lambda x, w, s: ak.am_softmax_loss(x, w, labels, scale=s, **options), inputs)
+
+
 def test_norm_500_without_feature_normalization(small_chunks: None) -> None:
     for own in (-0.9, 0.0, 0.999):
         case = Case("", "", own=own, options={"normalize_features": False})
@@ -252,8 +263,12 @@ def test_double_backward_is_an_error() -> None:
     features, weight, labels, _ = BY_NAME["plain"].tensors()
     x = features.clone().requires_grad_()
     (dx,) = torch.autograd.grad(ak.am_softmax_loss(x, weight, labels), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
         dx.sum().backward()
+    loss = ak.am_softmax_loss(x, weight, labels, margin=torch.tensor(0.35, dtype=torch.float64))
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        (loss + dx.square().sum()).backward()
 
 
 def test_the_reference_differentiates_twice() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,32 +20,43 @@ PLAIN = CASES[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("scale", "normalize"), [(30.0, True), (100.0, True), (30.0, False)])
+@pytest.mark.parametrize(
+    ("scale", "normalize", "interclass_filter", "predict"),
+    [(30.0, True, math.inf, False), (100.0, True, 0.1, True), (30.0, False, 0.1, False), (30.0, True, 0.1, True)],
+)
 @pytest.mark.parametrize("save_bytes", [1 << 30, 0, CHUNK * PLAIN.B * 8])
-def test_opcheck(dtype: torch.dtype, scale: float, normalize: bool, save_bytes: int, small_chunks: None) -> None:
+def test_opcheck(
+    dtype: torch.dtype,
+    scale: float,
+    normalize: bool,
+    interclass_filter: float,
+    predict: bool,
+    save_bytes: int,
+    small_chunks: None,
+) -> None:
     features, weight, labels, upstream = PLAIN.tensors(dtype)
     labels[0] = -1
-    shard = (features, weight, labels, torch.tensor(scale, dtype=torch.float64), normalize, dtype)
+    scale_tensor = torch.tensor(scale, dtype=torch.float64)
+    problem = (features, weight, labels, scale_tensor, normalize, dtype, interclass_filter)
     ops = torch.ops.amsoftmax_kernels
-    z, shift, cosine, norm, inverse_norm, kept, kept_shift = ops.chunked_forward(*shard, save_bytes)
-    torch.library.opcheck(ops.chunked_forward, (*shard, save_bytes))
-    grads = (upstream.to(z.dtype) / z, upstream.to(z.dtype), upstream.to(z.dtype))
+    out = ops.chunked_forward(*problem, save_bytes, predict)
+    torch.library.opcheck(ops.chunked_forward, (*problem, save_bytes, predict))
+    grad = upstream.to(out[0].dtype)
+    grads = (grad / out[0].clamp(min=1e-3), grad, None if normalize else grad)
     for needs in itertools.product((True, False), repeat=3):
         torch.library.opcheck(
             ops.chunked_backward,
-            (*shard, shift, cosine, norm, inverse_norm, kept, kept_shift, *grads, *needs),
+            (*problem, *out[1:7], *grads, *needs),
             test_utils="test_faketensor" if sum(needs) == 1 else ("test_schema", "test_faketensor"),
         )
-    torch.library.opcheck(
-        ops.chunked_backward, (*shard, shift, cosine, norm, inverse_norm, kept, kept_shift, *grads, True, True, True)
-    )
+    torch.library.opcheck(ops.chunked_backward, (*problem, *out[1:7], *grads, True, True, True))
 
 
 def test_the_operators_alone_have_no_gradient() -> None:
     features, weight, labels, _ = PLAIN.tensors()
     scale = torch.tensor(30.0, dtype=torch.float64)
     z = torch.ops.amsoftmax_kernels.chunked_forward(
-        features.clone().requires_grad_(), weight, labels, scale, True, torch.float64, 1 << 30
+        features.clone().requires_grad_(), weight, labels, scale, True, torch.float64, math.inf, 1 << 30, False
     )[0]
     with pytest.raises(RuntimeError, match="differentiate through am_softmax_loss"):
         z.sum().backward()
@@ -77,8 +89,9 @@ def learnt(head: nn.Module, features: Tensor, labels: Tensor) -> tuple[Tensor, .
         {"scale": nn.Parameter(torch.tensor(30.0))},
         {"margin": AnnealedAdditiveMargin()},
         {"save_bytes": 0},
+        {"interclass_filter": 0.1},
     ],
-    ids=["plain", "no-fn", "s100", "learned-scale", "annealed", "recomputed"],
+    ids=["plain", "no-fn", "s100", "learned-scale", "annealed", "recomputed", "filtered"],
 )
 def test_compile_takes_the_whole_module(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     head = ak.AMSoftmaxLoss(PLAIN.D, PLAIN.C, backend=backend, dtype=dtype, **options)
@@ -86,6 +99,14 @@ def test_compile_takes_the_whole_module(options: dict[str, Any], dtype: torch.dt
     expected = learnt(head, features, labels)
     actual = learnt(compiled(head), features, labels)
     assert all(map(torch.equal, actual, expected))
+
+
+def test_compile_with_predictions() -> None:
+    head = ak.AMSoftmaxLoss(PLAIN.D, PLAIN.C)
+    features, _, labels, _ = PLAIN.tensors(torch.float32)
+    torch._dynamo.reset()
+    actual = torch.compile(head, fullgraph=True, backend="aot_eager")(features, labels, return_predictions=True)
+    assert all(map(torch.equal, actual, head(features, labels, return_predictions=True)))
 
 
 def test_compile_with_autocast_and_changing_batches() -> None:

@@ -18,16 +18,30 @@ NAMES = ("cuda", "triton", "chunked", "reference")
 _NOT_WRITTEN = ("cuda", "triton")
 
 
+class Problem(NamedTuple):
+    """One shard of classes and the rows against it: what both passes are given, checked."""
+
+    features: Tensor  # [B, D]
+    weight: Tensor  # [C, D]
+    labels: Tensor  # [B] int64: negative where ignored, C or more where the class is not in this shard
+    scale: Tensor  # 0-d, on the CPU or on the tensors' device; ‖x‖ takes its place without normalize_features
+    normalize_features: bool
+    compute_dtype: torch.dtype
+    interclass_filter: float  # negatives of a larger cosine are left out of z; infinity leaves none out
+
+
 class Forward(NamedTuple):
     """What the forward pass leaves for the loss and for the backward pass."""
 
-    z: Tensor  # [B] Σ_{j≠y} 2^(log2(e)·logit − shift)
+    z: Tensor  # [B] Σ_{j≠y} 2^(log2(e)·logit − shift); 0 for an ignored row
     shift: Tensor  # [B] the largest log2(e)·logit, taken off; 0 where logits are bounded
     cosine: Tensor  # [B] t, exact; 0 for a row whose label is not in this shard
     norm: Tensor  # [B] ‖x‖; 1 for an ignored row
     inverse_norm: Tensor  # [C] 1/‖w‖, 0 for a zero row
-    kept: Tensor  # [K, B] the terms of z for the first K classes
-    kept_shift: Tensor  # [chunks, B] the shift of each chunk of them, when it was kept
+    kept: Tensor  # the terms of z that fit save_bytes, laid out as the backend likes
+    kept_shift: Tensor  # the shift of each part of them, when it was kept
+    best: Tensor  # [B] the largest cosine of a negative; of size 0 if no prediction was asked for
+    best_class: Tensor  # [B] int64, the class it belongs to
 
 
 class Backend(Protocol):
@@ -37,32 +51,23 @@ class Backend(Protocol):
     def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether tensors on this device, computed in this dtype, can be given to it."""
 
-    def forward(
-        self,
-        features: Tensor,  # [B, D]
-        weight: Tensor,  # [C, D]
-        labels: Tensor,  # [B] int64: negative where ignored, C or more where the class is not in this shard
-        scale: Tensor,  # 0-d, on the CPU or on the tensors' device; ‖x‖ takes its place without normalize_features
-        normalize_features: bool,
-        compute_dtype: torch.dtype,
-        save_bytes: int,
-    ) -> Forward: ...
+    def forward(self, problem: Problem, save_bytes: int, predict: bool) -> Forward: ...
+
+    def constant_margin(
+        self, problem: Problem, saved: Forward, num_rows: Tensor, margin: float, reduction: str, need_scale: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The loss for one margin, and its derivatives by log z, by t and by s; see :mod:`.margin`."""
 
     def backward(
         self,
-        features: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        scale: Tensor,
-        normalize_features: bool,
-        compute_dtype: torch.dtype,
+        problem: Problem,
         saved: Forward,
         row_factor: Tensor,  # [B] gradient with respect to log z, over z
         grad_cosine: Tensor,  # [B]
-        grad_norm: Tensor,  # [B]
+        grad_norm: Tensor | None,  # [B]
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of features, weight and scale, each of size 0 where it is not needed."""
+        """Gradients of features, weight and scale (through z), each of size 0 where it is not needed."""
 
 
 _loaded: dict[str, Backend] = {}

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..arguments import accumulate_dtype, no_autocast
-from ..operators import register
-from . import Forward, one_chunk
+from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, register
+from . import Forward, Problem, one_chunk
 from .host_memory import advise_huge_pages
+from .margin import constant_margin as constant_margin
 from .norms import row_norms
 from .products import product_nt
 
@@ -44,38 +45,20 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "mps"  # no float64 there
 
 
-def forward(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    normalize_features: bool,
-    compute_dtype: torch.dtype,
-    save_bytes: int,
-) -> Forward:
-    op = torch.ops.amsoftmax_kernels.chunked_forward
-    return Forward(*op(features, weight, labels, scale, normalize_features, compute_dtype, save_bytes))
+def forward(problem: Problem, save_bytes: int, predict: bool) -> Forward:
+    return Forward(*torch.ops.amsoftmax_kernels.chunked_forward(*problem, save_bytes, predict))
 
 
 def backward(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    normalize_features: bool,
-    compute_dtype: torch.dtype,
+    problem: Problem,
     saved: Forward,
     row_factor: Tensor,
     grad_cosine: Tensor,
-    grad_norm: Tensor,
+    grad_norm: Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = torch.ops.amsoftmax_kernels.chunked_backward
-    grads: tuple[Tensor, Tensor, Tensor] = op(
-        features, weight, labels, scale, normalize_features, compute_dtype,
-        saved.shift, saved.cosine, saved.norm, saved.inverse_norm, saved.kept, saved.kept_shift,
-        row_factor, grad_cosine, grad_norm, *needs,
-    )  # fmt: skip
+    grads: tuple[Tensor, Tensor, Tensor] = op(*problem, *saved[1:7], row_factor, grad_cosine, grad_norm, *needs)
     return grads
 
 
@@ -90,10 +73,12 @@ class _Shard:
     operand_dtype: torch.dtype  # of the cosines' product
     panel_dtype: torch.dtype  # of E
     bounded: bool  # no running maximum is needed
+    interclass_filter: float
     chunk: int  # classes a chunk
 
     @classmethod
-    def of(cls, pair: _TargetPair, weight: Tensor, scale: Tensor, normalize: bool, compute_dtype: torch.dtype) -> _Shard:
+    def of(cls, pair: _TargetPair, problem: Problem) -> _Shard:
+        weight, scale, normalize, compute_dtype = problem.weight, *problem[3:6]
         dtype, device = accumulate_dtype(compute_dtype), weight.device
         half = compute_dtype != dtype and device.type != "cpu"
         # The value of a scale on a GPU is not read: it may be large.
@@ -110,6 +95,7 @@ class _Shard:
             operand_dtype=compute_dtype if half else dtype,
             panel_dtype=_panel_dtype(compute_dtype, device),
             bounded=normalize and known and scale.item() <= BOUNDED_SCALE,
+            interclass_filter=problem.interclass_filter,
             chunk=_chunk_size(x.shape[0], x.shape[1], device),
         )  # fmt: skip
 
@@ -124,7 +110,7 @@ class _Shard:
         return (w * inverse[:, None]).to(self.operand_dtype)
 
     def logits(self, operand: Tensor, inverse: Tensor, x: Tensor) -> Tensor:
-        """log2(e) times a chunk's logits, ``[chunk, B]``, for ``x`` in the operand dtype."""
+        """log2(e) times a chunk's logits, ``[chunk, B]``, for ``x`` in the operand dtype, before the filter."""
         panel = product_nt(operand, x)
         if isinstance(self.scale, Tensor) and self.scale.dim():
             panel.mul_(self.scale)  # after the product: x itself may be past float16's range
@@ -133,23 +119,28 @@ class _Shard:
             return panel.mul_((inverse * (self.scale * _LOG2E))[:, None])
         return panel.mul_(self.scale * _LOG2E)
 
+    def filter_(self, panel: Tensor) -> None:
+        """Leave out of a chunk's logits those of a larger cosine than the filter allows."""
+        if math.isfinite(self.interclass_filter):
+            panel.masked_fill_(panel > self.scale * (self.interclass_filter * _LOG2E), -math.inf)
 
-def _forward(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    normalize_features: bool,
-    compute_dtype: torch.dtype,
-    save_bytes: int,
-) -> tuple[Tensor, ...]:
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, (save_bytes, predict) = Problem(*arguments[:7]), arguments[7:]
+    features, weight, labels, scale = problem[:4]
     with no_autocast(features.device):
-        if _is_one_chunk(features, weight, labels, scale, normalize_features, compute_dtype, save_bytes):
-            dtype = accumulate_dtype(compute_dtype)
+        if not predict and _is_one_chunk(problem):
+            dtype = accumulate_dtype(problem.compute_dtype)
             z, cosine, norm, inverse_norm, kept = one_chunk.forward(features, weight, labels, scale.item(), dtype)
-            return z, torch.zeros_like(z), cosine, norm, inverse_norm, kept, kept.new_zeros(1, len(z))
+            if kept.numel() * kept.element_size() > save_bytes:
+                kept = kept.new_empty(0, len(z))
+            none = z.new_empty(0)
+            return (
+                z, torch.zeros_like(z), cosine, norm, inverse_norm, kept, kept.new_zeros(min(len(kept), 1), len(z)),
+                none, labels.new_empty(0),
+            )  # fmt: skip
         pair = _TargetPair.of(features, weight, labels)
-        shard = _Shard.of(pair, weight, scale, normalize_features, compute_dtype)
+        shard = _Shard.of(pair, problem)
         targets = _Targets(labels, weight.shape[0], shard.chunk)
         B, C = features.shape[0], weight.shape[0]
         K = _kept_classes(B, C, shard.panel_dtype, save_bytes, shard.chunk)
@@ -160,63 +151,62 @@ def _forward(
         # Summed over chunks in float64, so that the error does not grow with C.
         z = x.new_zeros(B, dtype=torch.float64)
         shift = shard.x.new_full((B,), 0.0 if shard.bounded else torch.finfo(shard.dtype).min / 4)
+        best = shard.x.new_full((B if predict else 0,), -math.inf)
+        best_class = labels.new_full((B if predict else 0,), -1)
         for start in range(0, C if B else 0, shard.chunk):
             w = shard.centres(start)
             inverse = inverse_norm[start : start + shard.chunk]
             inverse.copy_(row_norms(w)[1])
             panel = shard.logits(shard.operand(w, inverse), inverse, x)
-            if not shard.bounded:
+            if predict or not shard.bounded:
                 targets.mask_(panel, start, -math.inf)
+            if predict:
+                maximum, index = panel.max(0)
+                larger = maximum > best
+                best = torch.where(larger, maximum, best)
+                best_class = torch.where(larger, index + start, best_class)
+            shard.filter_(panel)
+            if not shard.bounded:
                 maximum = torch.maximum(shift, panel.amax(0))
                 z *= torch.exp2(shift - maximum)
                 shift = maximum
                 panel -= shift
             keep = start < kept.shape[0]
             terms = torch.exp2(panel, out=kept[start : start + shard.chunk] if keep and kept.dtype == panel.dtype else panel)
-            if shard.bounded:
+            if shard.bounded and not predict:
                 targets.mask_(terms, start, 0.0)
             z += terms.sum(0)
             if keep:
                 if kept.dtype != panel.dtype:
                     kept[start : start + shard.chunk] = terms
                 kept_shift[start // shard.chunk] = shift
-        norm = pair.x_norm.to(shard.dtype).masked_fill(labels < 0, 1)
-        return z.to(shard.dtype), shift, pair.cosine.to(shard.dtype), norm, inverse_norm, kept, kept_shift
+        if predict:
+            # ‖x‖ = 0 without normalize_features: every cosine is 0.
+            best = (best / (shard.scale * _LOG2E)).nan_to_num_(0.0, math.inf, -math.inf)
+        ignored = labels < 0
+        norm = pair.x_norm.to(shard.dtype).masked_fill(ignored, 1)
+        z = z.to(shard.dtype).masked_fill_(ignored, 0)
+        return z, shift, pair.cosine.to(shard.dtype), norm, inverse_norm, kept, kept_shift, best, best_class
 
 
-def _backward(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    normalize_features: bool,
-    compute_dtype: torch.dtype,
-    shift: Tensor,
-    cosine: Tensor,
-    norm: Tensor,
-    inverse_norm: Tensor,
-    kept: Tensor,
-    kept_shift: Tensor,
-    row_factor: Tensor,
-    grad_cosine: Tensor,
-    grad_norm: Tensor,
-    need_features: bool,
-    need_weight: bool,
-    need_scale: bool,
-) -> tuple[Tensor, ...]:
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, saved, grads, needs = Problem(*arguments[:7]), arguments[7:13], arguments[13:16], arguments[16:]
+    features, weight, labels, scale, normalize_features = problem[:5]
+    shift, cosine, norm, inverse_norm, kept, kept_shift = saved
+    row_factor, grad_cosine, grad_norm = grads
+    need_features, need_weight, need_scale = needs
     with no_autocast(features.device):
-        kept_bytes = kept.numel() * kept.element_size()
-        if _is_one_chunk(features, weight, labels, scale, normalize_features, compute_dtype, kept_bytes):
-            grads = one_chunk.backward(
-                features, weight, labels, scale.item(), norm, inverse_norm, cosine, kept, row_factor, grad_cosine, grad_norm
-            )
-            needs = (need_features, need_weight, need_scale)
+        if _is_one_chunk(problem):
+            results = one_chunk.backward(
+                features, weight, labels, scale.item(), norm, inverse_norm, cosine, kept,
+                row_factor, grad_cosine, grad_norm, need_scale,
+            )  # fmt: skip
             return tuple(
                 grad.to(tensor.dtype) if need else tensor.new_empty(0)
-                for grad, tensor, need in zip(grads, (features, weight, scale), needs, strict=True)
+                for grad, tensor, need in zip(results, (features, weight, scale), needs, strict=True)
             )
         pair = _TargetPair.of(features, weight, labels)
-        shard = _Shard.of(pair, weight, scale, normalize_features, compute_dtype)
+        shard = _Shard.of(pair, problem)
         targets = _Targets(labels, weight.shape[0], shard.chunk)
         need_rows = need_features or (need_scale and normalize_features)
         B, D, C = *features.shape, weight.shape[0]
@@ -241,6 +231,7 @@ def _backward(
                     terms = terms * torch.exp2(kept_shift[start // shard.chunk] - shift)
             else:
                 terms = shard.logits(operand, inverse, x)
+                shard.filter_(terms)
                 if not shard.bounded:
                     terms -= shift
                 targets.mask_(terms.exp2_(), start, 0.0)
@@ -265,7 +256,7 @@ def _backward(
         if need_rows:
             rows64 = rows.double()
             row_coefficient = row_factor.double()
-            x_coefficient = grad_norm.double()
+            x_coefficient = torch.zeros_like(row_coefficient) if grad_norm is None else grad_norm.double()
             if normalize_features:
                 along = pair.x_inverse * (pair.x * rows64).sum(1)  # x̂·(Eᵀŵ)
                 if need_scale:
@@ -385,36 +376,22 @@ def _kept_classes(batch: int, num_classes: int, dtype: torch.dtype, save_bytes: 
     return min(num_classes, fit // chunk * chunk) if fit < num_classes else num_classes
 
 
-def _is_one_chunk(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    normalize_features: bool,
-    compute_dtype: torch.dtype,
-    kept_bytes: int,
-) -> bool:
-    """Whether both passes take the short way: see :mod:`.one_chunk`."""
+def _is_one_chunk(problem: Problem) -> bool:
+    """Whether both passes can take the short way: see :mod:`.one_chunk`."""
+    features, weight, labels, scale = problem[:4]
     device, (B, D), C = features.device, features.shape, weight.shape[0]
-    itemsize = accumulate_dtype(compute_dtype).itemsize
-    if device.type != "cpu" or scale.device.type != "cpu" or not normalize_features or scale.item() > BOUNDED_SCALE:
+    if device.type != "cpu" or scale.device.type != "cpu" or not problem.normalize_features or scale.item() > BOUNDED_SCALE:
         return False
-    if B == 0 or _chunk_size(B, D, device) < C or kept_bytes < B * C * itemsize:
+    if B == 0 or _chunk_size(B, D, device) < C or math.isfinite(problem.interclass_filter):
         return False
     smallest, largest = torch.aminmax(labels)
     return smallest.item() >= 0 and largest.item() < C
 
 
-def _forward_fake(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    normalize_features: bool,
-    compute_dtype: torch.dtype,
-    save_bytes: int,
-) -> tuple[Tensor, ...]:
-    dtype, panel_dtype = accumulate_dtype(compute_dtype), _panel_dtype(compute_dtype, features.device)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, (save_bytes, predict) = Problem(*arguments[:7]), arguments[7:]
+    features, weight, labels = problem[:3]
+    dtype, panel_dtype = accumulate_dtype(problem.compute_dtype), _panel_dtype(problem.compute_dtype, features.device)
     batch, num_classes = features.shape[0], weight.shape[0]
     chunk = _chunk_size(batch, features.shape[1], features.device)
     kept = _kept_classes(batch, num_classes, panel_dtype, save_bytes, chunk)
@@ -424,6 +401,8 @@ def _forward_fake(
         features.new_empty(num_classes, dtype=dtype),
         features.new_empty(kept, batch, dtype=panel_dtype),
         features.new_empty(-(-kept // chunk), batch, dtype=dtype),
+        features.new_empty(batch if predict else 0, dtype=dtype),
+        labels.new_empty(batch if predict else 0),
     )
 
 
@@ -436,12 +415,16 @@ def _backward_fake(features: Tensor, weight: Tensor, labels: Tensor, scale: Tens
     )
 
 
-_SHARD = "Tensor features, Tensor weight, Tensor labels, Tensor scale, bool normalize_features, ScalarType compute_dtype"
-_SAVED = "Tensor shift, Tensor cosine, Tensor norm, Tensor inverse_norm, Tensor kept, Tensor kept_shift"
-_GRADS = "Tensor row_factor, Tensor grad_cosine, Tensor grad_norm"
-_NEEDS = "bool need_features, bool need_weight, bool need_scale"
-
-register("chunked_forward", f"({_SHARD}, SymInt save_bytes) -> ({', '.join(['Tensor'] * 7)})", _forward, _forward_fake)
 register(
-    "chunked_backward", f"({_SHARD}, {_SAVED}, {_GRADS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)", _backward, _backward_fake
+    "chunked_forward",
+    f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict) -> ({', '.join(['Tensor'] * 9)})",
+    _forward,
+    _forward_fake,
+)
+register(
+    "chunked_backward",
+    f"({PROBLEM_SCHEMA}, Tensor shift, Tensor cosine, Tensor norm, Tensor inverse_norm, Tensor kept, Tensor kept_shift, "
+    f"{GRADS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
 )

@@ -1,0 +1,42 @@
+"""The loss and its derivatives for one constant margin, in closed form: vectors of length B, plain PyTorch.
+
+Any other margin is differentiated by autograd; this spares the commonest one some thirty small operations a step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from . import Forward, Problem
+
+
+def constant_margin(
+    problem: Problem, saved: Forward, num_rows: Tensor, margin: float, reduction: str, need_scale: bool
+) -> tuple[Tensor, Tensor]:
+    """AM-Softmax's loss softplus(log z − s(t − m)), reduced, and its derivatives for an upstream gradient of 1.
+
+    With p = sigmoid(log z − s(t − m)), the derivatives ``[2 or 3, B]`` are p/z (by log z, over z), −s·p (by t) and, if
+    ``need_scale``, −p(t − m) (by s, or ‖x‖ in its place); over the number of rows for the mean.
+    """
+    s = problem.scale if problem.normalize_features else saved.norm
+    cosine = saved.cosine
+    if cosine.device.type != "cpu":  # there such a label was an error
+        cosine = torch.where(problem.labels < problem.weight.shape[0], cosine, math.nan)
+    above = cosine - margin
+    log_z = torch.add(saved.z.log(), saved.shift, alpha=math.log(2))  # -inf for an ignored row: its loss and p are 0
+    v = log_z.sub_(above * s)
+    # Above 40, log(1 + e^v) is v to the last bit of a float64.
+    rows = softplus(v, threshold=40)
+    p = v.sigmoid_()
+    loss = rows if reduction == "none" else rows.sum()
+    if reduction == "mean":
+        loss, p = loss / num_rows, p / num_rows
+    # z = 0 where there is no negative (one class) or all vanish beside the target: then p is 0 too.
+    derivatives = [p / saved.z.clamp(min=torch.finfo(p.dtype).tiny), p * -s]
+    if need_scale:
+        derivatives.append(p * -above)
+    return loss, torch.stack(derivatives)
