@@ -133,7 +133,8 @@ def am_softmax_loss(
         features, weight, labels, scale, normalize_features, dtype,
         math.inf if interclass_filter is None else float(interclass_filter),
     )  # fmt: skip
-    how = (min(save_bytes, (1 << 63) - 1), return_predictions, backend)
+    need_rows = torch.is_grad_enabled() and (features.requires_grad or scale.requires_grad)
+    how = (min(save_bytes, (1 << 63) - 1), return_predictions, need_rows, backend)
     constant = margin.margin if type(margin) is AdditiveMargin else margin
     if isinstance(constant, (int, float)):
         need_scale = not normalize_features or scale.requires_grad
@@ -194,8 +195,8 @@ class AMSoftmaxFunction(torch.autograd.Function):
     """The B×C work as one differentiable function, on which any margin on the target can be built.
 
     ``apply(features, weight, labels, scale, normalize_features, compute_dtype, interclass_filter, save_bytes, predict,
-    backend)`` takes checked arguments: those of :class:`amsoftmax_kernels.backends.Problem`, the bytes to keep, whether
-    to find the best negative, and the name of a backend. It returns vectors ``[B]``, the first three differentiable once:
+    need_rows, backend)`` takes checked arguments: those of :class:`amsoftmax_kernels.backends.Problem`, the bytes to keep,
+    whether to find the best negative, whether features or scale will need a gradient, and the name of a backend. It returns vectors ``[B]``, the first three differentiable once:
 
     - log z, the log-sum-exp of the negatives' logits, log Σ_{j≠y} exp(s·cos_j) (s = ‖x‖ without normalize_features);
     - t, the target's cosine, exact (never through the low-precision product);
@@ -207,8 +208,8 @@ class AMSoftmaxFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, (save_bytes, predict, backend) = backends.Problem(*arguments[:7]), arguments[7:]
-        out = backends.load(backend).forward(problem, save_bytes, predict)
+        problem, (*how, backend) = backends.Problem(*arguments[:7]), arguments[7:]
+        out = backends.load(backend).forward(problem, *how)
         _save(ctx, problem, out, backend)
         ctx.mark_non_differentiable(out.best, out.best_class)
         return torch.add(out.z.log(), out.shift, alpha=math.log(2)), out.cosine, out.norm, out.best, out.best_class
@@ -235,10 +236,10 @@ class _ConstantMarginLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, (save_bytes, predict, backend), how = backends.Problem(*arguments[:7]), arguments[7:10], arguments[10:]
+        problem, (*how, backend), of_loss = backends.Problem(*arguments[:7]), arguments[7:11], arguments[11:]
         module = backends.load(backend)
-        out = module.forward(problem, save_bytes, predict)
-        loss, derivatives = module.constant_margin(problem, out, *how)
+        out = module.forward(problem, *how)
+        loss, derivatives = module.constant_margin(problem, out, *of_loss)
         _save(ctx, problem, out, backend, derivatives)
         ctx.mark_non_differentiable(out.cosine, out.best, out.best_class)
         return loss, out.cosine, out.best, out.best_class
@@ -247,7 +248,7 @@ class _ConstantMarginLoss(torch.autograd.Function):
     @_once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 14
+            return (None,) * 15
         problem, saved, (derivatives,) = _saved(ctx)
         row_factor, grad_cosine, *grad_s = (derivatives * grad).unbind()
         grad_norm = None if problem.normalize_features else grad_s[0]
@@ -282,4 +283,4 @@ def _backward(
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     grads = backends.load(ctx.options[1]).backward(problem, saved, row_factor, grad_cosine, grad_norm, needs)
     grad_features, grad_weight, grad_scale = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return grad_features, grad_weight, None, grad_scale, *[None] * 6
+    return grad_features, grad_weight, None, grad_scale, *[None] * 7

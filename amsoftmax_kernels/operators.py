@@ -30,6 +30,11 @@ def register(
         torch.library.register_autograd(f"amsoftmax_kernels::{name}", _no_gradient, lib=_library)
 
 
+def override(name: str, function: Callable[..., Any], device: str) -> None:
+    """Give an operator that is already defined another body on tensors of one kind of device (a dispatch key)."""
+    _library.impl(name, function, device)
+
+
 def _no_gradient(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(
         "amsoftmax_kernels: this operator has no gradient of its own; differentiate through am_softmax_loss, once"

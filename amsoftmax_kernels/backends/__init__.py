@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Fastest first. "reference" comes last and is always there.
 NAMES = ("cuda", "triton", "chunked", "reference")
-_NOT_WRITTEN = ("cuda", "triton")
+_NOT_WRITTEN = ("cuda",)
 
 
 class Problem(NamedTuple):
@@ -40,6 +40,7 @@ class Forward(NamedTuple):
     inverse_norm: Tensor  # [C] 1/‖w‖, 0 for a zero row
     kept: Tensor  # the terms of z that fit save_bytes, laid out as the backend likes
     kept_shift: Tensor  # the shift of each part of them, when it was kept
+    rows: Tensor  # [B, D] Σ_j term·ŵ_j, if the backend makes it in the forward pass; else of size 0
     best: Tensor  # [B] the largest cosine of a negative; of size 0 if no prediction was asked for
     best_class: Tensor  # [B] int64, the class it belongs to
 
@@ -51,7 +52,8 @@ class Backend(Protocol):
     def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether tensors on this device, computed in this dtype, can be given to it."""
 
-    def forward(self, problem: Problem, save_bytes: int, predict: bool) -> Forward: ...
+    def forward(self, problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:
+        """``predict``: find the best negative. ``need_rows``: the gradient of features or scale will be asked for."""
 
     def constant_margin(
         self, problem: Problem, saved: Forward, num_rows: Tensor, margin: float, reduction: str, need_scale: bool
@@ -121,6 +123,8 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
         TypeError, ValueError: as :func:`check_available`, and where it cannot serve tensors of this device and dtype.
     """
     check_available(name)
+    if name is None and device.type == "cpu":
+        return "chunked"  # another that serves CPU tensors only emulates a GPU
     if name is None:
         return next(each for each in NAMES if unavailable_reason(each) is None and _serves(each, device, dtype))
     if not _serves(name, device, dtype):

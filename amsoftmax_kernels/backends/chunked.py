@@ -21,13 +21,11 @@ from torch import Tensor
 from ..arguments import accumulate_dtype, no_autocast
 from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, register
 from . import Forward, Problem, one_chunk
+from .budget import BOUNDED_SCALE, kept_classes
 from .host_memory import advise_huge_pages
 from .margin import constant_margin as constant_margin
 from .norms import row_norms
 from .products import product_nt
-
-# The largest scale at which e^(s·cos) and its sums stay inside float32's range whatever the cosines are.
-BOUNDED_SCALE = 64.0
 
 # Elements of a chunk of classes and its panel, chunk·(B + D): what two cores' L2 holds on a CPU (times measured at B from
 # 64 to 4096 and D of 64 and 512 are flat within a factor of two of it); enough to fill a GPU elsewhere.
@@ -45,7 +43,7 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "mps"  # no float64 there
 
 
-def forward(problem: Problem, save_bytes: int, predict: bool) -> Forward:
+def forward(problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:
     return Forward(*torch.ops.amsoftmax_kernels.chunked_forward(*problem, save_bytes, predict))
 
 
@@ -134,16 +132,14 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
             z, cosine, norm, inverse_norm, kept = one_chunk.forward(features, weight, labels, scale.item(), dtype)
             if kept.numel() * kept.element_size() > save_bytes:
                 kept = kept.new_empty(0, len(z))
-            none = z.new_empty(0)
-            return (
-                z, torch.zeros_like(z), cosine, norm, inverse_norm, kept, kept.new_zeros(min(len(kept), 1), len(z)),
-                none, labels.new_empty(0),
-            )  # fmt: skip
+            kept_shift = kept.new_zeros(min(len(kept), 1), len(z))
+            none, no_class = z.new_empty(0), labels.new_empty(0)
+            return z, torch.zeros_like(z), cosine, norm, inverse_norm, kept, kept_shift, none, none.clone(), no_class
         pair = _TargetPair.of(features, weight, labels)
         shard = _Shard.of(pair, problem)
         targets = _Targets(labels, weight.shape[0], shard.chunk)
         B, C = features.shape[0], weight.shape[0]
-        K = _kept_classes(B, C, shard.panel_dtype, save_bytes, shard.chunk)
+        K = kept_classes(B, C, shard.panel_dtype, save_bytes, shard.chunk)
         kept = advise_huge_pages(weight.new_empty(K, B, dtype=shard.panel_dtype))
         inverse_norm = shard.x.new_empty(C)
         kept_shift = shard.x.new_zeros(-(-kept.shape[0] // shard.chunk), B)
@@ -186,7 +182,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         ignored = labels < 0
         norm = pair.x_norm.to(shard.dtype).masked_fill(ignored, 1)
         z = z.to(shard.dtype).masked_fill_(ignored, 0)
-        return z, shift, pair.cosine.to(shard.dtype), norm, inverse_norm, kept, kept_shift, best, best_class
+        rows = z.new_empty(0)  # made in the backward pass, where E is at hand
+        return z, shift, pair.cosine.to(shard.dtype), norm, inverse_norm, kept, kept_shift, rows, best, best_class
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -370,12 +367,6 @@ def _chunk_size(batch: int, dim: int, device: torch.device) -> int:
     return max(elements // (batch + dim) // 64, 1) * 64
 
 
-def _kept_classes(batch: int, num_classes: int, dtype: torch.dtype, save_bytes: int, chunk: int) -> int:
-    """Classes whose terms fit ``save_bytes``: whole chunks, or all."""
-    fit = save_bytes // (max(batch, 1) * dtype.itemsize)
-    return min(num_classes, fit // chunk * chunk) if fit < num_classes else num_classes
-
-
 def _is_one_chunk(problem: Problem) -> bool:
     """Whether both passes can take the short way: see :mod:`.one_chunk`."""
     features, weight, labels, scale = problem[:4]
@@ -394,13 +385,14 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     dtype, panel_dtype = accumulate_dtype(problem.compute_dtype), _panel_dtype(problem.compute_dtype, features.device)
     batch, num_classes = features.shape[0], weight.shape[0]
     chunk = _chunk_size(batch, features.shape[1], features.device)
-    kept = _kept_classes(batch, num_classes, panel_dtype, save_bytes, chunk)
+    kept = kept_classes(batch, num_classes, panel_dtype, save_bytes, chunk)
     vectors = [features.new_empty(batch, dtype=dtype) for _ in range(4)]
     return (
         *vectors,
         features.new_empty(num_classes, dtype=dtype),
         features.new_empty(kept, batch, dtype=panel_dtype),
         features.new_empty(-(-kept // chunk), batch, dtype=dtype),
+        features.new_empty(0, dtype=dtype),
         features.new_empty(batch if predict else 0, dtype=dtype),
         labels.new_empty(batch if predict else 0),
     )
@@ -417,7 +409,7 @@ def _backward_fake(features: Tensor, weight: Tensor, labels: Tensor, scale: Tens
 
 register(
     "chunked_forward",
-    f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict) -> ({', '.join(['Tensor'] * 9)})",
+    f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict) -> ({', '.join(['Tensor'] * 10)})",
     _forward,
     _forward_fake,
 )

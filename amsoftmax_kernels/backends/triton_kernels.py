@@ -1,0 +1,400 @@
+"""The Triton kernels: one matrix product with our epilogue, and the passes around it that only move bytes.
+
+Every sum has one owner and a fixed order: no atomics, no locks. Offsets into the centres are 64-bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Rows with a norm at or below this have no direction (torch.nn.functional.normalize's eps).
+EPS = tl.constexpr(1e-12)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# log2(e)·64: up to here 2^logit and its sums stay inside float32's and bfloat16's range without a shift.
+BOUND = tl.constexpr(92.33248261893206)
+
+
+@triton.jit
+def _inverse(norm):
+    """1/norm; 0 for a zero row, NaN where the norm overflowed."""
+    return tl.where(norm <= EPS, 0.0, 1.0 / norm) + (norm - norm)
+
+
+@triton.jit
+def _scale(scale, norm, ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr):
+    """What multiplies the cosines: s, a number or a pointer to it, or ‖x‖ in its place."""
+    s = norm
+    if NORMALIZE:
+        if ON_DEVICE:
+            s = tl.load(scale).to(tl.float32)
+        else:
+            s = tl.zeros([], tl.float32) + scale
+    return s
+
+
+@triton.jit
+def canonical_labels(labels, ignore_index, out, count, B, C, BLOCK: tl.constexpr):
+    """Labels ``[B]`` as int64, -1 where ignored, C where out of range; and the number of rows not ignored, at least 1."""
+    total = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, B, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < B
+        label = tl.load(labels + offsets, mask=inside, other=0).to(tl.int64)
+        ignored = label == ignore_index
+        label = tl.where(ignored, -1, tl.where((label < 0) | (label >= C), C, label))
+        tl.store(out + offsets, label, mask=inside)
+        total += (inside & (label >= 0)).to(tl.int32)
+    tl.store(count, tl.maximum(tl.sum(total, 0), 1).to(tl.int64))
+
+
+@triton.jit
+def prepare_rows(
+    features, stride_row, stride_column,  # [B, D]
+    weight, stride_class, stride_dim,  # [C, D]
+    labels,  # [B]
+    scale,  # s, or a pointer to it
+    x_hat,  # [B, D_padded] in the operand dtype
+    cosine, norm_out, factor,  # [B]
+    C, D, D_padded,
+    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row a program: x̂, ‖x‖, the target's exact cosine (in float64), and log2(e)·s (or ‖x‖), the logits' factor."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    label = tl.load(labels + row)
+    present = (label >= 0) & (label < C)
+    target = tl.where(present, label, 0)
+    x = tl.load(features + row * stride_row + columns * stride_column, mask=(columns < D) & (label >= 0), other=0.0)
+    w = tl.load(weight + target * stride_class + columns * stride_dim, mask=columns < D, other=0.0)
+    x, w = x.to(tl.float64), w.to(tl.float64)
+    norm = tl.sqrt(tl.sum(x * x, 0))
+    inverse = _inverse(norm)
+    t = tl.sum(x * w, 0) * (inverse * _inverse(tl.sqrt(tl.sum(w * w, 0))))
+    x_unit = (x * inverse).to(tl.float32)
+    tl.store(x_hat + row * D_padded + columns, x_unit.to(x_hat.dtype.element_ty), mask=columns < D_padded)
+    tl.store(cosine + row, tl.where(present, t, 0.0).to(tl.float32))
+    length = norm.to(tl.float32)
+    length = tl.where(label < 0, 1.0, length + (length - length))  # NaN where it overflows
+    tl.store(norm_out + row, length)
+    tl.store(factor + row, _scale(scale, length, SCALE_ON_DEVICE, NORMALIZE) * LOG2E)
+
+
+@triton.jit
+def prepare_centres(
+    weight, stride_class, stride_dim,  # [C, D], from the chunk's first class
+    w_hat,  # [N, D_padded] in the operand dtype
+    inverse_norm,  # [N]
+    N, D, D_padded,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ŵ and 1/‖w‖ of a chunk's N classes: one read, one write."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = (rows < N)[:, None]
+    w = tl.load(
+        weight + rows[:, None] * stride_class + columns[None, :] * stride_dim, mask=inside & (columns < D)[None, :], other=0.0
+    ).to(tl.float32)
+    inverse = _inverse(tl.sqrt(tl.sum(w * w, 1)))
+    unit = (w * inverse[:, None]).to(w_hat.dtype.element_ty)
+    tl.store(w_hat + rows[:, None] * D_padded + columns[None, :], unit, mask=inside & (columns < D_padded)[None, :])
+    tl.store(inverse_norm + rows, inverse, mask=rows < N)
+
+
+@triton.jit
+def cosine_exp(
+    x_hat,  # descriptor [B, D_padded]
+    w_hat,  # descriptor [N, D_padded], the chunk's
+    terms,  # descriptor [B, N or a little more], written if STORE
+    labels, factor, shift,  # [B]
+    z_partial,  # [programs, B] float64, written if SUM
+    best_partial, best_class_partial,  # [programs, B], written if BEST
+    B, N, D_padded, class_start, interclass_filter,
+    ONLY_UNBOUNDED: tl.constexpr, SHIFT: tl.constexpr, SUM: tl.constexpr, STORE: tl.constexpr,
+    BEST: tl.constexpr, FILTER: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """E = 2^(factor·cos − shift) of a chunk of classes, the targets masked, and its row sums: piece 2 of a step.
+
+    A program owns BLOCK_B rows and every P-th tile of classes, so that its rows' sums never leave it; programs of the
+    same classes run together and share them in the L2 cache. With BEST, the largest cosine of a negative and its class.
+    """
+    stream, row_block = tl.program_id(0), tl.program_id(1)
+    first_row = row_block * BLOCK_B
+    rows = first_row + tl.arange(0, BLOCK_B)
+    in_batch = rows < B
+    row_factor = tl.load(factor + rows, mask=in_batch, other=0.0)
+    row_shift = tl.zeros([BLOCK_B], tl.float32)
+    if SHIFT:
+        row_shift = tl.load(shift + rows, mask=in_batch, other=0.0)
+    label = tl.load(labels + rows, mask=in_batch, other=-1) - class_start
+    label = tl.where((label >= 0) & (label < N), label, -1).to(tl.int32)
+    z = tl.zeros([BLOCK_B], tl.float64)
+    best = tl.full([BLOCK_B], float("-inf"), tl.float32)
+    best_class = tl.full([BLOCK_B], -1, tl.int64)
+    tiles = tl.cdiv(N, BLOCK_C)
+    if ONLY_UNBOUNDED:  # a pass for the maxima alone, which rows of a moderate scale do without
+        tiles = tl.where(tl.max(tl.where(row_factor <= BOUND, 0, 1), 0) > 0, tiles, 0)
+    for tile in tl.range(stream, tiles, tl.num_programs(0), flatten=True):
+        first = tile * BLOCK_C
+        cos = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+        for k in range(0, D_padded, BLOCK_D):
+            x = x_hat.load([first_row, k])
+            w = w_hat.load([first, k])
+            cos = tl.dot(x, w.T, cos, input_precision=PRECISION)
+        columns = first + tl.arange(0, BLOCK_C)
+        # Few tiles hold a target or the end of the classes: the rest are spared the comparisons.
+        here = (label >= first) & (label < first + BLOCK_C)
+        special = (tl.max(here.to(tl.int32), 0) > 0) | (first + BLOCK_C > N)
+        if BEST:
+            if special:
+                cos = tl.where((columns[None, :] == label[:, None]) | (columns >= N)[None, :], float("-inf"), cos)
+            if ONLY_UNBOUNDED and FILTER:
+                cos = tl.where(cos > interclass_filter, float("-inf"), cos)
+            largest, index = tl.max(cos, 1, return_indices=True)
+            better = largest > best
+            best = tl.where(better, largest, best)
+            best_class = tl.where(better, class_start + first + index, best_class)
+        if SUM or STORE:
+            e = tl.exp2(cos * row_factor[:, None] - row_shift[:, None])
+            if FILTER:
+                e = tl.where(cos > interclass_filter, 0.0, e)
+            if special:
+                e = tl.where((columns[None, :] == label[:, None]) | (columns >= N)[None, :], 0.0, e)
+            if SUM:
+                z += tl.sum(e, 1).to(tl.float64)
+            if STORE:
+                if SPLIT:  # half a tile at a time needs half the shared memory
+                    halves = tl.permute(tl.reshape(e, (BLOCK_B, 2, BLOCK_C // 2)), (0, 2, 1))
+                    left, right = tl.split(halves)
+                    terms.store([first_row, first], left.to(terms.dtype))
+                    terms.store([first_row, first + BLOCK_C // 2], right.to(terms.dtype))
+                else:
+                    terms.store([first_row, first], e.to(terms.dtype))
+    owned = stream * B + rows
+    if SUM:
+        tl.store(z_partial + owned, z, mask=in_batch)
+    if BEST:
+        tl.store(best_partial + owned, best, mask=in_batch)
+        tl.store(best_class_partial + owned, best_class, mask=in_batch)
+
+
+@triton.jit
+def reduce_sums(z_partial, labels, z, B, parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """z ``[B]`` from the programs' parts ``[parts, B]``, in a fixed order; 0 for an ignored row."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < B
+    total = tl.zeros([ROWS], tl.float64)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        offsets = part.to(tl.int64)[:, None] * B + rows[None, :]
+        total += tl.sum(tl.load(z_partial + offsets, mask=(part < parts)[:, None] & inside[None, :], other=0.0), 0)
+    label = tl.load(labels + rows, mask=inside, other=-1)
+    tl.store(z + rows, tl.where(label < 0, 0.0, total).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def reduce_best(
+    best_partial, best_class_partial,  # [parts, B]
+    factor,  # [B]
+    best, best_class, shift,  # [B]
+    B, parts,
+    SHIFT: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The largest of the programs' cosines and its class, the lowest of equals; or the shift of rows that need one."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < B
+    none = float("-inf")
+    largest = tl.full([ROWS], none, tl.float32)
+    largest_class = tl.full([ROWS], -1, tl.int64)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        offsets = part.to(tl.int64)[:, None] * B + rows[None, :]
+        mask = (part < parts)[:, None] & inside[None, :]
+        value = tl.load(best_partial + offsets, mask=mask, other=none)
+        value_class = tl.load(best_class_partial + offsets, mask=mask, other=-1)
+        most = tl.max(value, 0)
+        first = tl.min(tl.where((value == most[None, :]) & (value > none), value_class, 0x7FFFFFFFFFFFFFFF), 0)
+        better = (most > largest) | ((most == largest) & (first < largest_class))
+        largest = tl.where(better, most, largest)
+        largest_class = tl.where(better, first, largest_class)
+    if SHIFT:
+        row_factor = tl.load(factor + rows, mask=inside, other=0.0)
+        # Without a negative there is nothing to keep in range.
+        needed = (row_factor > BOUND) & (largest > none)
+        tl.store(shift + rows, tl.where(needed, largest * row_factor, 0.0), mask=inside)
+    else:
+        tl.store(best + rows, largest, mask=inside)
+        tl.store(best_class + rows, largest_class, mask=inside)
+
+
+@triton.jit
+def constant_margin(
+    z, shift, cosine, norm,  # [B]
+    labels, num_rows,  # [B] and a number
+    scale, margin,
+    loss,  # [B], or a number if REDUCE
+    derivatives,  # [2 or 3, B]
+    B, C,
+    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr, NEED_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """AM-Softmax's loss and its derivatives by log z (over z), t and s: one program, B numbers, in float64."""
+    total = tl.zeros([BLOCK], tl.float64)
+    count = tl.load(num_rows).to(tl.float64)
+    for start in range(0, B, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        inside = rows < B
+        label = tl.load(labels + rows, mask=inside, other=-1)
+        sum_of_negatives = tl.load(z + rows, mask=inside, other=0.0).to(tl.float64)
+        t = tl.load(cosine + rows, mask=inside, other=0.0).to(tl.float64)
+        t = tl.where(label < C, t, float("nan"))  # a label out of range: no silent wrong number
+        s = _scale(scale, tl.load(norm + rows, mask=inside, other=1.0), SCALE_ON_DEVICE, NORMALIZE).to(tl.float64)
+        above = t - margin
+        log_z = tl.log(sum_of_negatives) + tl.load(shift + rows, mask=inside, other=0.0).to(tl.float64) * LN2
+        v = log_z - above * s
+        # softplus(v) and sigmoid(v) from e^-|v|, with a log(1 + e) that keeps a small e.
+        e = tl.exp(-tl.abs(v))
+        one_more = 1.0 + e
+        rounded = one_more - 1.0
+        log1p = tl.where(rounded == 0.0, e, tl.log(one_more) * (e / tl.where(rounded == 0.0, 1.0, rounded)))
+        softplus = tl.where(v > 0, v, 0.0) + log1p
+        p = tl.where(v > 0, 1.0, e) / one_more
+        ignored = (label < 0) | (v == float("-inf"))
+        softplus = tl.where(ignored, 0.0, softplus)
+        p = tl.where(ignored, 0.0, p)
+        if MEAN:
+            p /= count
+        by_z = tl.where(sum_of_negatives > 0, p / tl.where(sum_of_negatives > 0, sum_of_negatives, 1.0), p * 0.0)
+        tl.store(derivatives + rows, by_z.to(tl.float32), mask=inside)
+        tl.store(derivatives + B + rows, (-p * s).to(tl.float32), mask=inside)
+        if NEED_SCALE:
+            tl.store(derivatives + 2 * B + rows, (-p * above).to(tl.float32), mask=inside)
+        if REDUCE:
+            total += tl.where(inside, softplus, 0.0)
+        else:
+            tl.store(loss + rows, softplus.to(tl.float32), mask=inside)
+    if REDUCE:
+        value = tl.sum(total, 0)
+        if MEAN:
+            value /= count
+        tl.store(loss, value.to(tl.float32))
+
+
+@triton.jit
+def factor_rows(
+    features, stride_row, stride_column,  # [B, D]
+    labels, norm, row_factor, scale,  # [B], and s or a pointer to it
+    x_factored,  # [B, D_padded] in the dtype of E
+    x_hat, factor,  # [B, D_padded] in the operand dtype, [B]: written if RECOMPUTE
+    D, D_padded,
+    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, RECOMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row a program: x̂ times a, the gradient by log z over z times the logits' scale; x̂ again if E is recomputed."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    label = tl.load(labels + row)
+    x = tl.load(features + row * stride_row + columns * stride_column, mask=(columns < D) & (label >= 0), other=0.0)
+    length = tl.load(norm + row)
+    x = x.to(tl.float32) * _inverse(length)
+    s = _scale(scale, length, SCALE_ON_DEVICE, NORMALIZE)
+    factored = (x * (tl.load(row_factor + row) * s)).to(x_factored.dtype.element_ty)
+    tl.store(x_factored + row * D_padded + columns, factored, mask=columns < D_padded)
+    if RECOMPUTE:
+        tl.store(x_hat + row * D_padded + columns, x.to(x_hat.dtype.element_ty), mask=columns < D_padded)
+        tl.store(factor + row, s * LOG2E)
+
+
+@triton.jit
+def finish_centres(
+    grad_unit,  # [N, D_padded] float32: the gradient by ŵ
+    weight, stride_class, stride_dim,  # [C, D], from the chunk's first class
+    inverse_norm,  # [N]
+    grad,  # [N, D], may be grad_unit itself
+    N, D, D_padded,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dw = (dŵ − (dŵ·ŵ) ŵ)/‖w‖ of a chunk's classes in one pass."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = (rows < N)[:, None] & (columns < D)[None, :]
+    g = tl.load(grad_unit + rows[:, None] * D_padded + columns[None, :], mask=inside, other=0.0)
+    w = tl.load(weight + rows[:, None] * stride_class + columns[None, :] * stride_dim, mask=inside, other=0.0)
+    inverse = tl.load(inverse_norm + rows, mask=rows < N, other=0.0)
+    unit = w.to(tl.float32) * inverse[:, None]
+    along = tl.sum(g * unit, 1)
+    g = (g - along[:, None] * unit) * inverse[:, None]
+    tl.store(grad + rows[:, None] * D + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish_rows(
+    features, stride_row, stride_column,  # [B, D]
+    weight, stride_class, stride_dim,  # [C, D]
+    labels, norm, cosine, scale,  # [B], and s or a pointer to it
+    row_factor, grad_cosine, grad_norm,  # [B]
+    unit_rows,  # [B, D_padded] float32: Σ_j E ŵ_j
+    grad_features,  # [B, D]
+    grad_weight,  # [C, D], complete but for the targets
+    grad_scale,  # [B] float64, the parts of the gradient of s through z
+    B, C, D, D_padded,
+    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, GRAD_NORM: tl.constexpr,
+    FEATURES: tl.constexpr, WEIGHT: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_LABELS: tl.constexpr,
+):  # fmt: skip
+    """A row a program: dx; and, by the first row of each class, the targets' part of that class's dw. In float64."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    label = tl.load(labels + row)
+    present = (label >= 0) & (label < C)
+    target = tl.where(present, label, 0)
+    w = tl.load(weight + target * stride_class + columns * stride_dim, mask=inside, other=0.0).to(tl.float64)
+    w_inverse = _inverse(tl.sqrt(tl.sum(w * w, 0)))
+    w_unit = w * w_inverse
+
+    if FEATURES or SCALE:
+        x = tl.load(features + row * stride_row + columns * stride_column, mask=inside & (label >= 0), other=0.0)
+        length = tl.load(norm + row)
+        x_inverse = _inverse(length.to(tl.float64))
+        x_unit = x.to(tl.float64) * x_inverse
+        a = tl.load(row_factor + row).to(tl.float64)
+        sums = tl.load(unit_rows + row * D_padded + columns, mask=inside, other=0.0).to(tl.float64)
+        along = tl.sum(sums * x_unit, 0)
+        if SCALE:
+            tl.store(grad_scale + row, a * along)
+        if FEATURES:
+            tau = tl.where(present, tl.load(grad_cosine + row).to(tl.float64), 0.0) * x_inverse
+            t = tl.load(cosine + row).to(tl.float64)
+            if NORMALIZE:
+                a *= _scale(scale, length, SCALE_ON_DEVICE, NORMALIZE).to(tl.float64) * x_inverse
+                dx = a * (sums - along * x_unit)
+            else:
+                dx = tl.where(x_inverse == 0.0, 0.0, a) * sums
+            dx += tau * (w_unit - t * x_unit)
+            if GRAD_NORM:
+                dx += tl.load(grad_norm + row).to(tl.float64) * x_unit
+            tl.store(grad_features + row * D + columns, dx.to(grad_features.dtype.element_ty), mask=inside)
+
+    if WEIGHT:
+        earlier = tl.zeros([BLOCK_LABELS], tl.int32)
+        for start in range(0, row, BLOCK_LABELS):
+            others = start + tl.arange(0, BLOCK_LABELS)
+            earlier += (tl.load(labels + others, mask=others < row, other=-1) == label).to(tl.int32)
+        if present & (tl.sum(earlier, 0) == 0):
+            dw = tl.zeros([BLOCK], tl.float64)
+            for start in range((row // BLOCK_LABELS) * BLOCK_LABELS, B, BLOCK_LABELS):
+                others = start + tl.arange(0, BLOCK_LABELS)
+                same = (others >= row) & (tl.load(labels + others, mask=others < B, other=-1) == label)
+                other = tl.min(tl.where(same, others, B), 0)
+                while other < B:
+                    x_other = tl.load(
+                        features + other.to(tl.int64) * stride_row + columns * stride_column, mask=inside, other=0.0
+                    ).to(tl.float64)
+                    x_other *= _inverse(tl.load(norm + other).to(tl.float64))
+                    tau_other = tl.load(grad_cosine + other).to(tl.float64) * w_inverse
+                    dw += tau_other * (x_other - tl.load(cosine + other).to(tl.float64) * w_unit)
+                    other = tl.min(tl.where(same & (others > other), others, B), 0)
+            place = grad_weight + target * D + columns
+            dw += tl.load(place, mask=inside, other=0.0).to(tl.float64)
+            tl.store(place, dw.to(grad_weight.dtype.element_ty), mask=inside)

@@ -1,0 +1,362 @@
+"""The Triton backend against the reference in float64: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import amsoftmax_kernels as ak
+from amsoftmax_kernels import arguments, backends
+from amsoftmax_kernels.backends import Forward, Problem, margin
+
+from .cases import CASES, CHUNK, Case, relative
+from .test_loss import check, eager, evaluate, oracle
+
+pytest.importorskip("triton")
+from amsoftmax_kernels.backends import triton as backend  # noqa: E402
+from amsoftmax_kernels.backends import triton_configs, triton_kernels  # noqa: E402
+
+REASON = backend.unavailable_reason()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the Triton backend cannot run here: {REASON}")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BY_NAME = {case.name: case for case in CASES}
+PLAIN = BY_NAME["plain"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Every new tensor starts as NaN: what a kernel forgets to write shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_chunk_size", lambda batch, dim: CHUNK)
+
+
+def ours(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    on_device = [each.to(DEVICE) for each in tensors]
+    results = evaluate(ak.am_softmax_loss, *on_device, backend="triton", **options)
+    return tuple(each.cpu() for each in results)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("save_bytes", [None, 0, CHUNK * 24 * 4], ids=["kept", "recomputed", "mixed"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_the_reference(case: Case, save_bytes: int | None, short_chunks: None) -> None:
+    actual = ours(*case.tensors(torch.float32), save_bytes=save_bytes, **case.options)
+    check(case, torch.float32, actual, oracle(case, torch.float32))
+
+
+def test_a_wrong_result_would_be_seen() -> None:
+    loss, dx, dw = ours(*PLAIN.tensors(torch.float32))
+    exact = oracle(PLAIN, torch.float32)
+    wrong = [(loss, torch.zeros_like(dx), dw), (loss, dx, torch.zeros_like(dw)), (torch.zeros_like(loss), dx, dw)]
+    wrong.append(ours(*PLAIN.tensors(torch.float32), margin=0.05))
+    for result in wrong:
+        with pytest.raises(AssertionError):
+            check(PLAIN, torch.float32, result, exact)
+
+
+@pytest.mark.parametrize("D", [1, 15, 16, 17, 40])
+@pytest.mark.parametrize(("B", "C"), [(1, 2), (15, 31), (16, 32), (17, 33), (33, 65)])
+def test_around_the_tiles_edges(B: int, C: int, D: int) -> None:
+    case = Case("", "", B=B, C=C, D=D)
+    check(case, torch.float32, ours(*case.tensors(torch.float32)), oracle(case, torch.float32))
+
+
+@pytest.mark.parametrize("entry", list(triton_configs.TABLE), ids=str)
+def test_the_tables_tiles(entry: tuple[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every configuration, one element past its tiles; the compute capability it is meant for does not matter here."""
+    config = triton_configs.TABLE[entry]
+    monkeypatch.setattr(backend, "_config", lambda *_: config)
+    case = Case("", "", B=config.rows + 1, C=config.classes + 1, D=config.depth + 1)
+    check(case, torch.float32, ours(*case.tensors(torch.float32)), oracle(case, torch.float32))
+
+
+DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("own", [None, 0.7, 0.9])
+@pytest.mark.parametrize("scale", [30.0, 64.0, 200.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+def test_half_precision_errs_at_most_twice_eager(
+    dtype: torch.dtype, scale: float, own: float | None, save_bytes: int | None, short_chunks: None
+) -> None:
+    """Eager rounds the cosines too, where E in bfloat16 has 2^-9 of its own: what float16 rounds away is less."""
+    case = Case("", "", B=64, C=500, D=64, own=own, options={"scale": scale})
+    features, weight, labels, upstream = case.tensors(torch.float32)
+    exact = oracle(case, torch.float32)
+    with torch.autocast(DEVICE.type, dtype):
+        mine = ours(features, weight, labels, upstream, scale=scale, save_bytes=save_bytes)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        theirs = evaluate(eager, *(each.to(DEVICE) for each in (features, weight, labels, upstream)), scale=scale)
+    assert [each.dtype for each in mine] == [torch.float32] * 3
+    for expected, got, other in zip(exact, mine, theirs, strict=True):
+        assert relative(got, expected) <= relative(other.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+def test_half_inputs(dtype: torch.dtype) -> None:
+    loss, dx, dw = ours(*PLAIN.tensors(dtype))
+    exact = oracle(PLAIN, dtype)
+    assert (loss.dtype, dx.dtype, dw.dtype) == (torch.float32, dtype, dtype)
+    assert relative(loss, exact[0]) < 2e-3 and max(map(relative, (dx, dw), exact[1:])) < 5e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scale": 1000.0}, {"normalize_features": False}, {"interclass_filter": 0.3}, {"save_bytes": 0}],
+    ids=["plain", "s1000", "no-fn", "filter", "recomputed"],
+)
+def test_predictions(options: dict[str, Any], short_chunks: None) -> None:
+    case = Case("", "", B=40, C=3 * CHUNK + 5, D=8)
+    features, weight, labels, _ = case.tensors(torch.float32)
+    features[:20] = weight[labels[:20]] + 0.1 * features[:20]
+    features[7] = math.nan
+    labels[4] = -100
+    formula = {key: value for key, value in options.items() if key != "save_bytes"}
+    expected = ak.reference.am_softmax_loss(features, weight, labels, return_predictions=True, **formula)[1]
+    assert 15 <= (expected == labels).sum() < 35 and expected[4] == expected[7] == -1
+    tensors = [each.to(DEVICE) for each in (features, weight, labels)]
+    loss, predictions = ak.am_softmax_loss(*tensors, backend="triton", return_predictions=True, reduction="none", **options)
+    assert torch.equal(predictions.cpu(), expected)
+    plain = ak.am_softmax_loss(*tensors, backend="triton", reduction="none", **options)
+    assert loss[7].isnan() and torch.equal(loss.nan_to_num(), plain.nan_to_num())
+
+
+def test_a_filter_and_a_shift_do_not_lose_the_negatives() -> None:
+    """At s = 1000 the shift must not come from a negative that the filter leaves out: the rest would underflow."""
+    case = Case("", "", wrong=0.95, options={"scale": 1000.0, "interclass_filter": 0.9})
+    check(case, torch.float32, ours(*case.tensors(torch.float32), **case.options), oracle(case, torch.float32))
+
+
+def test_odd_rows(short_chunks: None) -> None:
+    """Zero rows, ignored rows full of NaN, a NaN row, strided views, one label many times, int32 labels."""
+    case = Case("", "", B=40)
+    features, weight, labels, upstream = case.tensors(torch.float32)
+    features[3], weight[5], labels[2:30:3] = 0, 0, 7
+    labels[6] = -100
+    exact = evaluate(
+        ak.reference.am_softmax_loss, features.double(), weight.double(), labels, upstream, ignore_index=-100
+    )
+    features[6] = math.nan
+    strided = features.repeat_interleave(2, 1)[:, ::2], weight.T.contiguous().T
+    actual = ours(*strided, labels.int(), upstream)
+    assert not actual[1][6].any() and not actual[1][3].any() and not actual[2][5].any()
+    assert max(map(relative, actual, exact)) < 5e-6
+    features[8] = math.nan
+    loss = ours(features, weight, labels, upstream)[0]
+    assert loss[8].isnan() and loss.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_an_empty_batch(reduction: str) -> None:
+    _, weight, _, _ = PLAIN.tensors(torch.float32)
+    w = weight.to(DEVICE).requires_grad_()
+    x = torch.empty(0, PLAIN.D, device=DEVICE, requires_grad=True)
+    loss = ak.am_softmax_loss(x, w, torch.empty(0, dtype=torch.int64, device=DEVICE), backend="triton", reduction=reduction)
+    assert loss.shape == ((0,) if reduction == "none" else ())
+    loss.sum().backward()
+    assert loss.sum() == 0 and w.grad is not None and not w.grad.any() and x.grad is not None
+
+
+@pytest.mark.parametrize("margin", [0.35, torch.linspace(0.1, 0.5, PLAIN.C)], ids=["constant", "per-class"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("scale", [30.0, 100.0, None])
+def test_every_gradient(scale: float | None, reduction: str, margin: float | Tensor, short_chunks: None) -> None:
+    """Also of a learned scale, or of features without normalization; with a margin that autograd differentiates."""
+    features, weight, labels, upstream = PLAIN.tensors(torch.float32)
+    labels[3] = -100
+
+    def gradients(device: torch.device, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+        inputs = [each.to(device, dtype).requires_grad_() for each in (features, weight)]
+        s = torch.tensor(scale or 1.0, dtype=dtype, device=device, requires_grad=scale is not None)
+        m = margin.to(device, dtype) if isinstance(margin, Tensor) else margin
+        loss = ak.am_softmax_loss(
+            *inputs, labels.to(device), scale=s, margin=m, reduction=reduction, normalize_features=scale is not None, **options
+        )
+        wanted = [*inputs, s] if scale else inputs
+        return [each.cpu() for each in torch.autograd.grad((loss * upstream.to(loss)).sum(), wanted)]
+
+    expected = gradients(torch.device("cpu"), torch.float64, backend="reference")
+    for actual, exact in zip(gradients(DEVICE, torch.float32, backend="triton"), expected, strict=True):
+        assert relative(actual, exact) < 1e-5
+
+
+def test_a_scale_that_only_the_device_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a learned scale on a GPU is given: a pointer, whose value decides in the kernel whether a shift is needed."""
+    for scale in (30.0, 300.0):
+        tensor = torch.tensor(scale, device=DEVICE)
+        monkeypatch.setattr(backend, "_scale", lambda scale, normalize, tensor=tensor: (tensor, True))
+        case = Case("", "", wrong=0.9, options={"scale": scale})
+        check(case, torch.float32, ours(*case.tensors(torch.float32), scale=scale), oracle(case, torch.float32))
+
+
+@pytest.mark.parametrize("frozen", ["features", "weight"])
+@pytest.mark.parametrize("save_bytes", [None, 0])
+def test_frozen_inputs(frozen: str, save_bytes: int | None, short_chunks: None) -> None:
+    tensors = [each.to(DEVICE) for each in PLAIN.tensors(torch.float32)]
+    moved = tensors[frozen == "features"].requires_grad_()
+    loss = ak.am_softmax_loss(*tensors[:3], backend="triton", reduction="none", save_bytes=save_bytes)
+    (grad,) = torch.autograd.grad(loss, moved, tensors[3])
+    assert relative(grad.cpu(), oracle(PLAIN, torch.float32)[1 + (frozen == "features")]) < 5e-6
+
+
+def test_no_grad_keeps_nothing() -> None:
+    features, weight, labels, _ = (each.to(DEVICE) for each in PLAIN.tensors(torch.float32))
+    problem = Problem(features, weight, labels, torch.tensor(30.0), True, torch.float32, math.inf)
+    out = backend.forward(problem, 0, False, False)
+    assert out.kept.numel() == out.rows.numel() == out.best.numel() == 0
+
+
+def test_kept_bytes_stay_within_the_budget() -> None:
+    for batch, classes, budget in itertools.product((1, 7, 1024), (10, 100_003, 10_000_000), (0, 10**5, 10**9, 10**12)):
+        count = backend._kept(batch, classes, 512, torch.bfloat16, budget)
+        assert count in range(classes + 1) and batch * backend._padded(count, 8) * 2 <= budget
+        assert count == classes or batch * backend._padded(classes, 8) * 2 > budget
+
+
+def test_labels_as_the_operator_makes_them() -> None:
+    labels = torch.tensor([3, -100, 0, 5, -1, 4, -100, 2**40])
+    for each, ignore in ((labels, -100), (labels[:7].int(), -1), (labels[:1], 3), (labels[:0], 0)):
+        result, count = backend._labels(each.to(DEVICE), 5, ignore)
+        ignored = each == ignore
+        expected = each.long().masked_fill((each < 0) | (each >= 5), 5).masked_fill(ignored, -1)
+        assert torch.equal(result.cpu(), expected) and count.item() == max((~ignored).sum().item(), 1)
+    with pytest.raises(ValueError, match="labels"):
+        arguments.canonical_labels(labels[3:4], 5, -100)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_the_margin_kernel(reduction: str, normalize: bool) -> None:
+    """Against plain PyTorch in float64, from a target that is everything to one that is nothing."""
+    z = torch.tensor([0.0, 1e-30, 1.0, 1e10, 1e38, 1.0, 1.0, 1e-20, 0.0])
+    cosine = torch.tensor([0.5, 1.0, 1.0, -1.0, -1.0, 0.2, 0.35, 0.99, 0.0])
+    shift = torch.tensor([0.0, 0.0, 0.0, 0.0, 1400.0, -20.0, 0.0, 0.0, 0.0])
+    norm = torch.linspace(1, 50, 9)
+    labels = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, -1])
+    empty = torch.empty(0)
+    saved = [z, shift, cosine, norm, *[empty] * 6]
+
+    def on(device: torch.device, dtype: torch.dtype) -> tuple[Problem, Forward, Tensor]:
+        tensors = Forward(*(each.to(device, dtype) for each in saved))
+        problem = Problem(
+            empty.to(device), torch.empty(9, 0, device=device), labels.to(device),
+            torch.tensor(60.0, dtype=torch.float64), normalize, torch.float32, math.inf,
+        )  # fmt: skip
+        return problem, tensors, torch.tensor(8, device=device)
+
+    expected = margin.constant_margin(*on(torch.device("cpu"), torch.float64), 0.35, reduction, True)
+    actual = backend.constant_margin(*on(DEVICE, torch.float32), 0.35, reduction, True)
+    for got, exact in zip(actual, expected, strict=True):
+        assert torch.allclose(got.cpu().double(), exact, rtol=1e-6, atol=1e-45)
+
+
+def test_same_inputs_same_bits(short_chunks: None) -> None:
+    tensors = Case("", "", B=40, C=150, D=20).tensors(torch.float32)
+    tensors[2][::3] = 7
+    first = ours(*tensors, save_bytes=0)
+    assert all(map(torch.equal, first, ours(*tensors, save_bytes=0)))
+
+
+@pytest.mark.parametrize(("normalize", "predict"), [(True, True), (False, False)])
+@pytest.mark.parametrize("save_bytes", [1 << 30, 0, CHUNK * PLAIN.B * 4])
+def test_opcheck(normalize: bool, predict: bool, save_bytes: int, short_chunks: None) -> None:
+    features, weight, labels, upstream = (each.to(DEVICE) for each in PLAIN.tensors(torch.float32))
+    scale = torch.tensor(30.0, dtype=torch.float64)
+    problem = (features, weight, labels, scale, normalize, torch.float32, math.inf)
+    ops = torch.ops.amsoftmax_kernels
+    torch.library.opcheck(ops.triton_forward, (*problem, save_bytes, predict, True))
+    out = Forward(*ops.triton_forward(*problem, save_bytes, predict, True))
+    grad = upstream.float()
+    saved = (out.shift, out.cosine, out.norm, out.inverse_norm, out.kept, out.rows)
+    for needs in ((True, True, True), (True, False, False), (False, True, False)):
+        torch.library.opcheck(ops.triton_backward, (*problem, *saved, grad / out.z, grad, None if normalize else grad, *needs))
+    count = torch.tensor(PLAIN.B, device=DEVICE)
+    for reduction in ("none", "mean"):
+        torch.library.opcheck(
+            ops.triton_constant_margin,
+            (out.z, out.shift, out.cosine, out.norm, labels, count, scale, PLAIN.C, normalize, 0.35, reduction, normalize),
+        )
+
+
+def test_compile_takes_the_whole_module() -> None:
+    head = ak.AMSoftmaxLoss(PLAIN.D, PLAIN.C, backend="triton", device=DEVICE)
+    features, _, labels, _ = (each.to(DEVICE) for each in PLAIN.tensors(torch.float32))
+    torch._dynamo.reset()
+    results = []
+    for module in (head, torch.compile(head, fullgraph=True, backend="aot_eager")):
+        x = features.detach().requires_grad_()
+        loss = module(x, labels)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (x, head.weight))))
+    assert all(map(torch.equal, *results))
+
+
+def test_the_choice() -> None:
+    assert "triton" in ak.available_backends()
+    assert backends.choose(None, DEVICE, torch.float32) == ("triton" if DEVICE.type == "cuda" else "chunked")
+    with pytest.raises(ValueError, match=r"does not serve torch\.float64"):
+        backends.choose("triton", DEVICE, torch.float64)
+
+
+def test_a_newer_architecture_takes_the_newest_entry() -> None:
+    for capability, expected in (((8, 0), 8), ((8, 9), 8), ((9, 0), 9), ((10, 0), 10), ((12, 0), 10)):
+        assert triton_configs.config(capability, torch.bfloat16) == triton_configs.TABLE[expected, "half"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("save_bytes", [None, 0])
+def test_a_cuda_graph_replays_the_step(dtype: torch.dtype, save_bytes: int | None) -> None:
+    case = Case("", "", B=256, C=5000, D=512)
+    features, weight, labels, _ = (each.cuda() for each in case.tensors(dtype))
+    x, w = features.clone().requires_grad_(), weight.clone().requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        loss = ak.am_softmax_loss(x, w, labels, save_bytes=save_bytes)
+        return (loss.detach(), *torch.autograd.grad(loss, (x, w)))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        for each in captured:
+            each.zero_()
+        graph.replay()
+        assert all(map(torch.equal, captured, expected))
+
+
+@pytest.mark.gpu
+def test_nothing_synchronizes() -> None:
+    tensors = [each.cuda() for each in Case("", "", B=256, C=5000, D=512).tensors(torch.float32)]
+    scale = torch.tensor(30.0, device="cuda", requires_grad=True)
+    for options in ({}, {"scale": scale}, {"normalize_features": False}, {"save_bytes": 0}, {"interclass_filter": 0.2}):
+        evaluate(ak.am_softmax_loss, *tensors, **options)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            evaluate(ak.am_softmax_loss, *tensors, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_kernels_have_no_atomics() -> None:
+    with open(triton_kernels.__file__, encoding="utf-8") as source:
+        assert "atomic_" not in source.read()
