@@ -196,7 +196,8 @@ class AMSoftmaxFunction(torch.autograd.Function):
 
     ``apply(features, weight, labels, scale, normalize_features, compute_dtype, interclass_filter, save_bytes, predict,
     need_rows, backend)`` takes checked arguments: those of :class:`amsoftmax_kernels.backends.Problem`, the bytes to keep,
-    whether to find the best negative, whether features or scale will need a gradient, and the name of a backend. It returns vectors ``[B]``, the first three differentiable once:
+    whether to find the best negative, whether features or scale will need a gradient, and the name of a
+    backend. It returns vectors ``[B]``, the first three differentiable once:
 
     - log z, the log-sum-exp of the negatives' logits, log Σ_{j≠y} exp(s·cos_j) (s = ‖x‖ without normalize_features);
     - t, the target's cosine, exact (never through the low-precision product);

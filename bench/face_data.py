@@ -73,7 +73,8 @@ def read_pgm(path: Path) -> NDArray[np.uint8]:
     pixels = np.frombuffer(body, dtype=sample).reshape(height, width)
     if maximum == 255:
         return pixels.astype(np.uint8)
-    return np.minimum(np.rint(pixels.astype(np.float64) * (255 / maximum)), 255).astype(np.uint8)
+    scaled: NDArray[np.uint8] = np.minimum(np.rint(pixels.astype(np.float64) * (255 / maximum)), 255).astype(np.uint8)
+    return scaled
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:

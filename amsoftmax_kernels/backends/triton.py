@@ -26,7 +26,7 @@ from ..arguments import no_autocast
 from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, override, register
 from . import Forward, Problem
 from .budget import BOUNDED_SCALE, kept_classes
-from .triton_configs import CHUNK_ELEMENTS, FINISH_ELEMENTS, Config, config
+from .triton_configs import CHUNK_ELEMENTS, FINISH_ELEMENTS, Config, config, kind
 
 try:
     import triton
@@ -39,7 +39,7 @@ else:
     _import_error = None
 
 _MIN_CAPABILITY = (8, 0)
-_INTERPRETED = Config(rows=16, classes=32, depth=16, stages=1, warps=4, split=True, resident=1)
+_INTERPRETED = Config(rows=16, classes=32, depth=16, stages=1, warps=4, bulk=True, split=True)
 _ALIGN = 16  # elements: rows of operands start at multiples of 16 bytes, as bulk copies want
 
 
@@ -123,7 +123,7 @@ class _Shard:
         panel_dtype = _panel_dtype(problem.compute_dtype)
         blocks = -(-batch // chosen.rows)
         streams = max(_multiprocessors(weight.device) * chosen.resident // max(blocks, 1), 1)
-        classes = min(chunk, _padded(num_classes, 8))
+        classes = min(chunk, _padded(num_classes, _ALIGN))
         return cls(
             problem, chosen, problem.compute_dtype, panel_dtype, width, chunk,
             weight.new_empty(classes, width, dtype=problem.compute_dtype),
@@ -163,17 +163,20 @@ class _Shard:
         """Piece 2 on one chunk, into whichever of ``terms``, ``z`` and ``best`` are given."""
         c, empty = self.config, factor
         stored = x_hat if terms is None else terms
-        columns = c.classes // 2 if c.split else c.classes
+        operands: list[Any] = [x_hat, w_hat, stored]
+        if c.bulk:
+            columns = c.classes // 2 if c.split else c.classes
+            tiles = ([c.rows, c.depth], [c.classes, c.depth], [c.rows, columns])
+            operands = [TensorDescriptor.from_tensor(*each) for each in zip(operands, tiles, strict=True)]
         kernels.cosine_exp[self.programs](
-            TensorDescriptor.from_tensor(x_hat, [c.rows, c.depth]),
-            TensorDescriptor.from_tensor(w_hat, [c.classes, c.depth]),
-            TensorDescriptor.from_tensor(stored, [c.rows, columns]),
+            *operands,
             self.problem.labels, factor, factor if shift is None else shift,
             empty if z is None else z, empty if best is None else best, empty if best_class is None else best_class,
-            len(x_hat), len(w_hat), self.width, start, self.problem.interclass_filter,
+            len(x_hat), len(w_hat), self.width, stored.shape[1], stored.stride(0), start, self.problem.interclass_filter,
             ONLY_UNBOUNDED=only_unbounded, SHIFT=shift is not None, SUM=z is not None, STORE=terms is not None,
-            BEST=best is not None, FILTER=self.problem.interclass_filter <= 1, PRECISION=_precision(self.operand_dtype),
-            BLOCK_B=c.rows, BLOCK_C=c.classes, BLOCK_D=c.depth, SPLIT=c.split,
+            BEST=best is not None, FILTER=self.problem.interclass_filter <= 1, BULK=c.bulk,
+            PRECISION="tf32" if kind(self.operand_dtype) == "tf32" else "ieee",
+            BLOCK_B=c.rows, BLOCK_C=c.classes, BLOCK_D=c.depth, SPLIT=c.split, FLATTEN=c.bulk,
             num_stages=c.stages, num_warps=c.warps,
         )  # fmt: skip
 
@@ -188,7 +191,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         z, cosine, norm, factor = (features.new_empty(B, dtype=torch.float32) for _ in range(4))
         shift = torch.zeros_like(z)
         inverse_norm = features.new_empty(C, dtype=torch.float32)
-        kept = features.new_empty(B, _padded(kept_count, 8), dtype=shard.panel_dtype)
+        kept = features.new_empty(B, _padded(kept_count, _ALIGN), dtype=shard.panel_dtype)
         rows = features.new_empty((B, shard.width) if need_rows else 0, dtype=torch.float32)
         best = features.new_empty(B if predict else 0, dtype=torch.float32)
         best_class = labels.new_empty(B if predict else 0)
@@ -302,7 +305,16 @@ def _grad_centres(
         unit = target if in_place else buffer[:n]
         _product(terms[:, first : first + n].T, x_factored, unit)
         kernels.finish_centres[(-(-n // rows),)](
-            unit, weight[start + first :], *weight.stride(), inverse_norm[start + first :], target, n, dim, width, rows, block
+            unit,
+            weight[start + first :],
+            *weight.stride(),
+            inverse_norm[start + first :],
+            target,
+            n,
+            dim,
+            width,
+            rows,
+            block,
         )
 
 
@@ -314,7 +326,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
         return torch.mm(a, b, out=out)
     if a.device.type == "cpu":  # interpreted: there is no such product here
         return torch.mm(a.float(), b.float(), out=out)
-    return torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+    torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+    return out
 
 
 def _constant_margin(
@@ -373,7 +386,7 @@ def _interpreted() -> bool:
 
 
 def _config(device: torch.device, dtype: torch.dtype) -> Config:
-    return _INTERPRETED if device.type == "cpu" else config(torch.cuda.get_device_capability(device), dtype)
+    return _INTERPRETED if device.type == "cpu" else config(torch.cuda.get_device_capability(device), kind(dtype))
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -383,10 +396,6 @@ def _multiprocessors(device: torch.device) -> int:
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device."""
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def _panel_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -408,7 +417,7 @@ def _chunk_size(batch: int, dim: int) -> int:
 
 
 def _kept(batch: int, num_classes: int, dim: int, compute_dtype: torch.dtype, save_bytes: int) -> int:
-    padded = _padded(num_classes, 8)
+    padded = _padded(num_classes, _ALIGN)
     count = kept_classes(batch, padded, _panel_dtype(compute_dtype), save_bytes, _chunk_size(batch, dim))
     return num_classes if count == padded else count
 
@@ -418,7 +427,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     features, weight, labels = problem[:3]
     (B, D), C = features.shape, weight.shape[0]
     vectors = [features.new_empty(B, dtype=torch.float32) for _ in range(4)]
-    kept = _padded(_kept(B, C, D, problem.compute_dtype, save_bytes), 8)
+    kept = _padded(_kept(B, C, D, problem.compute_dtype, save_bytes), _ALIGN)
     return (
         *vectors,
         features.new_empty(C, dtype=torch.float32),
@@ -460,8 +469,8 @@ register(
 )
 register(
     "triton_constant_margin",
-    f"(Tensor z, {_VECTORS}, Tensor labels, Tensor num_rows, Tensor scale, SymInt num_classes, bool normalize, float margin, "
-    "str reduction, bool need_scale) -> (Tensor, Tensor)",
+    f"(Tensor z, {_VECTORS}, Tensor labels, Tensor num_rows, Tensor scale, SymInt num_classes, bool normalize, "
+    "float margin, str reduction, bool need_scale) -> (Tensor, Tensor)",
     _constant_margin,
     _constant_margin_fake,
 )

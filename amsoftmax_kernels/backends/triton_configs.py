@@ -19,29 +19,37 @@ class Config:
     depth: int  # embedding dimensions a step
     stages: int  # tiles of operands in flight
     warps: int
-    split: bool  # E leaves in halves: half the shared memory for it
-    resident: int  # programs that an SM holds
+    bulk: bool  # tiles move by the bulk copy engine (Hopper and newer), not by ordinary loads
+    split: bool = False  # E leaves in halves: half the shared memory for it
+    resident: int = 1  # programs that an SM holds
 
 
 # Classes a chunk: what is not kept of E, and ŵ, take at most this many elements.
 CHUNK_ELEMENTS = 1 << 27
-# Classes of which dŵ is computed at a time, so that it is still in the L2 cache when the Jacobian reads it.
+# Classes of which dŵ is computed at a time, in elements: still in the L2 cache when the Jacobian reads it.
 FINISH_ELEMENTS = 1 << 23
 
-_HALF = "half"
-# Not tuned on a GPU yet: chosen from shared memory, registers and the traffic that each tile causes (see the README).
+# Not tuned on a GPU yet: chosen by what the compiled code needs (python -m bench kernels): no spills, registers and shared
+# memory for the programs said to be resident, and the least traffic of operands that leaves room for three stages.
 TABLE: dict[tuple[int, str], Config] = {
-    (8, _HALF): Config(rows=128, classes=128, depth=32, stages=4, warps=4, split=False, resident=2),
-    (8, "float32"): Config(rows=64, classes=64, depth=32, stages=3, warps=4, split=False, resident=2),
-    (9, _HALF): Config(rows=128, classes=256, depth=64, stages=3, warps=8, split=True, resident=1),
-    (9, "float32"): Config(rows=128, classes=128, depth=32, stages=3, warps=8, split=True, resident=1),
-    (10, _HALF): Config(rows=128, classes=256, depth=64, stages=3, warps=8, split=True, resident=1),
-    (10, "float32"): Config(rows=128, classes=128, depth=32, stages=3, warps=8, split=True, resident=1),
+    (8, "half"): Config(rows=128, classes=128, depth=32, stages=4, warps=8, bulk=False),
+    (8, "tf32"): Config(rows=64, classes=128, depth=32, stages=3, warps=8, bulk=False),
+    (8, "float32"): Config(rows=64, classes=64, depth=32, stages=3, warps=4, bulk=False, resident=2),
+    (9, "half"): Config(rows=128, classes=256, depth=64, stages=3, warps=8, bulk=True, split=True),
+    (9, "tf32"): Config(rows=128, classes=128, depth=32, stages=3, warps=8, bulk=True, split=True),
+    (10, "half"): Config(rows=128, classes=128, depth=64, stages=4, warps=8, bulk=True),
+    (10, "tf32"): Config(rows=128, classes=128, depth=32, stages=3, warps=8, bulk=True),
 }
 
 
-def config(capability: tuple[int, int], dtype: torch.dtype) -> Config:
+def kind(dtype: torch.dtype) -> str:
+    """How operands of this dtype are multiplied; float32 as PyTorch's own setting says."""
+    if dtype != torch.float32:
+        return "half"
+    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def config(capability: tuple[int, int], how: str) -> Config:
     """The entry of the newest architecture not newer than ``capability``."""
-    kind = "float32" if dtype == torch.float32 else _HALF
-    major = max((each for each, k in TABLE if k == kind and each <= capability[0]), default=8)
-    return TABLE[major, kind]
+    major = max((each for each, k in TABLE if k == how and each <= capability[0]), default=8)
+    return TABLE[major, how]

@@ -1,6 +1,7 @@
 """The Triton kernels: one matrix product with our epilogue, and the passes around it that only move bytes.
 
-Every sum has one owner and a fixed order: no atomics, no locks. Offsets into the centres are 64-bit.
+Every sum has one owner and a fixed order: no atomics, no locks. Offsets into the centres are 64-bit. Sizes that change from
+step to step (the last batch of an epoch, the last chunk of classes) are not specialized on: they compile nothing new.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _scale(scale, norm, ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr):
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "C", "ignore_index"])
 def canonical_labels(labels, ignore_index, out, count, B, C, BLOCK: tl.constexpr):
     """Labels ``[B]`` as int64, -1 where ignored, C where out of range; and the number of rows not ignored, at least 1."""
     total = tl.zeros([BLOCK], tl.int32)
@@ -49,7 +50,7 @@ def canonical_labels(labels, ignore_index, out, count, B, C, BLOCK: tl.constexpr
     tl.store(count, tl.maximum(tl.sum(total, 0), 1).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def prepare_rows(
     features, stride_row, stride_column,  # [B, D]
     weight, stride_class, stride_dim,  # [C, D]
@@ -81,7 +82,7 @@ def prepare_rows(
     tl.store(factor + row, _scale(scale, length, SCALE_ON_DEVICE, NORMALIZE) * LOG2E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def prepare_centres(
     weight, stride_class, stride_dim,  # [C, D], from the chunk's first class
     w_hat,  # [N, D_padded] in the operand dtype
@@ -94,7 +95,9 @@ def prepare_centres(
     columns = tl.arange(0, BLOCK)
     inside = (rows < N)[:, None]
     w = tl.load(
-        weight + rows[:, None] * stride_class + columns[None, :] * stride_dim, mask=inside & (columns < D)[None, :], other=0.0
+        weight + rows[:, None] * stride_class + columns[None, :] * stride_dim,
+        mask=inside & (columns < D)[None, :],
+        other=0.0,
     ).to(tl.float32)
     inverse = _inverse(tl.sqrt(tl.sum(w * w, 1)))
     unit = (w * inverse[:, None]).to(w_hat.dtype.element_ty)
@@ -103,17 +106,48 @@ def prepare_centres(
 
 
 @triton.jit
+def _load_tile(
+    matrix, first, k, rows_count, width, BULK: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
+):  # fmt: skip
+    """A tile of an operand ``[rows_count, width]``, zero past its ends: by the bulk copy engine or by ordinary loads."""
+    if BULK:
+        tile = matrix.load([first, k])
+    else:
+        rows = first + tl.arange(0, ROWS)
+        columns = k + tl.arange(0, DEPTH)
+        inside = (rows < rows_count)[:, None] & (columns < width)[None, :]
+        tile = tl.load(matrix + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _store_tile(
+    matrix, tile, first_row, first, rows_count, width, stride,
+    BULK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of E ``[rows_count, width]``, what is past its ends left out."""
+    if BULK:
+        matrix.store([first_row, first], tile.to(matrix.dtype))
+    else:
+        rows = first_row + tl.arange(0, ROWS)
+        columns = first + tl.arange(0, COLUMNS)
+        inside = (rows < rows_count)[:, None] & (columns < width)[None, :]
+        places = matrix + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+        tl.store(places, tile.to(matrix.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["B", "N", "class_start"])
 def cosine_exp(
-    x_hat,  # descriptor [B, D_padded]
-    w_hat,  # descriptor [N, D_padded], the chunk's
-    terms,  # descriptor [B, N or a little more], written if STORE
+    x_hat,  # [B, D_padded]; a descriptor if BULK
+    w_hat,  # [N, D_padded], the chunk's; a descriptor if BULK
+    terms,  # [B, N or a little more], rows `stride` apart, written if STORE; a descriptor if BULK
     labels, factor, shift,  # [B]
     z_partial,  # [programs, B] float64, written if SUM
     best_partial, best_class_partial,  # [programs, B], written if BEST
-    B, N, D_padded, class_start, interclass_filter,
+    B, N, D_padded, terms_width, terms_stride, class_start, interclass_filter,
     ONLY_UNBOUNDED: tl.constexpr, SHIFT: tl.constexpr, SUM: tl.constexpr, STORE: tl.constexpr,
-    BEST: tl.constexpr, FILTER: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    BEST: tl.constexpr, FILTER: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """E = 2^(factor·cos − shift) of a chunk of classes, the targets masked, and its row sums: piece 2 of a step.
 
@@ -132,16 +166,16 @@ def cosine_exp(
     label = tl.where((label >= 0) & (label < N), label, -1).to(tl.int32)
     z = tl.zeros([BLOCK_B], tl.float64)
     best = tl.full([BLOCK_B], float("-inf"), tl.float32)
-    best_class = tl.full([BLOCK_B], -1, tl.int64)
+    best_column = tl.full([BLOCK_B], -1, tl.int32)
     tiles = tl.cdiv(N, BLOCK_C)
     if ONLY_UNBOUNDED:  # a pass for the maxima alone, which rows of a moderate scale do without
         tiles = tl.where(tl.max(tl.where(row_factor <= BOUND, 0, 1), 0) > 0, tiles, 0)
-    for tile in tl.range(stream, tiles, tl.num_programs(0), flatten=True):
+    for tile in tl.range(stream, tiles, tl.num_programs(0), flatten=FLATTEN):
         first = tile * BLOCK_C
         cos = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
         for k in range(0, D_padded, BLOCK_D):
-            x = x_hat.load([first_row, k])
-            w = w_hat.load([first, k])
+            x = _load_tile(x_hat, first_row, k, B, D_padded, BULK, BLOCK_B, BLOCK_D)
+            w = _load_tile(w_hat, first, k, N, D_padded, BULK, BLOCK_C, BLOCK_D)
             cos = tl.dot(x, w.T, cos, input_precision=PRECISION)
         columns = first + tl.arange(0, BLOCK_C)
         # Few tiles hold a target or the end of the classes: the rest are spared the comparisons.
@@ -152,10 +186,13 @@ def cosine_exp(
                 cos = tl.where((columns[None, :] == label[:, None]) | (columns >= N)[None, :], float("-inf"), cos)
             if ONLY_UNBOUNDED and FILTER:
                 cos = tl.where(cos > interclass_filter, float("-inf"), cos)
-            largest, index = tl.max(cos, 1, return_indices=True)
+            largest = tl.max(cos, 1)
             better = largest > best
+            column = best_column
+            if tl.max(better.to(tl.int32), 0) > 0:  # rarely, once a few tiles have been seen
+                column = tl.min(tl.where(cos == largest[:, None], columns[None, :], 0x7FFFFFFF), 1)
+            best_column = tl.where(better, column, best_column)
             best = tl.where(better, largest, best)
-            best_class = tl.where(better, class_start + first + index, best_class)
         if SUM or STORE:
             e = tl.exp2(cos * row_factor[:, None] - row_shift[:, None])
             if FILTER:
@@ -166,21 +203,22 @@ def cosine_exp(
                 z += tl.sum(e, 1).to(tl.float64)
             if STORE:
                 if SPLIT:  # half a tile at a time needs half the shared memory
-                    halves = tl.permute(tl.reshape(e, (BLOCK_B, 2, BLOCK_C // 2)), (0, 2, 1))
-                    left, right = tl.split(halves)
-                    terms.store([first_row, first], left.to(terms.dtype))
-                    terms.store([first_row, first + BLOCK_C // 2], right.to(terms.dtype))
+                    HALF: tl.constexpr = BLOCK_C // 2
+                    left, right = tl.split(tl.permute(tl.reshape(e, (BLOCK_B, 2, HALF)), (0, 2, 1)))
+                    _store_tile(terms, left, first_row, first, B, terms_width, terms_stride, BULK, BLOCK_B, HALF)
+                    _store_tile(terms, right, first_row, first + HALF, B, terms_width, terms_stride, BULK, BLOCK_B, HALF)
                 else:
-                    terms.store([first_row, first], e.to(terms.dtype))
+                    _store_tile(terms, e, first_row, first, B, terms_width, terms_stride, BULK, BLOCK_B, BLOCK_C)
     owned = stream * B + rows
     if SUM:
         tl.store(z_partial + owned, z, mask=in_batch)
     if BEST:
         tl.store(best_partial + owned, best, mask=in_batch)
+        best_class = tl.where(best_column < 0, -1, best_column.to(tl.int64) + class_start)
         tl.store(best_class_partial + owned, best_class, mask=in_batch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "parts"])
 def reduce_sums(z_partial, labels, z, B, parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
     """z ``[B]`` from the programs' parts ``[parts, B]``, in a fixed order; 0 for an ignored row."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -194,7 +232,7 @@ def reduce_sums(z_partial, labels, z, B, parts, ROWS: tl.constexpr, PARTS: tl.co
     tl.store(z + rows, tl.where(label < 0, 0.0, total).to(tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "parts"])
 def reduce_best(
     best_partial, best_class_partial,  # [parts, B]
     factor,  # [B]
@@ -229,7 +267,7 @@ def reduce_best(
         tl.store(best_class + rows, largest_class, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "C"])
 def constant_margin(
     z, shift, cosine, norm,  # [B]
     labels, num_rows,  # [B] and a number
@@ -237,7 +275,8 @@ def constant_margin(
     loss,  # [B], or a number if REDUCE
     derivatives,  # [2 or 3, B]
     B, C,
-    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr, NEED_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr,
+    NEED_SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """AM-Softmax's loss and its derivatives by log z (over z), t and s: one program, B numbers, in float64."""
     total = tl.zeros([BLOCK], tl.float64)
@@ -305,7 +344,7 @@ def factor_rows(
         tl.store(factor + row, s * LOG2E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def finish_centres(
     grad_unit,  # [N, D_padded] float32: the gradient by ŵ
     weight, stride_class, stride_dim,  # [C, D], from the chunk's first class
@@ -327,7 +366,7 @@ def finish_centres(
     tl.store(grad + rows[:, None] * D + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "C"])
 def finish_rows(
     features, stride_row, stride_column,  # [B, D]
     weight, stride_class, stride_dim,  # [C, D]
