@@ -10,6 +10,9 @@ from collections.abc import Sequence
 COMMANDS = {
     "faces": "train on real faces with each loss, verify on people never seen in training",
     "loss": "time the loss beside its peers and the floor, with peak memory",
+    "kernels": "compile every Triton kernel without a GPU, read the machine code, estimate times",
+    "gpu": "everything that needs a GPU: checks, times beside the peers and the floor, a profile",
+    "tune": "time candidate tiles of the Triton kernel on this GPU, print the table",
 }
 
 

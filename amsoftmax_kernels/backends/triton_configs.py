@@ -34,11 +34,12 @@ FINISH_ELEMENTS = 1 << 23
 TABLE: dict[tuple[int, str], Config] = {
     (8, "half"): Config(rows=128, classes=128, depth=32, stages=4, warps=8, bulk=False),
     (8, "tf32"): Config(rows=64, classes=128, depth=32, stages=3, warps=8, bulk=False),
-    (8, "float32"): Config(rows=64, classes=64, depth=32, stages=3, warps=4, bulk=False, resident=2),
+    (8, "float32"): Config(rows=128, classes=64, depth=16, stages=3, warps=8, bulk=False),
     (9, "half"): Config(rows=128, classes=256, depth=64, stages=3, warps=8, bulk=True, split=True),
     (9, "tf32"): Config(rows=128, classes=128, depth=32, stages=3, warps=8, bulk=True, split=True),
     (10, "half"): Config(rows=128, classes=128, depth=64, stages=4, warps=8, bulk=True),
     (10, "tf32"): Config(rows=128, classes=128, depth=32, stages=3, warps=8, bulk=True),
+    (10, "float32"): Config(rows=64, classes=64, depth=32, stages=3, warps=8, bulk=False),
 }
 
 

@@ -1,0 +1,139 @@
+"""What a step should cost on a GPU that is not at hand: bytes, flops and cycles, counted; and the floor beside it.
+
+Each ceiling says where it is from. An estimate is not a measurement: it is written down to be compared with one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from amsoftmax_kernels.backends import triton_configs
+from amsoftmax_kernels.backends.triton_configs import Config
+
+from .launches import Launch, of_a_step
+
+# (B, D, C): bfloat16 compute, float32 centres.
+SHAPES = [
+    (256, 512, 10_516),
+    (1024, 512, 93_431),
+    (1024, 512, 1_000_000),
+    (4096, 512, 2_059_906),
+    (4096, 512, 10_000_000),
+]
+# One launch replayed in a CUDA graph: a kernel's start and drain. Assumed.
+SECONDS_A_LAUNCH = 2.5e-6
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU's ceilings."""
+
+    name: str
+    source: str
+    capability: tuple[int, int]
+    tensor_instruction: str
+    multiprocessors: int
+    clock: float  # Hz
+    tensor_flops: int  # bfloat16, a clock and SM
+    products: float  # flop/s of a large bfloat16 product
+    copy: float  # bytes/s read and written
+    l2: float  # bytes/s out of the L2 cache
+    shared_memory: int  # bytes an SM
+
+    def programs_resident(self, registers: int, shared_memory: int, warps: int) -> int:
+        """Programs that fit an SM: registers are given out to a warp in lots of 256, shared memory with 1 KiB beside it."""
+        by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
+        by_memory = self.shared_memory // (shared_memory + 1024)
+        return min(by_registers, by_memory, 64 // warps, 32)
+
+    def config(self, launch: Launch) -> Config:
+        """The table's entry that a cosine kernel was launched with."""
+        half = "fp32" not in dict(launch.signature)["x_hat"]
+        how = "half" if half else "tf32" if launch.constant("PRECISION") == "tf32" else "float32"
+        return triton_configs.config(self.capability, how)
+
+
+CARDS = {
+    "sm_80": Card(
+        "A100 80 GB", "peak 312 TFLOP/s at 1.41 GHz and 2.0 TB/s by its datasheet; product 80%, copy 85%, L2 assumed",
+        (8, 0), "HMMA", 108, 1.41e9, 2048, 250e12, 1.7e12, 3.5e12, 164 << 10,
+    ),
+    "sm_90": Card(
+        "H200", "product and copy as measured on one (790 TFLOP/s, 4.3 TB/s); L2 assumed",
+        (9, 0), "HGMMA", 132, 1.755e9, 4096, 790e12, 4.3e12, 6.5e12, 228 << 10,
+    ),
+    "sm_100": Card(
+        "B200", "peak 2.25 PFLOP/s and 8 TB/s by its datasheet; product 75%, copy 85%, L2 assumed",
+        (10, 0), "UTCMMA", 148, 1.85e9, 8192, 1700e12, 6.8e12, 10e12, 228 << 10,
+    ),
+}  # fmt: skip
+
+
+def step(card: Card, B: int, D: int, C: int, kept: bool, launches: int) -> dict[str, Any]:
+    """One step's pieces in seconds, its floor, and its share of it."""
+    config = triton_configs.config(card.capability, "half")
+    flops = 2 * B * C * D
+    cosine = _cosine_exp(card, config, B, D, C)
+    pieces = {
+        "prepare": 6 * C * D / card.copy,  # float32 read, bfloat16 written
+        "cosine_exp": max(cosine["tensor"] + cosine["epilogue"], cosine["l2"]),
+        "product with centres": flops / card.products,
+        "product with features": flops / card.products,
+        "finish": 12 * C * D / card.copy,  # dŵ written (read again out of the L2 cache), w read, dw written
+        "launches": launches * SECONDS_A_LAUNCH,
+    }
+    if not kept:
+        pieces["prepare"] *= 2
+        pieces["cosine_exp"] *= 2
+    floor = (3 if kept else 4) * flops / card.products + 12 * C * D / card.copy  # w read once a pass, dw written
+    total = sum(pieces.values())
+    return {
+        "B": B, "D": D, "C": C, "kept": kept, "flops": (3 if kept else 4) * flops,
+        "bytes": (6 + 12 if kept else 12 + 12) * C * D, "pieces_s": pieces, "cosine_exp_s": cosine,
+        "total_s": total, "floor_s": floor, "of_floor": floor / total,
+    }  # fmt: skip
+
+
+def _cosine_exp(card: Card, config: Config, B: int, D: int, C: int) -> dict[str, float]:
+    """Seconds of the fused kernel by what could bound it, products and epilogue one after the other."""
+    tiles = -(-B // config.rows) * -(-C // config.classes)
+    elements = config.rows * config.classes
+    waves = tiles / (card.multiprocessors * config.resident) * config.resident
+    # 16 exponentials a clock and SM; a multiply, an add and half a conversion an element beside them, 128 a clock; the
+    # rest (barriers, the tile's way to memory, filling the pipeline) assumed at 600 clocks a tile.
+    epilogue = max(elements / 16, elements * 3.5 / 128) + 600
+    operands = (config.rows + config.classes) * D * 2 + elements * 2
+    return {
+        "tensor": waves * (2 * elements * D / card.tensor_flops) / card.clock,
+        "epilogue": waves * epilogue / card.clock,
+        "l2": tiles * operands / card.l2,
+    }
+
+
+def table(arch: str) -> list[dict[str, Any]]:
+    """Estimates of every shape, E kept and recomputed."""
+    card = CARDS[arch]
+    counts = {}
+    for kept in (True, False):  # counted on a small problem: the number does not depend on C below a chunk
+        launched = of_a_step(card.capability, card.multiprocessors, 256, 512, 2048, save_bytes=1 << 40 if kept else 0)
+        counts[kept] = len(launched) + 5  # two products, a fill, and two small operations of the autograd function
+    return [step(card, B, D, C, kept, counts[kept]) for B, D, C in SHAPES for kept in (True, False)]
+
+
+def printed(rows: list[dict[str, Any]], card: Card) -> str:
+    """The table as text."""
+    lines = [
+        f"Estimated, not measured: {card.name}; {card.source}. Milliseconds.",
+        f"{'B':>5} {'D':>4} {'C':>11} {'E':>10} {'prepare':>8} {'cosine_exp':>10} {'products':>9} {'finish':>7} {'launches':>8}"
+        f" {'total':>8} {'floor':>8} {'share':>6}",
+    ]
+    for row in rows:
+        p = {name: 1e3 * value for name, value in row["pieces_s"].items()}
+        products = p["product with centres"] + p["product with features"]
+        lines.append(
+            f"{row['B']:5} {row['D']:4} {row['C']:11,} {'kept' if row['kept'] else 'recomputed':>10} {p['prepare']:8.3f}"
+            f" {p['cosine_exp']:10.3f} {products:9.3f} {p['finish']:7.3f} {p['launches']:8.3f}"
+            f" {1e3 * row['total_s']:8.3f} {1e3 * row['floor_s']:8.3f} {row['of_floor']:6.2f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""Right before fast: correctness of every backend at small and large shapes, determinism, graph capture, sanitizer."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import amsoftmax_kernels as ak
+from amsoftmax_kernels import backends
+
+from .peers import problem
+
+Row = dict[str, Any]
+# (B, D, C, options): tiles' edges, several margins of the formula, then what only a GPU's memory holds: C·D past 2^31, and
+# 10 million classes.
+SMALL: list[tuple[int, int, int, dict[str, Any]]] = [
+    (1, 64, 2, {}),
+    (129, 100, 257, {}),
+    (300, 512, 1_000, {"scale": 64.0}),
+    (256, 512, 10_516, {}),
+    (256, 512, 10_516, {"scale": 200.0}),
+    (256, 512, 10_516, {"normalize_features": False}),
+    (256, 512, 10_516, {"interclass_filter": 0.1}),
+    (1024, 256, 20_000, {"reduction": "sum"}),
+]
+LARGE: list[tuple[int, int, int, dict[str, Any]]] = [(64, 512, 4_300_000, {}), (64, 128, 10_000_000, {})]
+# Relative errors allowed of the loss and of each gradient, against float64.
+TOLERANCE = {"float32": (2e-6, 2e-5), "bfloat16": (2e-4, 8e-3), "float16": (2e-4, 8e-3)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def compared_backends(device: torch.device) -> list[str]:
+    """The backends to check on this device."""
+    return [name for name in ak.available_backends() if name != "reference" and _serves(name, device, torch.float32)]
+
+
+def correctness(device: torch.device, quick: bool, small: Any = SMALL, large: Any = LARGE) -> Iterator[Row]:
+    """Loss and gradients of every backend, dtype and save_bytes against float64, one row each."""
+    for B, D, C, options in [*small, *([] if quick else large)]:
+        features, weight, labels = problem(B, D, C, device)
+        with torch.no_grad():  # half of the rows near their centre, as late in training
+            features[::2] += 3 * features[::2].norm(dim=1, keepdim=True) * torch.nn.functional.normalize(weight[labels[::2]])
+        exact = _step(features.double(), weight.double(), labels, "chunked" if C > 100_000 else "reference", 0, options)
+        for name in compared_backends(device):
+            for dtype in ("bfloat16",) if C > 100_000 else TOLERANCE:
+                if not _serves(name, device, DTYPES[dtype]):
+                    continue
+                for save_bytes in (1 << 62, 0):
+                    with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+                        results = _step(features, weight, labels, name, save_bytes, options)
+                    errors = [_relative(*pair) for pair in zip(results, exact, strict=True)]
+                    # In a scale of 200 an error of the cosine is one of the exponent, multiplied.
+                    allowed = [bound * max(1.0, options.get("scale", 30.0) / 64) for bound in TOLERANCE[dtype]]
+                    ok = errors[0] <= allowed[0] and max(errors[1:]) <= allowed[1]
+                    yield {
+                        "backend": name, "B": B, "D": D, "C": C, "dtype": dtype, "kept": save_bytes > 0, **options,
+                        "loss_error": errors[0], "features_error": errors[1], "weight_error": errors[2], "ok": ok,
+                    }  # fmt: skip
+                    del results
+        del features, weight, exact
+        _release(device)
+
+
+def determinism(
+    device: torch.device, repeats: int, shapes: Any = ((256, 512, 10_516), (1024, 512, 93_431))
+) -> Iterator[Row]:
+    """The same inputs, many times: every bit of loss and gradients the same."""
+    for B, D, C in shapes:
+        features, weight, labels = problem(B, D, C, device)
+        labels[: B // 4] = labels[0]  # many rows of one class
+        for name in compared_backends(device):
+            for save_bytes in (1 << 62, 0):
+                with torch.autocast(device.type, torch.bfloat16, enabled=_serves(name, device, torch.bfloat16)):
+                    first = _step(features, weight, labels, name, save_bytes, {})
+                    same = True
+                    for _ in range(repeats):
+                        again = _step(features, weight, labels, name, save_bytes, {})
+                        same &= all(map(torch.equal, first, again))
+                yield {"backend": name, "B": B, "D": D, "C": C, "kept": save_bytes > 0, "repeats": repeats, "ok": same}
+        _release(device)
+
+
+def graph_capture(device: torch.device, shapes: Any = ((256, 512, 10_516), (1024, 512, 93_431))) -> Iterator[Row]:
+    """A step captured in a CUDA graph and replayed: the same bits as launched one by one."""
+    for B, D, C in shapes:
+        features, weight, labels = problem(B, D, C, device)
+        for name in compared_backends(device):
+            for save_bytes in (1 << 62, 0):
+                row = {"backend": name, "B": B, "D": D, "C": C, "kept": save_bytes > 0}
+                try:
+                    graph, captured, expected = _capture(features, weight, labels, name, save_bytes)
+                    for each in captured:
+                        each.fill_(float("nan"))
+                    graph.replay()
+                    row["ok"] = all(map(torch.equal, captured, expected))
+                    row["replay_s"] = _replay_seconds(graph)
+                except RuntimeError as error:
+                    row |= {"ok": False, "error": str(error).splitlines()[0][:200]}
+                yield row
+        _release(device)
+
+
+def sanitizer() -> Row:
+    """compute-sanitizer over the package's own self-test, if it is installed."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {"ok": None, "skipped": "compute-sanitizer is not installed"}
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "amsoftmax_kernels"]
+    start = time.perf_counter()
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    except subprocess.TimeoutExpired:
+        return {"ok": None, "skipped": "did not end in 150 s"}
+    return {"ok": result.returncode == 0, "seconds": time.perf_counter() - start, "output": result.stdout[-1500:]}
+
+
+def gpu_tests() -> Row:
+    """The repository's own tests of the kernels, on this device."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_triton.py", "tests/test_loss.py"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    except subprocess.TimeoutExpired:
+        return {"ok": None, "skipped": "did not end in 400 s"}
+    skipped = "No module named pytest" in result.stderr
+    return {"ok": None if skipped else result.returncode == 0, "output": (result.stdout or result.stderr)[-3000:]}
+
+
+def _step(
+    features: Tensor, weight: Tensor, labels: Tensor, backend: str, save_bytes: int, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, w = features.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss = ak.am_softmax_loss(x, w, labels, backend=backend, save_bytes=save_bytes, **options)
+    return (loss.detach(), *torch.autograd.grad(loss, (x, w)))
+
+
+def _capture(
+    features: Tensor, weight: Tensor, labels: Tensor, name: str, save_bytes: int
+) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                expected = _step(features, weight, labels, name, save_bytes, {})
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = _step(features, weight, labels, name, save_bytes, {})
+    return graph, captured, expected
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph, times: int = 50) -> float:
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    graph.replay()
+    first.record()
+    for _ in range(times):
+        graph.replay()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3 / times
+
+
+def _relative(actual: Tensor, exact: Tensor) -> float:
+    """‖actual − exact‖ / ‖exact‖, a block at a time so that no float64 copy of a large gradient is made."""
+    error = size = torch.zeros((), dtype=torch.float64, device=exact.device)
+    for ours, theirs in zip(actual.reshape(-1).split(1 << 26), exact.reshape(-1).split(1 << 26), strict=True):
+        error = error + (ours.double() - theirs).square().sum()
+        size = size + theirs.square().sum()
+    value = (error / size).sqrt().item() if size > 0 else error.sqrt().item()
+    return float("inf") if value != value else value
+
+
+def _serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    return backends.load(name).serves(device, dtype)
+
+
+def _release(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

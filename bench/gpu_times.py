@@ -1,0 +1,194 @@
+"""Ceilings of this card, then time and peak memory of each way to make the step, and where our own time goes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import machine, measure
+from .estimate import SHAPES
+from .gpu_peers import peers
+from .peers import Peer, problem, step
+
+Row = dict[str, Any]
+# The other dtypes once each: (B, D, C).
+OTHER_DTYPES = {"float32": (1024, 512, 93_431), "float16": (1024, 512, 93_431)}
+# A loss that others should share, relative: they round each cosine to bfloat16.
+SAME_LOSS = 2e-2
+
+
+def ceilings(device: torch.device, shapes: Any = None, size: int = 8192) -> dict[str, Any]:
+    """Flop/s of a large square product by dtype, bytes/s of a copy, and the three products of each shape."""
+    rates = {}
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)):
+        n = size // 4 if name == "float32" else size
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        rates[name] = 2 * n**3 / _median(functools.partial(torch.mm, a, b), device, 12)
+    source = torch.empty(size * size * 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() * 4 / _median(lambda: target.copy_(source), device, 12)
+    return {
+        "products_flop_s": rates,
+        "copy_bytes_s": copy,
+        "shapes": [three_products(B, D, C, device) for B, D, C in (shapes or SHAPES)],
+    }
+
+
+def three_products(B: int, D: int, C: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Row:
+    """Seconds of the three products that no method can avoid, by torch.mm; on a part of the classes where C is large."""
+    part = min(C, 131_072)
+    x, w, e = (torch.randn(shape, device=device).to(dtype) for shape in ((B, D), (part, D), (B, part)))
+    products: list[Callable[[], Tensor]] = [lambda: x @ w.T, lambda: e @ w, lambda: e.T @ x]
+    seconds = [_median(each, device, 12) * C / part for each in products]
+    return {"B": B, "D": D, "C": C, "seconds": seconds, "flop_s": 6 * B * D * C / sum(seconds)}
+
+
+def times(device: torch.device, known: dict[str, Any], quick: bool, shapes: Any = None) -> Iterator[Row]:
+    """One row for each shape, dtype and way to make the step."""
+    wanted = [(*shape, "bfloat16") for shape in (shapes or SHAPES)]
+    if quick:
+        wanted = wanted[:3]
+    elif shapes is None:
+        wanted += [(*shape, dtype) for dtype, shape in OTHER_DTYPES.items()]
+    for B, D, C, dtype in wanted:
+        floors = _floors(B, D, C, dtype, known, device)
+        expected: float | None = None
+        for peer in peers():
+            row: Row = {"B": B, "D": D, "C": C, "dtype": dtype, "peer": peer.name, "margin": peer.margin}
+            reason = _left_out(peer, B, D, C, device, quick)
+            if reason is None:
+                try:
+                    row |= _measure(peer, B, D, C, dtype, device, quick)
+                except Exception as error:  # whatever a peer's library raises must not end the others' run
+                    reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            if reason is not None:
+                yield row | {"skipped": reason}
+                _release(device)
+                continue
+            floor = floors["recomputed" if "recomputed" in peer.name else "kept"]
+            row |= {"floor_s": floor, "of_floor": floor / row["median_s"]}
+            if peer.margin:
+                expected = expected or row["loss"]
+                row["ok"] = abs(row["loss"] - expected) <= SAME_LOSS * abs(expected)
+            yield row
+            _release(device)
+
+
+def profile(device: torch.device, shapes: Any = ((256, 512, 10_516), (1024, 512, 1_000_000))) -> list[Row]:
+    """Seconds of every kernel of our own step."""
+    kind = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    found = []
+    for B, D, C in shapes:
+        tensors = problem(B, D, C, device)
+        for peer in peers()[:2]:
+            loss = peer.make()
+            for _ in range(3):
+                step(loss, *tensors, autocast=device.type == "cuda")
+            with torch.profiler.profile(activities=[kind]) as recorded:
+                for _ in range(5):
+                    step(loss, *tensors, autocast=device.type == "cuda")
+                _synchronize(device)
+            events = [
+                {"name": event.key[:100], "calls": event.count / 5, "seconds": _device_seconds(event) / 5}
+                for event in recorded.key_averages()
+            ]
+            events = sorted((each for each in events if each["seconds"] > 0), key=lambda each: -each["seconds"])[:30]
+            found.append({"peer": peer.name, "B": B, "D": D, "C": C, "kernels": events})
+        _release(device)
+    return found
+
+
+def _device_seconds(event: Any) -> float:
+    return float(getattr(event, "self_device_time_total", 0) or getattr(event, "self_cuda_time_total", 0)) / 1e6
+
+
+def _floors(B: int, D: int, C: int, dtype: str, known: dict[str, Any], device: torch.device) -> dict[str, float]:
+    """Seconds that no method can be below: three products (four if E is recomputed) and the bytes that must move."""
+    same = [row for row in known["shapes"] if (row["B"], row["D"], row["C"]) == (B, D, C)] if dtype == "bfloat16" else []
+    row = same[0] if same else three_products(B, D, C, device, getattr(torch, dtype))
+    moved = 12 * C * D / known["copy_bytes_s"]  # float32 centres read once a pass, their gradient written
+    return {"kept": sum(row["seconds"]) + moved, "recomputed": sum(row["seconds"]) + row["seconds"][0] + moved}
+
+
+def _left_out(peer: Peer, B: int, D: int, C: int, device: torch.device, quick: bool) -> str | None:
+    missing = peer.unavailable()
+    if missing:
+        return missing
+    if quick and ("chunked" in peer.name or peer.name == "torch.compile"):
+        return "left out of a quick run"
+    needed, free = 8 * C * D + peer.memory(B, D, C), machine.available_bytes(device)
+    if free is not None and needed > 0.92 * free:
+        return f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} are free"
+    return None
+
+
+def _measure(peer: Peer, B: int, D: int, C: int, dtype: str, device: torch.device, quick: bool) -> Row:
+    loss = peer.make()
+    problems = [problem(B, D, C, device, seed) for seed in range(measure.copies(B, D, C, device))]
+    turns = itertools.cycle(problems)
+    half = None if dtype == "float32" else getattr(torch, dtype)
+
+    def one() -> Tensor:
+        x, w, y = next(turns)
+        x.grad = w.grad = None
+        with torch.autocast(device.type, half, enabled=half is not None and device.type == "cuda"):
+            value = loss(x, w, y)
+        value.backward()
+        return value.detach()
+
+    value = one().item()
+    one()
+    peak = _peak(one, problems, device)
+    once = _seconds(one, device, 1)
+    budget = 0.5 if quick else 1.5
+    batch = max(min(int(0.02 / once), 50), 1)  # many short steps between two events, as they follow one another in training
+    samples = [_seconds(one, device, batch) for _ in range(max(min(int(budget / (once * batch)), 15), 3))]
+    return {
+        "loss": value, "median_s": statistics.median(samples), "min_s": min(samples), "max_s": max(samples),
+        "samples": len(samples), "steps_a_sample": batch, "peak_bytes": peak,
+    }  # fmt: skip
+
+
+def _peak(one: Callable[[], Tensor], problems: Any, device: torch.device) -> int | None:
+    """Bytes above inputs and gradients."""
+    if device.type != "cuda":
+        return None
+    for x, w, _ in problems:
+        x.grad = w.grad = None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    one()
+    x, w, _ = problems[0]
+    peak: int = torch.cuda.max_memory_allocated()
+    return peak - before - 4 * (x.numel() + w.numel())
+
+
+def _seconds(function: Callable[[], Any], device: torch.device, times: int) -> float:
+    def several() -> None:
+        for _ in range(times):
+            function()
+
+    return measure.seconds(several, device) / times
+
+
+def _median(function: Callable[[], Any], device: torch.device, samples: int) -> float:
+    for _ in range(3):
+        function()
+    return statistics.median(_seconds(function, device, 1) for _ in range(samples))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _release(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

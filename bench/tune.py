@@ -1,0 +1,166 @@
+"""`python -m bench tune`: time the candidates for the Triton backend's table on this GPU, and print the entries that won.
+
+A candidate's cosine kernel runs alone, storing E, on the shapes of the benchmark; its score is the geometric mean of its
+times. Then the sizes of chunks, by whole steps. What is printed goes into backends/triton_configs.py by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from amsoftmax_kernels import am_softmax_loss
+from amsoftmax_kernels.backends import Problem, triton_configs
+from amsoftmax_kernels.backends import triton as backend
+from amsoftmax_kernels.backends.triton_configs import Config
+
+from . import machine, measure
+from .peers import problem, step
+
+# (B, D, C) of one chunk.
+SHAPES = [(256, 512, 10_496), (1024, 512, 131_072), (4096, 512, 32_768)]
+KINDS = {"half": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m bench tune`."""
+    parser.add_argument("--out", type=Path, default=Path("out/tune"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--kind", nargs="+", choices=list(KINDS), default=list(KINDS), help="default: all")
+    parser.add_argument("--seconds", type=float, default=240, help="no new candidate after this; default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time, print and write."""
+    if not torch.cuda.is_available():
+        raise SystemExit("bench tune: PyTorch finds no GPU here")
+    device = torch.device("cuda")
+    capability = torch.cuda.get_device_capability()
+    end = time.perf_counter() + args.seconds
+    report: dict[str, Any] = {"machine": machine.describe(device), "capability": capability, "candidates": []}
+    args.out.mkdir(parents=True, exist_ok=True)
+    winners: dict[str, Config] = {}
+    precision = torch.get_float32_matmul_precision()
+    for how in args.kind:
+        torch.set_float32_matmul_precision("high" if how == "tf32" else "highest")
+        best = math.inf
+        for config in candidates(capability, how):
+            if time.perf_counter() > end:
+                print("out of time: the rest of the candidates is left out")
+                break
+            row = _score(config, how, device)
+            report["candidates"].append(row)
+            mark = ""
+            if row.get("score", math.inf) < best:
+                best, winners[how], mark = row["score"], config, "  <- best so far"
+            print(_line(row) + mark, flush=True)
+            (args.out / "tune.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    torch.set_float32_matmul_precision(precision)
+    report["chunks"] = list(_chunks(device, end))
+    (args.out / "tune.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print("\nentries for amsoftmax_kernels/backends/triton_configs.py:")
+    for how, config in winners.items():
+        print(f'    ({capability[0]}, "{how}"): {config},')
+    return 0
+
+
+def candidates(capability: tuple[int, int], how: str) -> Iterator[Config]:
+    """The table's own entry first, then its neighbours that fit the shared memory of an SM."""
+    yield triton_configs.config(capability, how)
+    bulk = capability[0] >= 9 and how != "float32"
+    size = 2 if how == "half" else 4
+    room = 227 << 10 if capability[0] >= 9 else 163 << 10
+    tiles = {
+        "half": [(128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4), (64, 256, 8), (128, 192, 8)],
+        "tf32": [(128, 128, 8), (128, 256, 8), (64, 128, 4), (64, 256, 8)],
+        "float32": [(128, 64, 8), (64, 64, 4), (64, 64, 8), (128, 128, 8)],
+    }[how]
+    depths = {"half": (64, 32, 128), "tf32": (32, 64), "float32": (16, 32)}[how]
+    for (rows, classes, warps), depth, stages in itertools.product(tiles, depths, (3, 4, 2)):
+        if classes & (classes - 1):
+            continue  # Triton's tiles are powers of two
+        for split in (True, False) if bulk else (False,):
+            staged = rows * classes * (2 if how == "half" else 4) // (2 if split else 1) if bulk else 0
+            memory = stages * (rows + classes) * depth * size + staged
+            if memory > room:
+                continue
+            resident = 2 if memory * 2 < room and rows * classes // (32 * warps) <= 128 and warps <= 4 else 1
+            yield Config(rows, classes, depth, stages, warps, bulk, split, resident)
+
+
+def _score(config: Config, how: str, device: torch.device) -> dict[str, Any]:
+    row: dict[str, Any] = {"kind": how, "config": dataclasses.asdict(config)}
+    try:
+        with mock.patch.object(backend, "_config", lambda *_: config):
+            row["seconds"] = [_cosine_seconds(*shape, KINDS[how], device) for shape in SHAPES]
+    except Exception as error:  # a candidate that does not compile or fit
+        return row | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"}
+    row["score"] = statistics.geometric_mean(row["seconds"])
+    row["tflops"] = [2e-12 * B * D * C / s for (B, D, C), s in zip(SHAPES, row["seconds"], strict=True)]
+    return row
+
+
+def _cosine_seconds(B: int, D: int, C: int, dtype: torch.dtype, device: torch.device) -> float:
+    features, weight, labels = (each.detach() for each in problem(B, D, C, device))
+    shard = backend._Shard.of(Problem(features, weight, labels, torch.tensor(30.0), True, dtype, math.inf), True)
+    x_hat = torch.nn.functional.normalize(features).to(dtype)
+    w_hat = shard.prepare(0, features.new_empty(C))
+    factor = features.new_full((B,), 30 * math.log2(math.e))
+    z = features.new_empty(shard.programs[0], B, dtype=torch.float64)
+
+    def launch() -> None:
+        shard.cosine_exp(0, x_hat, w_hat, factor, None, terms=shard.terms, z=z)
+
+    def five() -> None:
+        for _ in range(5):
+            launch()
+
+    five()
+    return statistics.median(measure.seconds(five, device) / 5 for _ in range(5))
+
+
+def _chunks(device: torch.device, end: float) -> Iterator[dict[str, Any]]:
+    """Whole steps with other sizes of chunks."""
+    B, D, C = 1024, 512, 1_000_000
+    tensors = problem(B, D, C, device)
+    for chunk, finish in itertools.product((1 << 25, 1 << 26, 1 << 27, 1 << 28), (1 << 22, 1 << 23, 1 << 24, 1 << 30)):
+        if time.perf_counter() > end:
+            return
+        with mock.patch.object(backend, "CHUNK_ELEMENTS", chunk), mock.patch.object(backend, "FINISH_ELEMENTS", finish):
+            row: dict[str, Any] = {"chunk": chunk, "finish": finish}
+            for name, save_bytes in (("kept", 1 << 62), ("recomputed", 0)):
+                row[name] = _step_seconds(tensors, save_bytes, device)
+        print(f"chunk 2^{chunk.bit_length() - 1}, finish 2^{finish.bit_length() - 1}: "
+              f"kept {1e3 * row['kept']:.3f} ms, recomputed {1e3 * row['recomputed']:.3f} ms", flush=True)  # fmt: skip
+        yield row
+
+
+def _step_seconds(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], save_bytes: int, device: torch.device) -> float:
+    def loss(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return am_softmax_loss(x, w, y, backend="triton", save_bytes=save_bytes)
+
+    def one() -> None:
+        step(loss, *tensors, autocast=True)
+
+    for _ in range(2):
+        one()
+    return statistics.median(measure.seconds(one, device) for _ in range(5))
+
+
+def _line(row: dict[str, Any]) -> str:
+    c = row["config"]
+    tile = f"{row['kind']:8} {c['rows']:4}x{c['classes']:<4} depth {c['depth']:3} stages {c['stages']} warps {c['warps']}"
+    tile += f" {'split' if c['split'] else '     '} resident {c['resident']}"
+    if "failed" in row:
+        return f"{tile}  {row['failed']}"
+    return tile + "  " + "  ".join(f"{each:7.1f}" for each in row["tflops"]) + " TFLOP/s"

@@ -1,0 +1,109 @@
+"""The GPU run, rehearsed on a CPU with small shapes; and that it notices what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import gpu, gpu_checks, gpu_peers, gpu_times, tune
+from bench.peers import MARGIN, SCALE, eager, problem
+
+from .cases import relative
+
+CPU = torch.device("cpu")
+SHAPES: dict[str, Any] = {
+    "correctness": {"small": [(5, 20, 30, {}), (6, 20, 40, {"scale": 200.0})], "large": []},
+    "determinism": {"shapes": ((8, 16, 40),)},
+    "times": [(8, 16, 40)],
+    "size": 64,
+    "profile": {"shapes": ((8, 16, 40),)},
+}
+
+
+def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = ("correctness", "determinism", "times", "profile")
+    assert gpu.run_stages(tmp_path, stages, True, CPU, SHAPES) == 0
+    (path,) = tmp_path.glob("*.json")
+    report = json.loads(path.read_text())
+    assert set(report["stages"]) == {*stages, "ceilings", "seconds"} and path.with_suffix(".png").exists()
+    checked = {row["backend"] for row in report["stages"]["correctness"]}
+    assert "chunked" in checked and all(row["ok"] for row in report["stages"]["correctness"])
+    timed = {row["peer"] for row in report["stages"]["times"] if "median_s" in row}
+    assert timed >= {"eager PyTorch", "PartialFC algorithm"}
+    assert "every check passed" in capsys.readouterr().out
+
+
+def test_a_wrong_backend_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu_checks.ak.am_softmax_loss
+
+    def wrong(*args: Any, backend: str, **options: Any) -> Tensor:
+        return right(*args, backend=backend, margin=0.35 if backend == "reference" else 0.3499, **options)
+
+    monkeypatch.setattr(gpu_checks.ak, "am_softmax_loss", wrong)
+    assert gpu.run_stages(tmp_path, ("correctness",), True, CPU, SHAPES) == 1
+
+
+def test_a_broken_stage_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_checks, "correctness", lambda *_, **__: 1 / 0)
+    assert gpu.run_stages(tmp_path, ("correctness", "determinism"), True, CPU, SHAPES) == 1
+    report = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert "ZeroDivisionError" in report["stages"]["correctness"]["error"]
+    assert all(row["ok"] for row in report["stages"]["determinism"])
+
+
+def test_determinism_is_checked_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, calls = gpu_checks._step, iter(range(1000))
+    monkeypatch.setattr(gpu_checks, "_step", lambda *args: tuple(each + 1e-6 * next(calls) for each in right(*args)))
+    assert not any(row["ok"] for row in gpu_checks.determinism(CPU, 2, ((8, 16, 40),)))
+
+
+def test_relative_errors() -> None:
+    exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert gpu_checks._relative(torch.tensor([3.0, 4.5]), exact) == pytest.approx(0.1)
+    assert gpu_checks._relative(torch.tensor([3.0, float("nan")]), exact) == float("inf")
+
+
+def test_the_partial_fc_algorithm_is_the_same_loss() -> None:
+    """Up to its cosines in half precision."""
+    tensors = problem(16, 32, 100, CPU)
+    results = []
+    for loss in (gpu_peers.partial_fc, eager):
+        value = loss(*tensors)
+        results.append((value.detach(), *torch.autograd.grad(value, tensors[:2])))
+    for actual, expected in zip(*results, strict=True):
+        assert relative(actual, expected) < 0.05
+    assert MARGIN == 0.35 and SCALE == 30.0
+
+
+def test_floors_count_products_and_bytes() -> None:
+    known = {"copy_bytes_s": 1e9, "shapes": [{"B": 8, "D": 16, "C": 40, "seconds": [1.0, 2.0, 3.0]}]}
+    floors = gpu_times._floors(8, 16, 40, "bfloat16", known, CPU)
+    moved = 12 * 40 * 16 / 1e9
+    assert floors == {"kept": pytest.approx(6 + moved), "recomputed": pytest.approx(7 + moved)}
+
+
+def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    from bench.__main__ import main
+
+    for command in ("gpu", "tune"):
+        with pytest.raises(SystemExit, match="finds no GPU"):
+            main([command])
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("how", list(tune.KINDS))
+def test_candidates(capability: tuple[int, int], how: str) -> None:
+    from amsoftmax_kernels.backends import triton_configs
+
+    found = list(tune.candidates(capability, how))
+    assert found[0] == triton_configs.config(capability, how) and len(found) > 4
+    for config in found:
+        assert all(size & (size - 1) == 0 for size in (config.rows, config.classes, config.depth))
+        assert config.bulk == (capability[0] >= 9 and how != "float32")

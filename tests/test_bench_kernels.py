@@ -1,0 +1,81 @@
+"""The Triton kernels compiled without a GPU: no spills, tensor cores and asynchronous copies where they belong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+from bench import estimate, kernels
+from bench.launches import Launch, of_a_step
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("arch", list(estimate.CARDS))
+def test_every_kernel_compiles_as_planned(arch: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench", "kernels", "--quick", "--arch", arch, "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    report = json.loads((tmp_path / arch / "kernels.json").read_text())
+    assert {row["kernel"] for row in report["kernels"]} >= {"cosine_exp", "prepare_centres", "finish_centres", "finish_rows"}
+    for row in report["kernels"]:
+        assert (tmp_path / arch / row["cubin"]).stat().st_size > 1000
+        assert row["instructions"]["local"] <= 16 and row["registers"] <= 255
+        if row["kernel"] == "cosine_exp" and "fp32" not in row["variant"].split()[0]:
+            counts = row["instructions"]
+            assert counts["HGMMA" if arch == "sm_90" else "HMMA" if arch == "sm_80" else "UTCMMA"] > 0
+            assert counts["cp.async" if arch == "sm_80" else "bulk"] > 0
+    assert "Estimated, not measured" in result.stdout
+
+
+def test_what_is_not_as_planned_is_found() -> None:
+    card = estimate.CARDS["sm_90"]
+    signature = (("x_hat", "tensordesc<bf16[128, 64]>"),)
+    launch = Launch("cosine_exp", signature, (("BULK", True), ("PRECISION", "ieee")), (), 8, 3)
+    counts = {"local": 0, "HGMMA": 4, "HMMA": 0, "UTCMMA": 0, "bulk": 6, "cp.async": 0, "exp2": 128}
+    good: dict[str, Any] = {"instructions": counts, "fits": 1}
+    assert kernels.faults(launch, good, card) == []
+    for name, value, fault in (("local", 17, "local"), ("HGMMA", 0, "HGMMA"), ("bulk", 0, "bulk")):
+        assert fault in kernels.faults(launch, {"instructions": counts | {name: value}, "fits": 1}, card)[0]
+    assert "planned" in kernels.faults(launch, good | {"fits": 0}, card)[0]
+    loads = dataclasses.replace(launch, constants=(("BULK", False), ("PRECISION", "ieee")))
+    assert "asynchronous" in kernels.faults(loads, good, card)[0]
+
+
+def test_few_launches() -> None:
+    """At 10 thousand classes they are what a step costs."""
+    kept = [each.kernel for each in of_a_step((9, 0), 132, 256, 512, 2048)]
+    assert kept == [
+        "canonical_labels", "prepare_rows", "prepare_centres", "cosine_exp", "reduce_sums", "constant_margin",
+        "factor_rows", "finish_centres", "finish_rows",
+    ]  # fmt: skip
+    recomputed = [each.kernel for each in of_a_step((9, 0), 132, 256, 512, 2048, save_bytes=0)]
+    assert len(recomputed) == len(kept) + 2
+
+
+def test_programs_resident() -> None:
+    card = estimate.CARDS["sm_90"]
+    assert card.programs_resident(128, 0, 8) == 2 and card.programs_resident(255, 0, 8) == 1
+    assert card.programs_resident(32, 120 << 10, 4) == 1 and card.programs_resident(32, 0, 4) == 16
+
+
+def test_estimates_grow_with_the_work_and_never_beat_the_floor() -> None:
+    for arch in estimate.CARDS:
+        rows = estimate.table(arch)
+        assert [(row["B"], row["D"], row["C"]) for row in rows[::2]] == estimate.SHAPES
+        for kept, recomputed in zip(rows[::2], rows[1::2], strict=True):
+            assert 0 < kept["of_floor"] < 1 and 0 < recomputed["of_floor"] < 1
+            assert kept["total_s"] < recomputed["total_s"]
+        totals = [row["total_s"] for row in rows[::2]]
+        assert totals == sorted(totals)
+    hopper = estimate.step(estimate.CARDS["sm_90"], 1024, 512, 1_000_000, True, 0)
+    assert hopper["flops"] == 6 * 1024 * 512 * 1_000_000 and hopper["bytes"] == 18 * 512 * 1_000_000
