@@ -125,8 +125,8 @@ def printed(rows: list[dict[str, Any]], card: Card) -> str:
     """The table as text."""
     lines = [
         f"Estimated, not measured: {card.name}; {card.source}. Milliseconds.",
-        f"{'B':>5} {'D':>4} {'C':>11} {'E':>10} {'prepare':>8} {'cosine_exp':>10} {'products':>9} {'finish':>7} {'launches':>8}"
-        f" {'total':>8} {'floor':>8} {'share':>6}",
+        f"{'B':>5} {'D':>4} {'C':>11} {'E':>10} {'prepare':>8} {'cosine_exp':>10} {'products':>9} {'finish':>7}"
+        f" {'launches':>8} {'total':>8} {'floor':>8} {'share':>6}",
     ]
     for row in rows:
         p = {name: 1e3 * value for name, value in row["pieces_s"].items()}

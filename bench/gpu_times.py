@@ -166,8 +166,8 @@ def _peak(one: Callable[[], Tensor], problems: Any, device: torch.device) -> int
     torch.cuda.reset_peak_memory_stats()
     one()
     x, w, _ = problems[0]
-    peak: int = torch.cuda.max_memory_allocated()
-    return peak - before - 4 * (x.numel() + w.numel())
+    peak = torch.cuda.max_memory_allocated() - before - 4 * (x.numel() + w.numel())
+    return int(peak)
 
 
 def _seconds(function: Callable[[], Any], device: torch.device, times: int) -> float:

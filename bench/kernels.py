@@ -1,4 +1,4 @@
-"""`python -m bench kernels`: compile every Triton kernel in every tuned configuration, with no GPU, and read the machine code.
+"""`python -m bench kernels`: compile every Triton kernel in every tuned configuration, without a GPU, and read the code.
 
 Writes the cubins, a table of registers, shared memory, spills and the instructions that matter, and an estimate of each
 shape's time. Fails if a kernel spills, lacks its tensor-core or copy instructions, or fits an SM fewer times than planned.
