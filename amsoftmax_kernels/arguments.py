@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .margins import AdditiveMargin
-from .operators import register
+from .operators import LABELS_SCHEMA, register
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -188,17 +188,12 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
+def canonical_labels_fake(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(labels, dtype=torch.int64), labels.new_empty((), dtype=torch.int64)
+
+
 # An operator, so that the check of the values also runs where torch.compile has traced the caller.
-register(
-    "canonical_labels",
-    "(Tensor labels, SymInt num_classes, int ignore_index) -> (Tensor, Tensor)",
-    _canonical_labels,
-    lambda labels, num_classes, ignore_index: (
-        torch.empty_like(labels, dtype=torch.int64),
-        labels.new_empty((), dtype=torch.int64),
-    ),
-    differentiable=False,
-)
+register("canonical_labels", LABELS_SCHEMA, _canonical_labels, canonical_labels_fake, differentiable=False)
 
 
 def _is_int(value: Any) -> bool:

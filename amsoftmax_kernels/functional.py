@@ -111,7 +111,8 @@ def am_softmax_loss(
     )  # fmt: skip
     dtype = compute_dtype(features, weight)
     backend = backends.choose(backend, features.device, dtype)
-    labels, num_rows = canonical_labels(labels, weight.shape[0], ignore_index)
+    canonical = canonical_labels if backend == "reference" else backends.load(backend).canonical_labels
+    labels, num_rows = canonical(labels, weight.shape[0], ignore_index)
     if backend == "reference":
         rows, predictions = reference.loss_rows(
             features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter

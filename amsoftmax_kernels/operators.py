@@ -12,6 +12,7 @@ PROBLEM_SCHEMA = (
     "Tensor features, Tensor weight, Tensor labels, Tensor scale, bool normalize_features, ScalarType compute_dtype, "
     "float interclass_filter"
 )
+LABELS_SCHEMA = "(Tensor labels, SymInt num_classes, int ignore_index) -> (Tensor, Tensor)"
 GRADS_SCHEMA = (
     "Tensor row_factor, Tensor grad_cosine, Tensor? grad_norm, bool need_features, bool need_weight, bool need_scale"
 )
@@ -28,11 +29,6 @@ def register(
     torch.library.register_fake(f"amsoftmax_kernels::{name}", fake, lib=_library)
     if differentiable:
         torch.library.register_autograd(f"amsoftmax_kernels::{name}", _no_gradient, lib=_library)
-
-
-def override(name: str, function: Callable[..., Any], device: str) -> None:
-    """Give an operator that is already defined another body on tensors of one kind of device (a dispatch key)."""
-    _library.impl(name, function, device)
 
 
 def _no_gradient(ctx: Any, *grads: Any) -> Any:

@@ -63,7 +63,8 @@ class _Recorder:
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[name] = "*" + _TYPES[value.dtype]
-                divisible.append(name)
+                if specialized and value.data_ptr() % 16 == 0:
+                    divisible.append(name)
             elif isinstance(value, int):
                 signature[name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
                 if specialized and value % 16 == 0:

@@ -10,6 +10,7 @@ import amsoftmax_kernels as ak
 from amsoftmax_kernels import __main__ as command
 from amsoftmax_kernels import backends
 from amsoftmax_kernels.backends import chunked, norms, products
+from amsoftmax_kernels.backends.budget import kept_classes
 from amsoftmax_kernels.backends.host_memory import advise_huge_pages
 
 from .cases import CASES, relative
@@ -58,9 +59,9 @@ def test_kept_bytes_stay_within_the_budget(batch: int, classes: int) -> None:
     chunk = chunked._chunk_size(batch, 512, CPU)
     assert chunk > 0 and chunk % 64 == 0
     for budget in (0, 1, 10**6, 10**8, 10**12):
-        kept = chunked._kept_classes(batch, classes, torch.float32, budget, chunk)
+        kept = kept_classes(batch, classes, torch.float32, budget, chunk)
         assert kept * batch * 4 <= budget and (kept == classes or kept % chunk == 0)
-    assert chunked._kept_classes(batch, classes, torch.float32, 10**12, chunk) == classes
+    assert kept_classes(batch, classes, torch.float32, 10**12, chunk) == classes
 
 
 def test_save_bytes_bounds_what_is_kept(small_chunks: None) -> None:

@@ -16,6 +16,12 @@ pytest.importorskip("triton")
 from bench import estimate, kernels
 from bench.launches import Launch, of_a_step
 
+INSTRUCTIONS = {
+    "sm_80": ("HMMA", "cp.async"),
+    "sm_90": ("HGMMA", "bulk"),
+    "sm_100": ("UTCMMA", "bulk"),
+    "sm_120": ("HMMA", "cp.async"),
+}
 ROOT = Path(__file__).parents[1]
 
 
@@ -32,8 +38,8 @@ def test_every_kernel_compiles_as_planned(arch: str, tmp_path: Path) -> None:
         assert row["instructions"]["local"] <= 16 and row["registers"] <= 255
         if row["kernel"] == "cosine_exp" and "fp32" not in row["variant"].split()[0]:
             counts = row["instructions"]
-            assert counts["HGMMA" if arch == "sm_90" else "HMMA" if arch == "sm_80" else "UTCMMA"] > 0
-            assert counts["cp.async" if arch == "sm_80" else "bulk"] > 0
+            tensor, copies = INSTRUCTIONS[arch]
+            assert counts[tensor] > 0 and counts[copies] > 0
     assert "Estimated, not measured" in result.stdout
 
 
@@ -60,6 +66,13 @@ def test_few_launches() -> None:
     ]  # fmt: skip
     recomputed = [each.kernel for each in of_a_step((9, 0), 132, 256, 512, 2048, save_bytes=0)]
     assert len(recomputed) == len(kept) + 2
+
+
+def test_sizes_that_change_compile_nothing_new() -> None:
+    """The last batch of an epoch and the last chunk of classes take the kernels that are there."""
+    compiled = set(of_a_step((9, 0), 132, 512, 512, 4096, predict=True, normalize=False, save_bytes=0))
+    for B, C in ((100, 4096), (17, 4096), (512, 4099), (3, 1001)):
+        assert set(of_a_step((9, 0), 132, B, 512, C, predict=True, normalize=False, save_bytes=0)) <= compiled
 
 
 def test_programs_resident() -> None:

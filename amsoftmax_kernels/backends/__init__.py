@@ -52,6 +52,9 @@ class Backend(Protocol):
     def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether tensors on this device, computed in this dtype, can be given to it."""
 
+    def canonical_labels(self, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """As :func:`amsoftmax_kernels.arguments.canonical_labels`."""
+
     def forward(self, problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:
         """``predict``: find the best negative. ``need_rows``: the gradient of features or scale will be asked for."""
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import accumulate_dtype, no_autocast
+from ..arguments import canonical_labels as canonical_labels
 from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, register
 from . import Forward, Problem, one_chunk
 from .budget import BOUNDED_SCALE, kept_classes

@@ -15,6 +15,7 @@ shift a row and stays a plain matrix. E is bfloat16 for half-precision operands:
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..arguments import no_autocast
-from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, override, register
+from ..operators import GRADS_SCHEMA, LABELS_SCHEMA, PROBLEM_SCHEMA, register
 from . import Forward, Problem
 from .budget import BOUNDED_SCALE, kept_classes
 from .triton_configs import CHUNK_ELEMENTS, FINISH_ELEMENTS, Config, config, kind
@@ -52,9 +54,24 @@ def unavailable_reason() -> str | None:
         return "no CUDA GPU that this PyTorch can use (TRITON_INTERPRET=1 emulates one, slowly)"
     if torch.version.hip is not None:
         return "ROCm has not been tried"
+    reason = _build_failure()
+    if reason is not None:
+        return reason
     capability = torch.cuda.get_device_capability()
     if capability < _MIN_CAPABILITY:
         return f"needs compute capability 8.0 or newer, but this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+@functools.cache
+def _build_failure() -> str | None:
+    """Why Triton cannot launch here: it builds its driver with a C compiler when it is first needed."""
+    try:
+        _ = triton.runtime.driver.active.utils
+    except Exception as error:  # whatever that compiler or the driver says
+        return (
+            f"Triton cannot build its launcher ({type(error).__name__}: {error}); it needs a C compiler and Python's headers"
+        )
     return None
 
 
@@ -67,6 +84,13 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
         and dtype in (torch.float32, torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
     )
+
+
+def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    if labels.device.type == "cpu":  # whose values are checked
+        return arguments.canonical_labels(labels, num_classes, ignore_index)
+    result: tuple[Tensor, Tensor] = torch.ops.amsoftmax_kernels.triton_canonical_labels(labels, num_classes, ignore_index)
+    return result
 
 
 def forward(problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:
@@ -112,7 +136,7 @@ class _Shard:
     chunk: int  # classes
     w_hat: Tensor  # [chunk, width]
     terms: Tensor  # [B, chunk] for what is not kept
-    programs: tuple[int, int]  # streams of classes, blocks of rows
+    programs: tuple[int, int]  # blocks of rows, streams of classes
 
     @classmethod
     def of(cls, problem: Problem, terms_needed: bool) -> _Shard:
@@ -122,14 +146,17 @@ class _Shard:
         width, chunk = _padded(dim, _ALIGN), _chunk_size(batch, dim)
         panel_dtype = _panel_dtype(problem.compute_dtype)
         blocks = -(-batch // chosen.rows)
-        streams = max(_multiprocessors(weight.device) * chosen.resident // max(blocks, 1), 1)
         classes = min(chunk, _padded(num_classes, _ALIGN))
         return cls(
             problem, chosen, problem.compute_dtype, panel_dtype, width, chunk,
             weight.new_empty(classes, width, dtype=problem.compute_dtype),
             weight.new_empty((batch, classes) if terms_needed else 0, dtype=panel_dtype),
-            (min(streams, -(-classes // chosen.classes)), blocks),
+            (blocks, _streams(_multiprocessors(weight.device) * chosen.resident, blocks, -(-classes // chosen.classes))),
         )  # fmt: skip
+
+    @property
+    def tf32(self) -> bool:
+        return kind(self.operand_dtype) == "tf32"
 
     @property
     def chunks(self) -> range:
@@ -138,12 +165,23 @@ class _Shard:
     def classes(self, start: int) -> int:
         return min(self.chunk, self.problem.weight.shape[0] - start)
 
-    def prepare(self, start: int, inverse_norm: Tensor) -> Tensor:
-        """ŵ of a chunk, ``[n, width]``."""
+    def prepare(self, start: int, inverse_norm: Tensor, only_unbounded: Tensor | None = None) -> Tensor:
+        """ŵ of a chunk, ``[n, width]``; undefined if s, given on the device, turns out to need no shift."""
         weight, n = self.problem.weight, self.classes(start)
         block, rows = _rows_a_program(self.width)
         kernels.prepare_centres[(-(-n // rows),)](
-            weight[start:], *weight.stride(), self.w_hat, inverse_norm[start:], n, weight.shape[1], self.width, rows, block
+            weight[start:],
+            *weight.stride(),
+            self.w_hat,
+            inverse_norm[start:],
+            inverse_norm if only_unbounded is None else only_unbounded,
+            n,
+            weight.shape[1],
+            self.width,
+            only_unbounded is not None,
+            self.tf32,
+            rows,
+            block,
         )
         return self.w_hat[:n]
 
@@ -175,7 +213,7 @@ class _Shard:
             len(x_hat), len(w_hat), self.width, stored.shape[1], stored.stride(0), start, self.problem.interclass_filter,
             ONLY_UNBOUNDED=only_unbounded, SHIFT=shift is not None, SUM=z is not None, STORE=terms is not None,
             BEST=best is not None, FILTER=self.problem.interclass_filter <= 1, BULK=c.bulk,
-            PRECISION="tf32" if kind(self.operand_dtype) == "tf32" else "ieee",
+            PRECISION="tf32" if self.tf32 else "ieee",
             BLOCK_B=c.rows, BLOCK_C=c.classes, BLOCK_D=c.depth, SPLIT=c.split, FLATTEN=c.bulk,
             num_stages=c.stages, num_warps=c.warps,
         )  # fmt: skip
@@ -202,10 +240,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         s, on_device = _scale(scale, normalize)
         kernels.prepare_rows[(B,)](
             features, *features.stride(), weight, *weight.stride(), labels, s,
-            x_hat, cosine, norm, factor, C, D, shard.width, on_device, normalize, triton.next_power_of_2(shard.width),
+            x_hat, cosine, norm, factor, C, D, shard.width, on_device, normalize,
+            shard.tf32, triton.next_power_of_2(shard.width),
         )  # fmt: skip
         bounded = _bounded(s, normalize)
-        streams = shard.programs[0]
+        streams = shard.programs[1]
         parts = len(shard.chunks) * streams
         z_parts = features.new_empty(len(shard.chunks), streams, B, dtype=torch.float64)
         if not bounded or predict:
@@ -214,10 +253,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         one_chunk = len(shard.chunks) == 1
         w_hat = shard.prepare(0, inverse_norm) if one_chunk else None
         if not bounded:
+            unless = s if isinstance(s, Tensor) else None
             for i, start in enumerate(shard.chunks):
                 shard.cosine_exp(
-                    start, x_hat, shard.prepare(start, inverse_norm) if w_hat is None else w_hat, factor, None,
-                    best=best_parts[i], best_class=class_parts[i], only_unbounded=True,
+                    start, x_hat, shard.prepare(start, inverse_norm, unless) if w_hat is None else w_hat,
+                    factor, None, best=best_parts[i], best_class=class_parts[i], only_unbounded=True,
                 )  # fmt: skip
             kernels.reduce_best[(-(-B // 32),)](
                 best_parts, class_parts, factor, shift, shift, shift, B, parts, SHIFT=True, ROWS=32, PARTS=32
@@ -265,7 +305,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         if need_weight:
             kernels.factor_rows[(B,)](
                 features, *features.stride(), labels, norm, row_factor, s, x_factored, x_hat, factor,
-                D, shard.width, on_device, normalize, len(x_hat) > 0, block,
+                D, shard.width, on_device, normalize, len(x_hat) > 0, shard.tf32, block,
             )  # fmt: skip
             for start in shard.chunks:
                 if start < kept_count:
@@ -282,7 +322,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
                 row_factor, grad_cosine, row_factor if grad_norm is None else grad_norm, rows,
                 grad_features, grad_weight, parts, B, C, D, shard.width,
                 on_device, normalize, grad_norm is not None, need_features, need_weight, need_scale and normalize,
-                block, min(triton.next_power_of_2(B), 1024),
+                block, 1024,
             )  # fmt: skip
             if need_scale and normalize:
                 grad_scale = parts.sum().to(scale.device, scale.dtype)
@@ -350,13 +390,13 @@ def _constant_margin(
         s, on_device = _scale(scale, normalize)
         kernels.constant_margin[(1,)](
             z, shift, cosine, norm, labels, num_rows, s, margin, loss, derivatives, B, num_classes,
-            on_device, normalize, reduction != "none", reduction == "mean", need_scale,
-            min(triton.next_power_of_2(max(B, 16)), 1024),
+            on_device, normalize, reduction != "none", reduction == "mean", need_scale, 1024,
         )  # fmt: skip
     return loss, derivatives
 
 
 def _labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """One launch in the place of ten."""
     result = torch.empty(labels.shape, dtype=torch.int64, device=labels.device)
     count = torch.empty((), dtype=torch.int64, device=labels.device)
     with _on(labels.device):
@@ -400,6 +440,15 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def _panel_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if compute_dtype == torch.float32 else torch.bfloat16
+
+
+def _streams(slots: int, blocks: int, tiles: int) -> int:
+    """Streams of classes for each block of rows: those that leave the least of the GPU idle, the fewest of equals."""
+
+    def rounds(streams: int) -> int:
+        return -(-blocks * streams // slots) * -(-tiles // streams)
+
+    return min(range(1, min(tiles, max(8 * slots // max(blocks, 1), 1)) + 1), key=rounds)
 
 
 def _padded(size: int, multiple: int) -> int:
@@ -453,6 +502,7 @@ def _constant_margin_fake(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return z.new_empty(len(z) if reduction == "none" else ()), z.new_empty(3 if need_scale else 2, len(z))
 
 
+register("triton_canonical_labels", LABELS_SCHEMA, _labels, arguments.canonical_labels_fake, differentiable=False)
 _VECTORS = "Tensor shift, Tensor cosine, Tensor norm"
 register(
     "triton_forward",
@@ -474,5 +524,3 @@ register(
     _constant_margin,
     _constant_margin_fake,
 )
-if unavailable_reason() is None and not _interpreted():
-    override("canonical_labels", _labels, "CUDA")  # one launch in the place of ten

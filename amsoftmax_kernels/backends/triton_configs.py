@@ -42,11 +42,17 @@ TABLE: dict[tuple[int, str], Config] = {
     (10, "float32"): Config(rows=64, classes=64, depth=32, stages=3, warps=8, bulk=False),
 }
 
+# Consumer Blackwell has the older cards' shared memory and instructions.
+TABLE |= {(12, how): entry for (major, how), entry in TABLE.items() if major == 8}
+
 
 def kind(dtype: torch.dtype) -> str:
     """How operands of this dtype are multiplied; float32 as PyTorch's own setting says."""
     if dtype != torch.float32:
         return "half"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9; follows the older setting, which must not be read beside it
+        return "tf32" if matmul.fp32_precision == "tf32" else "float32"
     return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 

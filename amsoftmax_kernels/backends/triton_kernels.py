@@ -24,6 +24,18 @@ def _inverse(norm):
 
 
 @triton.jit
+def _operand(x, dtype: tl.constexpr, TF32: tl.constexpr):
+    """x in the operand dtype; rounded to TF32 where that is what will be multiplied.
+
+    The tensor cores drop the low 13 bits: left to them, every cosine would be some 7e-4 too small, and all alike.
+    """
+    if TF32:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        x = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def _scale(scale, norm, ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr):
     """What multiplies the cosines: s, a number or a pointer to it, or ‖x‖ in its place."""
     s = norm
@@ -59,11 +71,11 @@ def prepare_rows(
     x_hat,  # [B, D_padded] in the operand dtype
     cosine, norm_out, factor,  # [B]
     C, D, D_padded,
-    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, TF32: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row a program: x̂, ‖x‖, the target's exact cosine (in float64), and log2(e)·s (or ‖x‖), the logits' factor."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK).to(tl.int64)  # times a stride that may be C
     label = tl.load(labels + row)
     present = (label >= 0) & (label < C)
     target = tl.where(present, label, 0)
@@ -74,7 +86,7 @@ def prepare_rows(
     inverse = _inverse(norm)
     t = tl.sum(x * w, 0) * (inverse * _inverse(tl.sqrt(tl.sum(w * w, 0))))
     x_unit = (x * inverse).to(tl.float32)
-    tl.store(x_hat + row * D_padded + columns, x_unit.to(x_hat.dtype.element_ty), mask=columns < D_padded)
+    tl.store(x_hat + row * D_padded + columns, _operand(x_unit, x_hat.dtype.element_ty, TF32), mask=columns < D_padded)
     tl.store(cosine + row, tl.where(present, t, 0.0).to(tl.float32))
     length = norm.to(tl.float32)
     length = tl.where(label < 0, 1.0, length + (length - length))  # NaN where it overflows
@@ -87,12 +99,15 @@ def prepare_centres(
     weight, stride_class, stride_dim,  # [C, D], from the chunk's first class
     w_hat,  # [N, D_padded] in the operand dtype
     inverse_norm,  # [N]
+    scale,  # a pointer to s if ONLY_UNBOUNDED
     N, D, D_padded,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ONLY_UNBOUNDED: tl.constexpr, TF32: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ŵ and 1/‖w‖ of a chunk's N classes: one read, one write."""
+    """ŵ and 1/‖w‖ of a chunk's N classes: one read, one write; nothing for a pass that a moderate scale does without."""
+    if ONLY_UNBOUNDED:
+        N = tl.where(tl.load(scale).to(tl.float32) * LOG2E <= BOUND, 0, N)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK).to(tl.int64)
     inside = (rows < N)[:, None]
     w = tl.load(
         weight + rows[:, None] * stride_class + columns[None, :] * stride_dim,
@@ -100,7 +115,7 @@ def prepare_centres(
         other=0.0,
     ).to(tl.float32)
     inverse = _inverse(tl.sqrt(tl.sum(w * w, 1)))
-    unit = (w * inverse[:, None]).to(w_hat.dtype.element_ty)
+    unit = _operand(w * inverse[:, None], w_hat.dtype.element_ty, TF32)
     tl.store(w_hat + rows[:, None] * D_padded + columns[None, :], unit, mask=inside & (columns < D_padded)[None, :])
     tl.store(inverse_norm + rows, inverse, mask=rows < N)
 
@@ -136,7 +151,7 @@ def _store_tile(
         tl.store(places, tile.to(matrix.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["B", "N", "class_start"])
+@triton.jit(do_not_specialize=["B", "N", "class_start", "z_partial", "best_partial", "best_class_partial"])
 def cosine_exp(
     x_hat,  # [B, D_padded]; a descriptor if BULK
     w_hat,  # [N, D_padded], the chunk's; a descriptor if BULK
@@ -154,7 +169,7 @@ def cosine_exp(
     A program owns BLOCK_B rows and every P-th tile of classes, so that its rows' sums never leave it; programs of the
     same classes run together and share them in the L2 cache. With BEST, the largest cosine of a negative and its class.
     """
-    stream, row_block = tl.program_id(0), tl.program_id(1)
+    row_block, stream = tl.program_id(0), tl.program_id(1)  # rows first: neighbours in time share their classes
     first_row = row_block * BLOCK_B
     rows = first_row + tl.arange(0, BLOCK_B)
     in_batch = rows < B
@@ -170,7 +185,7 @@ def cosine_exp(
     tiles = tl.cdiv(N, BLOCK_C)
     if ONLY_UNBOUNDED:  # a pass for the maxima alone, which rows of a moderate scale do without
         tiles = tl.where(tl.max(tl.where(row_factor <= BOUND, 0, 1), 0) > 0, tiles, 0)
-    for tile in tl.range(stream, tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(stream, tiles, tl.num_programs(1), flatten=FLATTEN):
         first = tile * BLOCK_C
         cos = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
         for k in range(0, D_padded, BLOCK_D):
@@ -320,27 +335,28 @@ def constant_margin(
         tl.store(loss, value.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_factor"])
 def factor_rows(
     features, stride_row, stride_column,  # [B, D]
     labels, norm, row_factor, scale,  # [B], and s or a pointer to it
     x_factored,  # [B, D_padded] in the dtype of E
     x_hat, factor,  # [B, D_padded] in the operand dtype, [B]: written if RECOMPUTE
     D, D_padded,
-    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, RECOMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, RECOMPUTE: tl.constexpr,
+    TF32: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row a program: x̂ times a, the gradient by log z over z times the logits' scale; x̂ again if E is recomputed."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK).to(tl.int64)
     label = tl.load(labels + row)
     x = tl.load(features + row * stride_row + columns * stride_column, mask=(columns < D) & (label >= 0), other=0.0)
     length = tl.load(norm + row)
     x = x.to(tl.float32) * _inverse(length)
     s = _scale(scale, length, SCALE_ON_DEVICE, NORMALIZE)
-    factored = (x * (tl.load(row_factor + row) * s)).to(x_factored.dtype.element_ty)
+    factored = _operand(x * (tl.load(row_factor + row) * s), x_factored.dtype.element_ty, TF32)
     tl.store(x_factored + row * D_padded + columns, factored, mask=columns < D_padded)
     if RECOMPUTE:
-        tl.store(x_hat + row * D_padded + columns, x.to(x_hat.dtype.element_ty), mask=columns < D_padded)
+        tl.store(x_hat + row * D_padded + columns, _operand(x, x_hat.dtype.element_ty, TF32), mask=columns < D_padded)
         tl.store(factor + row, s * LOG2E)
 
 
@@ -355,7 +371,7 @@ def finish_centres(
 ):  # fmt: skip
     """dw = (dŵ − (dŵ·ŵ) ŵ)/‖w‖ of a chunk's classes in one pass."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK).to(tl.int64)
     inside = (rows < N)[:, None] & (columns < D)[None, :]
     g = tl.load(grad_unit + rows[:, None] * D_padded + columns[None, :], mask=inside, other=0.0)
     w = tl.load(weight + rows[:, None] * stride_class + columns[None, :] * stride_dim, mask=inside, other=0.0)
@@ -366,7 +382,7 @@ def finish_centres(
     tl.store(grad + rows[:, None] * D + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["B", "C"])
+@triton.jit(do_not_specialize=["B", "C", "row_factor", "grad_cosine", "grad_norm"])
 def finish_rows(
     features, stride_row, stride_column,  # [B, D]
     weight, stride_class, stride_dim,  # [C, D]
@@ -381,9 +397,12 @@ def finish_rows(
     FEATURES: tl.constexpr, WEIGHT: tl.constexpr, SCALE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_LABELS: tl.constexpr,
 ):  # fmt: skip
-    """A row a program: dx; and, by the first row of each class, the targets' part of that class's dw. In float64."""
+    """A row a program: dx; and, by the first row of each class, the targets' part of that class's dw. In float64.
+
+    A class's rows are added one after the other: a batch of few classes takes a microsecond or so for each row of one.
+    """
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK).to(tl.int64)
     inside = columns < D
     label = tl.load(labels + row)
     present = (label >= 0) & (label < C)
@@ -413,6 +432,7 @@ def finish_rows(
             dx += tau * (w_unit - t * x_unit)
             if GRAD_NORM:
                 dx += tl.load(grad_norm + row).to(tl.float64) * x_unit
+            dx = tl.where(label < 0, 0.0, dx)  # whatever its features or the centres are
             tl.store(grad_features + row * D + columns, dx.to(grad_features.dtype.element_ty), mask=inside)
 
     if WEIGHT:
