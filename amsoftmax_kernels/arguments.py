@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .margins import AdditiveMargin
-from .operators import LABELS_SCHEMA, register
+from .operators import LABELS_SCHEMA, is_traced, register
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -162,6 +162,8 @@ def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tup
         ValueError: a label on the CPU is outside ``[0, C)`` and not ``ignore_index``. On a GPU nothing is read back;
             such a row becomes C, which belongs to no class, and its loss NaN.
     """
+    if not is_traced(labels):
+        return _canonical_labels(labels, num_classes, ignore_index)
     result: tuple[Tensor, Tensor] = torch.ops.amsoftmax_kernels.canonical_labels(labels, num_classes, ignore_index)
     return result
 
@@ -171,7 +173,7 @@ def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tu
     if labels.device.type == "cpu" and labels.numel() and not 0 <= ignore_index < num_classes:
         smallest, largest = torch.aminmax(labels64)
         if smallest.item() >= 0 and largest.item() < num_classes:
-            return labels64, torch.tensor(len(labels64))  # as nearly always
+            return labels64, torch.tensor(len(labels64), device=labels.device)  # as nearly always
     ignored = labels64 == ignore_index
     invalid = ((labels64 < 0) | (labels64 >= num_classes)) & ~ignored
     if labels.device.type == "cpu" and bool(invalid.any()):

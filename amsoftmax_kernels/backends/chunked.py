@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..arguments import accumulate_dtype, no_autocast
 from ..arguments import canonical_labels as canonical_labels
-from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, register
+from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, is_traced, register
 from . import Forward, Problem, one_chunk
 from .budget import BOUNDED_SCALE, kept_classes
 from .host_memory import advise_huge_pages
@@ -45,7 +45,8 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def forward(problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:
-    return Forward(*torch.ops.amsoftmax_kernels.chunked_forward(*problem, save_bytes, predict))
+    op = torch.ops.amsoftmax_kernels.chunked_forward if is_traced(problem.features) else _forward
+    return Forward(*op(*problem, save_bytes, predict))
 
 
 def backward(
@@ -56,7 +57,7 @@ def backward(
     grad_norm: Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = torch.ops.amsoftmax_kernels.chunked_backward
+    op: Any = torch.ops.amsoftmax_kernels.chunked_backward if is_traced(problem.features) else _backward
     grads: tuple[Tensor, Tensor, Tensor] = op(*problem, *saved[1:7], row_factor, grad_cosine, grad_norm, *needs)
     return grads
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ..operators import is_traced
 from . import Forward, Problem
 
 
@@ -22,10 +23,13 @@ def constant_margin(
     With p = sigmoid(log z − s(t − m)), the derivatives ``[2 or 3, B]`` are p/z (by log z, over z), −s·p (by t) and, if
     ``need_scale``, −p(t − m) (by s, or ‖x‖ in its place); over the number of rows for the mean.
     """
-    s = problem.scale if problem.normalize_features else saved.norm
+    s: Tensor | float = problem.scale if problem.normalize_features else saved.norm
+    count: Tensor | float = num_rows
     cosine = saved.cosine
     if cosine.device.type != "cpu":  # there such a label was an error
         cosine = torch.where(problem.labels < problem.weight.shape[0], cosine, math.nan)
+    elif not is_traced(cosine):  # numbers, where reading them is free
+        s, count = problem.scale.item() if problem.normalize_features else s, num_rows.item()
     above = cosine - margin
     log_z = torch.add(saved.z.log(), saved.shift, alpha=math.log(2))  # -inf for an ignored row: its loss and p are 0
     v = log_z.sub_(above * s)
@@ -34,7 +38,7 @@ def constant_margin(
     p = v.sigmoid_()
     loss = rows if reduction == "none" else rows.sum()
     if reduction == "mean":
-        loss, p = loss / num_rows, p / num_rows
+        loss, p = loss / count, p.div_(count)
     # z = 0 where there is no negative (one class) or all vanish beside the target: then p is 0 too.
     derivatives = [p / saved.z.clamp(min=torch.finfo(p.dtype).tiny), p * -s]
     if need_scale:
