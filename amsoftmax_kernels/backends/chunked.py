@@ -323,7 +323,7 @@ class _Targets:
             self.bounds = [0, len(self.order)]
         else:
             ordered, self.order = labels.sort(stable=True)
-            starts = torch.arange(0, num_classes + chunk, chunk).clamp(max=num_classes)
+            starts = torch.arange(0, num_classes + chunk, chunk, device=labels.device).clamp(max=num_classes)
             self.bounds = torch.searchsorted(ordered, starts).tolist()
 
     def mask_(self, panel: Tensor, start: int, value: float) -> None:

@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 from torch.nn.functional import threshold
 
 from .norms import EPS, row_norms
@@ -54,14 +55,14 @@ def backward(
     panel.scatter_(0, labels[None], grad_cosine[None]).mul_(w_inverse[:, None])
 
     grad_x = product_nt(panel.T, w.T)
-    along = (grad_x * x_hat).sum(1)
+    along = vecdot(grad_x, x_hat)
     grad_scale = (along - grad_cosine * cosine).sum() / scale if need_scale else along.new_empty(0)
     grad_x.addcmul_(x_hat, along[:, None], value=-1).mul_(x_inverse[:, None])
     if grad_norm is not None:
         grad_x.addcmul_(x_hat, grad_norm[:, None])
 
     grad_w = product_nt(panel, x_hat.T)
-    along = (grad_w * w).sum(1) * w_inverse.square()
+    along = vecdot(grad_w, w) * w_inverse.square()
     return grad_x, grad_w.addcmul_(w, along[:, None], value=-1), grad_scale
 
 

@@ -4,6 +4,9 @@
     backward    for each chunk: E kept, or ŵ and E again; dŵ = Eᵀ(a∘x̂) by a library product, then the Jacobian while
                 dŵ is in the cache; dx and the targets' part of dw by one small kernel
 
+Normalization is a pass of its own (6 bytes a weight) and not part of the fused kernel: there each block of rows would read
+the float32 centres again out of the L2 cache, at twice the bytes of ŵ, and the L2 cache is what bounds that kernel.
+
 Eŵ needs no gradient from above, so it is made in the forward pass, where E and ŵ are at hand: the backward pass of a kept
 E then reads neither ŵ nor x̂. Where E is computed again, it goes through a chunk of memory: 8 bytes a logit of traffic
 beside 8·D flops. Fused dx̂ and dŵ kernels would save it, but read their operands from the L2 cache half as efficiently as a
