@@ -30,6 +30,9 @@ from .peers import problem, step
 
 # (B, D, C) of one chunk.
 SHAPES = [(256, 512, 10_496), (1024, 512, 131_072), (4096, 512, 32_768)]
+CHUNK_SHAPE = (1024, 512, 1_000_000)
+CHUNKS = (1 << 25, 1 << 26, 1 << 27, 1 << 28)
+FINISHES = (1 << 22, 1 << 23, 1 << 24, 1 << 30)
 KINDS = {"half": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 
 
@@ -116,7 +119,7 @@ def _cosine_seconds(B: int, D: int, C: int, dtype: torch.dtype, device: torch.de
     x_hat = torch.nn.functional.normalize(features).to(dtype)
     w_hat = shard.prepare(0, features.new_empty(C))
     factor = features.new_full((B,), 30 * math.log2(math.e))
-    z = features.new_empty(shard.programs[0], B, dtype=torch.float64)
+    z = features.new_empty(shard.programs[1], B, dtype=torch.float64)
 
     def launch() -> None:
         shard.cosine_exp(0, x_hat, w_hat, factor, None, terms=shard.terms, z=z)
@@ -129,11 +132,12 @@ def _cosine_seconds(B: int, D: int, C: int, dtype: torch.dtype, device: torch.de
     return statistics.median(measure.seconds(five, device) / 5 for _ in range(5))
 
 
-def _chunks(device: torch.device, end: float) -> Iterator[dict[str, Any]]:
+def _chunks(
+    device: torch.device, end: float, chunks: tuple[int, ...] = CHUNKS, finishes: tuple[int, ...] = FINISHES
+) -> Iterator[dict[str, Any]]:
     """Whole steps with other sizes of chunks."""
-    B, D, C = 1024, 512, 1_000_000
-    tensors = problem(B, D, C, device)
-    for chunk, finish in itertools.product((1 << 25, 1 << 26, 1 << 27, 1 << 28), (1 << 22, 1 << 23, 1 << 24, 1 << 30)):
+    tensors = problem(*CHUNK_SHAPE, device)
+    for chunk, finish in itertools.product(chunks, finishes):
         if time.perf_counter() > end:
             return
         with mock.patch.object(backend, "CHUNK_ELEMENTS", chunk), mock.patch.object(backend, "FINISH_ELEMENTS", finish):
@@ -150,7 +154,7 @@ def _step_seconds(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], save
         return am_softmax_loss(x, w, y, backend="triton", save_bytes=save_bytes)
 
     def one() -> None:
-        step(loss, *tensors, autocast=True)
+        step(loss, *tensors, autocast=device.type == "cuda")
 
     for _ in range(2):
         one()

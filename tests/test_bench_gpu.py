@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +109,19 @@ def test_candidates(capability: tuple[int, int], how: str) -> None:
     for config in found:
         assert all(size & (size - 1) == 0 for size in (config.rows, config.classes, config.depth))
         assert config.bulk == (capability[0] >= 9 and how != "float32")
+
+
+def test_tuning_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its functions on a CPU: a candidate is scored, one that fails says so, whole steps are timed by sizes of chunks."""
+    from amsoftmax_kernels.backends import triton as backend
+
+    if not backend.serves(CPU, torch.float32):
+        pytest.skip("Triton is not interpreted here")
+    monkeypatch.setattr(tune, "SHAPES", [(8, 16, 40)])
+    row = tune._score(backend._INTERPRETED, "float32", CPU)
+    assert row["score"] > 0 and "TFLOP/s" in tune._line(row)
+    failed = tune._score(dataclasses.replace(backend._INTERPRETED, rows=24), "float32", CPU)
+    assert "failed" in failed and failed["failed"] in tune._line(failed)
+    monkeypatch.setattr(tune, "CHUNK_SHAPE", (8, 16, 40))
+    rows = list(tune._chunks(CPU, math.inf, (1 << 25,), (1 << 22, 1 << 23)))
+    assert len(rows) == 2 and rows[0]["kept"] > 0 and rows[0]["recomputed"] > 0
