@@ -115,7 +115,7 @@ def _score(config: Config, how: str, device: torch.device) -> dict[str, Any]:
 
 def _cosine_seconds(B: int, D: int, C: int, dtype: torch.dtype, device: torch.device) -> float:
     features, weight, labels = (each.detach() for each in problem(B, D, C, device))
-    shard = backend._Shard.of(Problem(features, weight, labels, torch.tensor(30.0), True, dtype, math.inf), True)
+    shard = backend._Shard.of(Problem(features, weight, labels, torch.tensor(30.0), True, dtype, math.inf), True, True)
     x_hat = torch.nn.functional.normalize(features).to(dtype)
     w_hat = shard.prepare(0, features.new_empty(C))
     factor = features.new_full((B,), 30 * math.log2(math.e))

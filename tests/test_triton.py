@@ -184,7 +184,7 @@ def test_tf32_operands_are_rounded_not_cut(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(backend, "kind", lambda _: "tf32")
     features, weight, labels, _ = (each.to(DEVICE) for each in Case("", "", C=300, D=48).tensors(torch.float32))
     problem = Problem(features, weight, labels, torch.tensor(30.0), True, torch.float32, math.inf)
-    w_hat = backend._Shard.of(problem, False).prepare(0, torch.empty(300, device=DEVICE)).cpu()
+    w_hat = backend._Shard.of(problem, True, False).prepare(0, torch.empty(300, device=DEVICE)).cpu()
     exact = torch.nn.functional.normalize(weight.cpu().double())
     assert not (w_hat.view(torch.int32) & 0x1FFF).any()
     error = (w_hat - exact) / exact

@@ -85,7 +85,7 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
         device.type == "cuda"
         and not _interpreted()
         and dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
+        and _capability(device) >= _MIN_CAPABILITY
     )
 
 
@@ -142,7 +142,7 @@ class _Shard:
     programs: tuple[int, int]  # blocks of rows, streams of classes
 
     @classmethod
-    def of(cls, problem: Problem, terms_needed: bool) -> _Shard:
+    def of(cls, problem: Problem, w_hat_needed: bool, terms_needed: bool) -> _Shard:
         weight = problem.weight
         (batch, dim), num_classes = problem.features.shape, weight.shape[0]
         chosen = _config(weight.device, problem.compute_dtype)
@@ -152,7 +152,7 @@ class _Shard:
         classes = min(chunk, _padded(num_classes, _ALIGN))
         return cls(
             problem, chosen, problem.compute_dtype, panel_dtype, width, chunk,
-            weight.new_empty(classes, width, dtype=problem.compute_dtype),
+            weight.new_empty((classes, width) if w_hat_needed else 0, dtype=problem.compute_dtype),
             weight.new_empty((batch, classes) if terms_needed else 0, dtype=panel_dtype),
             (blocks, _streams(_multiprocessors(weight.device) * chosen.resident, blocks, -(-classes // chosen.classes))),
         )  # fmt: skip
@@ -228,7 +228,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     (B, D), C = features.shape, weight.shape[0]
     with no_autocast(features.device), _on(features.device):
         kept_count = _kept(B, C, D, problem.compute_dtype, save_bytes)
-        shard = _Shard.of(problem, terms_needed=need_rows and kept_count < C)
+        shard = _Shard.of(problem, True, terms_needed=need_rows and kept_count < C)
         z, cosine, norm, factor = (features.new_empty(B, dtype=torch.float32) for _ in range(4))
         shift = torch.zeros_like(z)
         inverse_norm = features.new_empty(C, dtype=torch.float32)
@@ -299,16 +299,17 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         if B == 0:
             return grad_features, grad_weight.zero_(), grad_scale
         kept_count = min(kept.shape[1], C)
-        shard = _Shard.of(problem, terms_needed=need_weight and kept_count < C)
+        recompute = need_weight and kept_count < C
+        shard = _Shard.of(problem, recompute, recompute)
         s, on_device = _scale(scale, normalize)
         x_factored = features.new_empty(B, shard.width, dtype=shard.panel_dtype)
-        x_hat = features.new_empty((B, shard.width) if len(shard.terms) else 0, dtype=shard.operand_dtype)
-        factor = features.new_empty(B, dtype=torch.float32)
+        x_hat = features.new_empty((B, shard.width) if recompute else 0, dtype=shard.operand_dtype)
+        factor = features.new_empty(B if recompute else 0, dtype=torch.float32)
         block = triton.next_power_of_2(shard.width)
         if need_weight:
             kernels.factor_rows[(B,)](
                 features, *features.stride(), labels, norm, row_factor, s, x_factored, x_hat, factor,
-                D, shard.width, on_device, normalize, len(x_hat) > 0, shard.tf32, block,
+                D, shard.width, on_device, normalize, recompute, shard.tf32, block,
             )  # fmt: skip
             for start in shard.chunks:
                 if start < kept_count:
@@ -429,9 +430,15 @@ def _interpreted() -> bool:
 
 
 def _config(device: torch.device, dtype: torch.dtype) -> Config:
-    return _INTERPRETED if device.type == "cpu" else config(torch.cuda.get_device_capability(device), kind(dtype))
+    return _INTERPRETED if device.type == "cpu" else config(_capability(device), kind(dtype))
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -445,6 +452,7 @@ def _panel_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if compute_dtype == torch.float32 else torch.bfloat16
 
 
+@functools.cache
 def _streams(slots: int, blocks: int, tiles: int) -> int:
     """Streams of classes for each block of rows: those that leave the least of the GPU idle, the fewest of equals."""
 
