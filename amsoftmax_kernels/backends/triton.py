@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..arguments import no_autocast
-from ..operators import GRADS_SCHEMA, LABELS_SCHEMA, PROBLEM_SCHEMA, register
+from ..operators import GRADS_SCHEMA, LABELS_SCHEMA, PROBLEM_SCHEMA, is_traced, register
 from . import Forward, Problem
 from .budget import BOUNDED_SCALE, kept_classes
 from .triton_configs import CHUNK_ELEMENTS, FINISH_ELEMENTS, Config, config, kind
@@ -92,18 +92,20 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     if labels.device.type == "cpu":  # whose values are checked
         return arguments.canonical_labels(labels, num_classes, ignore_index)
-    result: tuple[Tensor, Tensor] = torch.ops.amsoftmax_kernels.triton_canonical_labels(labels, num_classes, ignore_index)
+    op: Any = torch.ops.amsoftmax_kernels.triton_canonical_labels if is_traced(labels) else _labels
+    result: tuple[Tensor, Tensor] = op(labels, num_classes, ignore_index)
     return result
 
 
 def forward(problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:
-    return Forward(*torch.ops.amsoftmax_kernels.triton_forward(*problem, save_bytes, predict, need_rows))
+    op = torch.ops.amsoftmax_kernels.triton_forward if is_traced(problem.features) else _forward
+    return Forward(*op(*problem, save_bytes, predict, need_rows))
 
 
 def constant_margin(
     problem: Problem, saved: Forward, num_rows: Tensor, margin: float, reduction: str, need_scale: bool
 ) -> tuple[Tensor, Tensor]:
-    op = torch.ops.amsoftmax_kernels.triton_constant_margin
+    op: Any = torch.ops.amsoftmax_kernels.triton_constant_margin if is_traced(saved.z) else _constant_margin
     result: tuple[Tensor, Tensor] = op(
         saved.z, saved.shift, saved.cosine, saved.norm, problem.labels, num_rows, problem.scale,
         problem.weight.shape[0], problem.normalize_features, margin, reduction, need_scale,
@@ -119,7 +121,7 @@ def backward(
     grad_norm: Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = torch.ops.amsoftmax_kernels.triton_backward
+    op: Any = torch.ops.amsoftmax_kernels.triton_backward if is_traced(problem.features) else _backward
     grads: tuple[Tensor, Tensor, Tensor] = op(
         *problem, saved.shift, saved.cosine, saved.norm, saved.inverse_norm, saved.kept, saved.rows,
         row_factor, grad_cosine, grad_norm, *needs,
