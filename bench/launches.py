@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from amsoftmax_kernels.backends import Forward, Problem, triton_configs
+from amsoftmax_kernels.backends import Problem, triton_configs
 from amsoftmax_kernels.backends import triton as backend
 from amsoftmax_kernels.backends import triton_kernels as kernels
 
@@ -113,14 +113,11 @@ def of_a_step(
     labels, count = torch.zeros(B, dtype=torch.int64), torch.tensor(B)
     problem = Problem(features, weight, labels, torch.tensor(scale), normalize, compute_dtype, interclass_filter)
     with _recording(capability, multiprocessors) as launches:
-        backend._labels(labels, C, -100)
-        out = Forward(*backend._forward(*problem, save_bytes, predict, True))
-        z, shift, cosine, norm, inverse_norm, kept, _, rows = out[:8]
-        backend._constant_margin(
-            z, shift, cosine, norm, labels, count, problem.scale, C, normalize, 0.35, "mean", not normalize
-        )
-        grads = (z, z, None if normalize else z)
-        backend._backward(*problem, shift, cosine, norm, inverse_norm, kept, rows, *grads, True, True, False)
+        backend.fused.labels(labels, C, -100)
+        out = backend.forward(problem, save_bytes, predict, True)
+        backend.constant_margin(problem, out, count, 0.35, "mean", not normalize)
+        z = out.z
+        backend.backward(problem, out, z, z, None if normalize else z, (True, True, False))
     return launches
 
 

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from amsoftmax_kernels import am_softmax_loss
-from amsoftmax_kernels.backends import Problem, triton_configs
+from amsoftmax_kernels.backends import Problem, fused, triton_configs
 from amsoftmax_kernels.backends import triton as backend
 from amsoftmax_kernels.backends.triton_configs import Config
 
@@ -115,14 +115,15 @@ def _score(config: Config, how: str, device: torch.device) -> dict[str, Any]:
 
 def _cosine_seconds(B: int, D: int, C: int, dtype: torch.dtype, device: torch.device) -> float:
     features, weight, labels = (each.detach() for each in problem(B, D, C, device))
-    shard = backend._Shard.of(Problem(features, weight, labels, torch.tensor(30.0), True, dtype, math.inf), True, True)
+    problem_ = Problem(features, weight, labels, torch.tensor(30.0), True, dtype, math.inf)
+    shard, kernels = fused.Shard.of(problem_, True, True), backend._Kernels()
     x_hat = torch.nn.functional.normalize(features).to(dtype)
-    w_hat = shard.prepare(0, features.new_empty(C))
+    w_hat = shard.prepare(kernels, 0, features.new_empty(C))
     factor = features.new_full((B,), 30 * math.log2(math.e))
-    z = features.new_empty(shard.programs[1], B, dtype=torch.float64)
+    z = features.new_empty(kernels.streams(problem_, C), B, dtype=torch.float64)
 
     def launch() -> None:
-        shard.cosine_exp(0, x_hat, w_hat, factor, None, terms=shard.terms, z=z)
+        kernels.cosine_exp(problem_, 0, x_hat, w_hat, factor, None, shard.terms, z, None, None, False)
 
     def five() -> None:
         for _ in range(5):
@@ -140,7 +141,7 @@ def _chunks(
     for chunk, finish in itertools.product(chunks, finishes):
         if time.perf_counter() > end:
             return
-        with mock.patch.object(backend, "CHUNK_ELEMENTS", chunk), mock.patch.object(backend, "FINISH_ELEMENTS", finish):
+        with mock.patch.object(fused, "CHUNK_ELEMENTS", chunk), mock.patch.object(fused, "FINISH_ELEMENTS", finish):
             row: dict[str, Any] = {"chunk": chunk, "finish": finish}
             for name, save_bytes in (("kept", 1 << 62), ("recomputed", 0)):
                 row[name] = _step_seconds(tensors, save_bytes, device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import amsoftmax_kernels as ak
 from amsoftmax_kernels import arguments, backends
-from amsoftmax_kernels.backends import Forward, Problem, margin
+from amsoftmax_kernels.backends import Forward, Problem, fused, margin
 
 from .cases import CASES, CHUNK, Case, relative
 from .test_loss import check, eager, evaluate, oracle
@@ -43,7 +43,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_chunk_size", lambda batch, dim: CHUNK)
+    monkeypatch.setattr(fused, "chunk_size", lambda batch, dim: CHUNK)
 
 
 def ours(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +184,7 @@ def test_tf32_operands_are_rounded_not_cut(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(backend, "kind", lambda _: "tf32")
     features, weight, labels, _ = (each.to(DEVICE) for each in Case("", "", C=300, D=48).tensors(torch.float32))
     problem = Problem(features, weight, labels, torch.tensor(30.0), True, torch.float32, math.inf)
-    w_hat = backend._Shard.of(problem, True, False).prepare(0, torch.empty(300, device=DEVICE)).cpu()
+    w_hat = fused.Shard.of(problem, True, False).prepare(backend._Kernels(), 0, torch.empty(300, device=DEVICE)).cpu()
     exact = torch.nn.functional.normalize(weight.cpu().double())
     assert not (w_hat.view(torch.int32) & 0x1FFF).any()
     error = (w_hat - exact) / exact
@@ -258,7 +258,7 @@ def test_a_scale_that_only_the_device_knows(monkeypatch: pytest.MonkeyPatch) -> 
     """As a learned scale on a GPU is given: a pointer, whose value decides in the kernel whether a shift is needed."""
     for scale in (30.0, 300.0):
         tensor = torch.tensor(scale, device=DEVICE)
-        monkeypatch.setattr(backend, "_scale", lambda scale, normalize, tensor=tensor: (tensor, True))
+        monkeypatch.setattr(fused, "scale_of", lambda scale, normalize, tensor=tensor: tensor)
         case = Case("", "", wrong=0.9, options={"scale": scale})
         check(case, torch.float32, ours(*case.tensors(torch.float32), scale=scale), oracle(case, torch.float32))
 
@@ -282,15 +282,15 @@ def test_no_grad_keeps_nothing() -> None:
 
 def test_kept_bytes_stay_within_the_budget() -> None:
     for batch, classes, budget in itertools.product((1, 7, 1024), (10, 100_003, 10_000_000), (0, 10**5, 10**9, 10**12)):
-        count = backend._kept(batch, classes, 512, torch.bfloat16, budget)
-        assert count in range(classes + 1) and batch * backend._padded(count, 16) * 2 <= budget
-        assert count == classes or batch * backend._padded(classes, 16) * 2 > budget
+        count = fused.kept_count(batch, classes, 512, torch.bfloat16, budget)
+        assert count in range(classes + 1) and batch * fused.padded(count) * 2 <= budget
+        assert count == classes or batch * fused.padded(classes) * 2 > budget
 
 
 def test_labels_as_the_operator_makes_them() -> None:
     labels = torch.tensor([3, -100, 0, 5, -1, 4, -100, 2**40])
     for each, ignore in ((labels, -100), (labels[:7].int(), -1), (labels[:1], 3), (labels[:0], 0)):
-        result, count = backend._labels(each.to(DEVICE), 5, ignore)
+        result, count = backend.fused.labels(each.to(DEVICE), 5, ignore)
         ignored = each == ignore
         expected = each.long().masked_fill((each < 0) | (each >= 5), 5).masked_fill(ignored, -1)
         assert torch.equal(result.cpu(), expected) and count.item() == max((~ignored).sum().item(), 1)
@@ -350,7 +350,7 @@ def test_opcheck(normalize: bool, predict: bool, save_bytes: int, short_chunks: 
     for reduction in ("none", "mean"):
         torch.library.opcheck(
             ops.triton_constant_margin,
-            (out.z, out.shift, out.cosine, out.norm, labels, count, scale, PLAIN.C, normalize, 0.35, reduction, normalize),
+            (*problem, out.z, out.shift, out.cosine, out.norm, count, 0.35, reduction, normalize),
         )
 
 

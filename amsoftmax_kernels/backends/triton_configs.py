@@ -1,4 +1,4 @@
-"""Tile sizes of the cosine kernel, by compute capability and operand dtype, and the sizes of chunks.
+"""Tile sizes of the cosine kernel, by compute capability and operand dtype.
 
 ``python -m bench tune`` measures the candidates on a GPU and prints the table; there is no autotuning at run time.
 """
@@ -23,11 +23,6 @@ class Config:
     split: bool = False  # E leaves in halves: half the shared memory for it
     resident: int = 1  # programs that an SM holds
 
-
-# Classes a chunk: what is not kept of E, and ŵ, take at most this many elements.
-CHUNK_ELEMENTS = 1 << 27
-# Classes of which dŵ is computed at a time, in elements: still in the L2 cache when the Jacobian reads it.
-FINISH_ELEMENTS = 1 << 23
 
 # Not tuned on a GPU yet: chosen by what the compiled code needs (python -m bench kernels): no spills, registers and shared
 # memory for the programs said to be resident, and the least traffic of operands that leaves room for three stages.

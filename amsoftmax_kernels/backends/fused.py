@@ -1,0 +1,429 @@
+"""The decomposition on fused kernels, whoever wrote them: what is launched on which chunk, and the buffers between.
+
+    forward     for each chunk of classes: ŵ; E = 2^(log2(e)·logit − shift) and z in one kernel; Eŵ by a library product
+    backward    for each chunk: E kept, or ŵ and E again; dŵ = Eᵀ(a∘x̂) by a library product, then the Jacobian while
+                dŵ is in the cache; dx and the targets' part of dw by one small kernel
+
+Normalization is a pass of its own (6 bytes a weight) and not part of the fused kernel: there each block of rows would read
+the float32 centres again out of the L2 cache, at twice the bytes of ŵ, and the L2 cache is what bounds that kernel.
+
+Eŵ needs no gradient from above, so it is made in the forward pass, where E and ŵ are at hand: the backward pass of a kept
+E then reads neither ŵ nor x̂. Where E is computed again, it goes through a chunk of memory: 8 bytes a logit of traffic
+beside 8·D flops. Fused dx̂ and dŵ kernels would save it, but read their operands from the L2 cache half as efficiently as a
+library product does (a tile of 64 x 512 carries 58 flops a byte, one of 128 x 256 carries 85).
+
+Logits past scale 64 take a first pass for the row maxima alone (also without feature normalization), so that E has one
+shift a row and stays a plain matrix. E is bfloat16 for half-precision operands: float16 cannot hold its range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import arguments
+from ..arguments import no_autocast
+from ..operators import GRADS_SCHEMA, LABELS_SCHEMA, PROBLEM_SCHEMA, is_traced, register
+from . import Forward, Problem
+from .budget import BOUNDED_SCALE, kept_classes
+
+# Classes a chunk: what is not kept of E, and ŵ, take at most this many elements.
+CHUNK_ELEMENTS = 1 << 27
+# Classes of which dŵ is computed at a time, in elements: still in the L2 cache when the Jacobian reads it.
+FINISH_ELEMENTS = 1 << 23
+_ALIGN = 16  # elements: rows of operands start at multiples of 16 bytes, as bulk copies want
+
+
+class Kernels(Protocol):
+    """What a backend launches, on tensors of one device: each call is one kernel, on the current stream.
+
+    ``s`` is the scale: a number, or a 0-d tensor on the device; without ``problem.normalize_features`` ‖x‖ takes its place.
+    Widths are those of the padded rows of operands. x̂, ŵ are in the compute dtype, E and a∘x̂ in the panel's.
+    """
+
+    def streams(self, problem: Problem, classes: int) -> int:
+        """Programs that share a row's classes in :meth:`cosine_exp`: as many partial sums has the row."""
+
+    def canonical_labels(
+        self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor
+    ) -> None: ...
+
+    def prepare_rows(
+        self, problem: Problem, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor, factor: Tensor
+    ) -> None:
+        """x̂, the target's exact cosine, ‖x‖, and log2(e)·s."""
+
+    def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None) -> None:
+        """ŵ and 1/‖w‖ of a chunk; nothing if ``unless_bounded``, the scale on the device, needs no shift."""
+
+    def cosine_exp(
+        self, problem: Problem, start: int, x_hat: Tensor, w_hat: Tensor, factor: Tensor, shift: Tensor | None,
+        terms: Tensor | None, z: Tensor | None, best: Tensor | None, best_class: Tensor | None, only_unbounded: bool,
+    ) -> None:  # fmt: skip
+        """Piece 2 on the chunk of classes from ``start``, into whichever of ``terms``, ``z`` and ``best`` are given."""
+
+    def reduce_sums(self, z_parts: Tensor, labels: Tensor, z: Tensor) -> None: ...
+
+    def reduce_best(self, best_parts: Tensor, class_parts: Tensor, best: Tensor, best_class: Tensor) -> None: ...
+
+    def reduce_shift(self, best_parts: Tensor, class_parts: Tensor, factor: Tensor, shift: Tensor) -> None: ...
+
+    def constant_margin(
+        self, problem: Problem, saved: Forward, num_rows: Tensor, s: float | Tensor, margin: float, reduction: str,
+        loss: Tensor, derivatives: Tensor,
+    ) -> None: ...  # fmt: skip
+
+    def factor_rows(
+        self, problem: Problem, norm: Tensor, row_factor: Tensor, s: float | Tensor, x_factored: Tensor,
+        x_hat: Tensor | None, factor: Tensor | None,
+    ) -> None:  # fmt: skip
+        """a∘x̂; x̂ and its factor again where E is recomputed."""
+
+    def finish_centres(self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor) -> None:
+        """The gradient through the normalization; ``grad`` may be ``grad_unit``."""
+
+    def finish_rows(
+        self, problem: Problem, saved: Forward, s: float | Tensor, row_factor: Tensor, grad_cosine: Tensor,
+        grad_norm: Tensor | None, grad_features: Tensor | None, grad_weight: Tensor | None, grad_scale: Tensor | None,
+    ) -> None: ...  # fmt: skip
+
+
+class Fused:
+    """A backend's ``canonical_labels``, ``forward``, ``constant_margin`` and ``backward``, as operators named after it."""
+
+    def __init__(self, name: str, kernels: Kernels) -> None:
+        self.name, self.kernels = name, kernels
+        vectors = "Tensor shift, Tensor cosine, Tensor norm"
+        register(
+            f"{name}_canonical_labels", LABELS_SCHEMA, self.labels, arguments.canonical_labels_fake, differentiable=False
+        )
+        register(
+            f"{name}_forward",
+            f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows) -> ({', '.join(['Tensor'] * 10)})",
+            self._forward,
+            _forward_fake,
+        )
+        register(
+            f"{name}_backward",
+            f"({PROBLEM_SCHEMA}, {vectors}, Tensor inverse_norm, Tensor kept, Tensor rows, {GRADS_SCHEMA})"
+            " -> (Tensor, Tensor, Tensor)",
+            self._backward,
+            _backward_fake,
+        )
+        register(
+            f"{name}_constant_margin",
+            f"({PROBLEM_SCHEMA}, Tensor z, {vectors}, Tensor num_rows, float margin, str reduction, bool need_scale)"
+            " -> (Tensor, Tensor)",
+            self._constant_margin,
+            _constant_margin_fake,
+        )
+
+    def canonical_labels(self, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+        if labels.device.type == "cpu":  # whose values are checked
+            return arguments.canonical_labels(labels, num_classes, ignore_index)
+        result: tuple[Tensor, Tensor] = self._call("canonical_labels", self.labels, labels)(
+            labels, num_classes, ignore_index
+        )
+        return result
+
+    def forward(self, problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:
+        call = self._call("forward", self._forward, problem.features)
+        return Forward(*call(*problem, save_bytes, predict, need_rows))
+
+    def constant_margin(
+        self, problem: Problem, saved: Forward, num_rows: Tensor, margin: float, reduction: str, need_scale: bool
+    ) -> tuple[Tensor, Tensor]:
+        call = self._call("constant_margin", self._constant_margin, problem.features)
+        result: tuple[Tensor, Tensor] = call(*problem, *saved[:4], num_rows, margin, reduction, need_scale)
+        return result
+
+    def backward(
+        self,
+        problem: Problem,
+        saved: Forward,
+        row_factor: Tensor,
+        grad_cosine: Tensor,
+        grad_norm: Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call = self._call("backward", self._backward, problem.features)
+        result: tuple[Tensor, Tensor, Tensor] = call(
+            *problem, *saved[1:6], saved.rows, row_factor, grad_cosine, grad_norm, *needs
+        )
+        return result
+
+    def _call(self, name: str, body: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
+        traced = is_traced(tensor)
+        operator: Callable[..., Any] = getattr(torch.ops.amsoftmax_kernels, f"{self.name}_{name}") if traced else body
+        return operator
+
+    def labels(self, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """One launch in the place of ten."""
+        result = torch.empty(labels.shape, dtype=torch.int64, device=labels.device)
+        count = torch.empty((), dtype=torch.int64, device=labels.device)
+        with _on(labels.device):
+            self.kernels.canonical_labels(labels.contiguous(), ignore_index, num_classes, result, count)
+        return result, count
+
+    def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        problem, (save_bytes, predict, need_rows) = Problem(*arguments[:7]), arguments[7:]
+        features, weight, labels, scale, normalize = problem[:5]
+        (B, D), C = features.shape, weight.shape[0]
+        kernels = self.kernels
+        with no_autocast(features.device), _on(features.device):
+            count = kept_count(B, C, D, problem.compute_dtype, save_bytes)
+            shard = Shard.of(problem, True, terms_needed=need_rows and count < C)
+            z, cosine, norm, factor = (features.new_empty(B, dtype=torch.float32) for _ in range(4))
+            shift = torch.zeros_like(z)
+            inverse_norm = features.new_empty(C, dtype=torch.float32)
+            kept = features.new_empty(B, padded(count), dtype=shard.panel_dtype)
+            rows = features.new_empty((B, shard.width) if need_rows else 0, dtype=torch.float32)
+            best = features.new_empty(B if predict else 0, dtype=torch.float32)
+            best_class = labels.new_empty(B if predict else 0)
+            results = (z, shift, cosine, norm, inverse_norm, kept, z.new_empty(0), rows, best, best_class)
+            if B == 0:
+                return results
+            x_hat = features.new_empty(B, shard.width, dtype=problem.compute_dtype)
+            s = scale_of(scale, normalize)
+            kernels.prepare_rows(problem, s, x_hat, cosine, norm, factor)
+            bounded = _bounded(s, normalize)
+            parts = (len(shard.chunks), kernels.streams(problem, shard.classes(0)), B)
+            z_parts = features.new_empty(parts, dtype=torch.float64)
+            if not bounded or predict:
+                best_parts = features.new_empty(parts, dtype=torch.float32)
+                class_parts = labels.new_empty(parts)
+            w_hat = shard.prepare(kernels, 0, inverse_norm) if len(shard.chunks) == 1 else None
+            if not bounded:
+                unless = s if isinstance(s, Tensor) and normalize else None
+                for i, start in enumerate(shard.chunks):
+                    centres = shard.prepare(kernels, start, inverse_norm, unless) if w_hat is None else w_hat
+                    kernels.cosine_exp(
+                        problem, start, x_hat, centres, factor, None, None, None, best_parts[i], class_parts[i], True
+                    )
+                kernels.reduce_shift(best_parts, class_parts, factor, shift)
+            for i, start in enumerate(shard.chunks):
+                if len(shard.chunks) > 1 or w_hat is None:
+                    w_hat = shard.prepare(kernels, start, inverse_norm)
+                keep = start < count
+                terms = kept[:, start : start + shard.chunk] if keep else shard.terms
+                kernels.cosine_exp(
+                    problem, start, x_hat, w_hat, factor, None if bounded else shift, terms if keep or need_rows else None,
+                    z_parts[i], best_parts[i] if predict else None, class_parts[i] if predict else None, False,
+                )  # fmt: skip
+                if need_rows:
+                    product = _product(terms[:, : len(w_hat)], w_hat.to(shard.panel_dtype), rows if i == 0 else None)
+                    if i > 0:
+                        rows += product
+            kernels.reduce_sums(z_parts, labels, z)
+            if predict:
+                kernels.reduce_best(best_parts, class_parts, best, best_class)
+            return results
+
+    def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        problem, (shift, cosine, norm, inverse_norm, kept, rows) = Problem(*arguments[:7]), arguments[7:13]
+        row_factor, grad_cosine = (each.contiguous() for each in arguments[13:15])
+        grad_norm = None if arguments[15] is None else arguments[15].contiguous()
+        need_features, need_weight, need_scale = arguments[16:]
+        features, weight, _, scale, normalize = problem[:5]
+        (B, D), C = features.shape, weight.shape[0]
+        kernels = self.kernels
+        with no_autocast(features.device), _on(features.device):
+            grad_features = features.new_empty((B, D) if need_features else 0)
+            grad_weight = weight.new_empty((C, D) if need_weight else 0)
+            grad_scale = scale.new_zeros(() if need_scale else 0)
+            if B == 0:
+                return grad_features, grad_weight.zero_(), grad_scale
+            count = min(kept.shape[1], C)
+            recompute = need_weight and count < C
+            shard = Shard.of(problem, recompute, recompute)
+            s = scale_of(scale, normalize)
+            if need_weight:
+                x_factored = features.new_empty(B, shard.width, dtype=shard.panel_dtype)
+                x_hat = features.new_empty(B, shard.width, dtype=problem.compute_dtype) if recompute else None
+                factor = features.new_empty(B, dtype=torch.float32) if recompute else None
+                kernels.factor_rows(problem, norm, row_factor, s, x_factored, x_hat, factor)
+                for start in shard.chunks:
+                    terms = kept[:, start : start + shard.chunk] if start < count else shard.terms
+                    if x_hat is not None and factor is not None and start >= count:
+                        kernels.cosine_exp(
+                            problem, start, x_hat, shard.prepare(kernels, start, inverse_norm), factor,
+                            None if _bounded(s, normalize) else shift, terms, None, None, None, False,
+                        )  # fmt: skip
+                    _grad_centres(kernels, shard, start, terms, x_factored, inverse_norm, grad_weight)
+            if need_features or need_weight or need_scale:
+                of_scale = need_scale and normalize
+                parts = features.new_empty(B, dtype=torch.float64) if of_scale else None
+                empty = norm.new_empty(0)
+                saved = Forward(empty, shift, cosine, norm, inverse_norm, kept, empty, rows, empty, empty)
+                kernels.finish_rows(
+                    problem, saved, s, row_factor, grad_cosine, grad_norm,
+                    grad_features if need_features else None, grad_weight if need_weight else None, parts,
+                )  # fmt: skip
+                if parts is not None:
+                    grad_scale = parts.sum().to(scale.device, scale.dtype)
+            return grad_features, grad_weight, grad_scale
+
+    def _constant_margin(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        problem, (z, shift, cosine, norm, num_rows, margin, reduction, _) = (
+            Problem(*arguments[:7]),
+            arguments[7:],
+        )
+        loss, derivatives = _constant_margin_fake(*arguments)
+        empty = z.new_empty(0)
+        saved = Forward(z, shift, cosine, norm, empty, empty, empty, empty, empty, empty)
+        s = scale_of(problem.scale, problem.normalize_features)
+        with _on(z.device):
+            self.kernels.constant_margin(problem, saved, num_rows, s, margin, reduction, loss, derivatives)
+        return loss, derivatives
+
+
+@dataclass
+class Shard:
+    """The classes in chunks, and the buffers that each chunk passes through."""
+
+    weight: Tensor
+    panel_dtype: torch.dtype  # of E, and of the products with it
+    width: int  # D, padded
+    chunk: int  # classes
+    w_hat: Tensor  # [chunk, width]
+    terms: Tensor  # [B, chunk] for what is not kept
+
+    @classmethod
+    def of(cls, problem: Problem, w_hat_needed: bool, terms_needed: bool) -> Shard:
+        weight = problem.weight
+        (batch, dim), num_classes = problem.features.shape, weight.shape[0]
+        width, chunk = padded(dim), chunk_size(batch, dim)
+        dtype = panel_dtype(problem.compute_dtype)
+        classes = min(chunk, padded(num_classes))
+        return cls(
+            weight, dtype, width, chunk,
+            weight.new_empty((classes, width) if w_hat_needed else 0, dtype=problem.compute_dtype),
+            weight.new_empty((batch, classes) if terms_needed else 0, dtype=dtype),
+        )  # fmt: skip
+
+    @property
+    def chunks(self) -> range:
+        return range(0, self.weight.shape[0], self.chunk)
+
+    def classes(self, start: int) -> int:
+        return min(self.chunk, self.weight.shape[0] - start)
+
+    def prepare(self, kernels: Kernels, start: int, inverse_norm: Tensor, unless_bounded: Tensor | None = None) -> Tensor:
+        """ŵ of a chunk, ``[n, width]``."""
+        n = self.classes(start)
+        w_hat = self.w_hat[:n]
+        kernels.prepare_centres(self.weight[start : start + n], w_hat, inverse_norm[start : start + n], unless_bounded)
+        return w_hat
+
+
+def _grad_centres(
+    kernels: Kernels,
+    shard: Shard,
+    start: int,
+    terms: Tensor,
+    x_factored: Tensor,
+    inverse_norm: Tensor,
+    grad_weight: Tensor,
+) -> None:
+    """The gradient of a chunk's centres but for the targets' part, a few thousand classes at a time."""
+    piece = max(FINISH_ELEMENTS // shard.width // 256, 1) * 256
+    in_place = grad_weight.dtype == torch.float32 and grad_weight.shape[1] == shard.width
+    count = shard.classes(start)
+    buffer = x_factored.new_empty(0 if in_place else min(piece, count), shard.width, dtype=torch.float32)
+    for first in range(0, count, piece):
+        n = min(piece, count - first)
+        mine = slice(start + first, start + first + n)
+        target = grad_weight[mine]
+        unit = _product(terms[:, first : first + n].T, x_factored, target if in_place else buffer[:n])
+        kernels.finish_centres(unit, shard.weight[mine], inverse_norm[mine], target)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+    """``a @ b`` in float32, into ``out`` if it is given."""
+    if out is None:
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    if a.device.type == "cpu":  # emulated: there is no such product here
+        return torch.mm(a.float(), b.float(), out=out)
+    torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+    return out
+
+
+def scale_of(scale: Tensor, normalize: bool) -> float | Tensor:
+    """s as kernels take it: a number, or a tensor on the device; 1 where ‖x‖ takes its place."""
+    if not normalize:
+        return 1.0
+    if scale.device.type != "cpu":
+        return scale
+    s = scale.item()
+    if not s > 0:
+        raise ValueError(f"scale must be positive and finite, but it is {s}")
+    return s
+
+
+def _bounded(s: float | Tensor, normalize: bool) -> bool:
+    """Whether no row can need a shift: known only for a scale that is a number."""
+    return normalize and isinstance(s, float) and s <= BOUNDED_SCALE
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def panel_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of E."""
+    return torch.float32 if compute_dtype == torch.float32 else torch.bfloat16
+
+
+def padded(size: int) -> int:
+    """The next multiple of 16."""
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def chunk_size(batch: int, dim: int) -> int:
+    """Classes a chunk, a multiple of 256."""
+    return max(CHUNK_ELEMENTS // max(batch, dim, 1) // 256, 1) * 256
+
+
+def kept_count(batch: int, num_classes: int, dim: int, compute_dtype: torch.dtype, save_bytes: int) -> int:
+    """Classes of which E is kept: whole chunks, or all."""
+    count = kept_classes(batch, padded(num_classes), panel_dtype(compute_dtype), save_bytes, chunk_size(batch, dim))
+    return num_classes if count == padded(num_classes) else count
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, (save_bytes, predict, need_rows) = Problem(*arguments[:7]), arguments[7:]
+    features, weight, labels = problem[:3]
+    (B, D), C = features.shape, weight.shape[0]
+    vectors = [features.new_empty(B, dtype=torch.float32) for _ in range(4)]
+    kept = padded(kept_count(B, C, D, problem.compute_dtype, save_bytes))
+    return (
+        *vectors,
+        features.new_empty(C, dtype=torch.float32),
+        features.new_empty(B, kept, dtype=panel_dtype(problem.compute_dtype)),
+        features.new_empty(0, dtype=torch.float32),
+        features.new_empty((B, padded(D)) if need_rows else 0, dtype=torch.float32),
+        features.new_empty(B if predict else 0, dtype=torch.float32),
+        labels.new_empty(B if predict else 0),
+    )
+
+
+def _backward_fake(features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    need_features, need_weight, need_scale = rest[-3:]
+    return (
+        features.new_empty(features.shape if need_features else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        scale.new_empty(() if need_scale else 0),
+    )
+
+
+def _constant_margin_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    z, reduction, need_scale = arguments[7], *arguments[-2:]
+    return z.new_empty(z.shape if reduction == "none" else ()), z.new_empty(3 if need_scale else 2, z.shape[0])
