@@ -96,8 +96,8 @@ def am_softmax_loss(
         number of times).
 
         With ``return_predictions`` the pair of it and the predicted classes, ``[B]`` int64: the label itself where no
-        negative's cosine is larger, so that ``(predictions == labels).float().mean()`` is the training accuracy; -1 for
-        an ignored row.
+        negative's cosine is larger; -1 for an ignored row. ``(predictions == labels).float().mean()`` over the rows not
+        ignored is the training accuracy.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.

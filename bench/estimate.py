@@ -11,8 +11,6 @@ from typing import Any
 from amsoftmax_kernels.backends import triton_configs
 from amsoftmax_kernels.backends.triton_configs import Config
 
-from .launches import Launch, of_a_step
-
 # (B, D, C): bfloat16 compute, float32 centres.
 SHAPES = [
     (256, 512, 10_516),
@@ -46,8 +44,8 @@ class Card:
         by_memory = self.shared_memory // (shared_memory + 1024)
         return min(by_registers, by_memory, 64 // warps, 32)
 
-    def config(self, launch: Launch) -> Config:
-        """The table's entry that a cosine kernel was launched with."""
+    def config(self, launch: Any) -> Config:
+        """The table's entry that a cosine kernel, a :class:`.launches.Launch`, was launched with."""
         half = "fp32" not in dict(launch.signature)["x_hat"]
         how = "half" if half else "tf32" if launch.constant("PRECISION") == "tf32" else "float32"
         return triton_configs.config(self.capability, how)
@@ -116,6 +114,8 @@ def _cosine_exp(card: Card, config: Config, B: int, D: int, C: int) -> dict[str,
 
 def table(arch: str) -> list[dict[str, Any]]:
     """Estimates of every shape, E kept and recomputed."""
+    from .launches import of_a_step  # needs Triton
+
     card = CARDS[arch]
     counts = {}
     for kept in (True, False):  # counted on a small problem: the number does not depend on C below a chunk

@@ -99,6 +99,8 @@ def table_text(summary: list[dict[str, Any]]) -> str:
         f"percent, mean and standard deviation over {' to '.join(map(str, seeds))} seeds; "
         "the last column is the paired difference and its standard error"
     )
+    if max(seeds) < 8:
+        lines.append("so few seeds cannot rank losses: the full run has 8")
     return "\n".join(lines)
 
 

@@ -163,6 +163,7 @@ class Progress:
     def __init__(self, runs: list[Run], steps: int) -> None:
         self.runs, self.steps = runs, steps
         self.done: dict[int, int] = {}  # steps done by index of the run
+        self.ended = 0
         self.start = time.monotonic()
         self.tty = sys.stderr.isatty()
         self.drawn = 0.0
@@ -174,6 +175,7 @@ class Progress:
 
     def end(self, index: int) -> None:
         self.done[index] = self.steps
+        self.ended += 1
         self._show(index)
 
     def close(self) -> None:
@@ -184,9 +186,8 @@ class Progress:
         self.drawn = time.monotonic()
         share = sum(self.done.values()) / (self.steps * len(self.runs))
         left = math.ceil((self.drawn - self.start) * (1 - share) / share)
-        ended = sum(step >= self.steps for step in self.done.values())
         run = self.runs[index]
-        line = f"{ended}/{len(self.runs)} runs, {left // 60}:{left % 60:02d} left, {run.label}, seed {run.seed}"
+        line = f"{self.ended}/{len(self.runs)} runs, {left // 60}:{left % 60:02d} left, {run.label}, seed {run.seed}"
         print(f"\r\x1b[K{line}" if self.tty else line, end="" if self.tty else "\n", file=sys.stderr, flush=True)
 
 

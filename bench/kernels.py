@@ -15,10 +15,12 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import estimate
-from .launches import Launch, variants
+
+if TYPE_CHECKING:
+    from .launches import Launch
 
 # Local loads and stores in a kernel: a few in rarely taken branches are harmless.
 MOST_LOCAL_ACCESSES = 16
@@ -46,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
         import triton
     except ImportError as error:
         raise SystemExit(f"bench kernels needs Triton: {error}; pip install triton") from None
+    from .launches import variants
+
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: unset it to compile")
     card = estimate.CARDS[args.arch]

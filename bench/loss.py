@@ -35,7 +35,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m bench loss`."""
     parser.add_argument("--out", type=Path, default=Path("out/loss"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="fewer classes, rounds and peers: under a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer classes, rounds and peers: about a minute")
     parser.add_argument("--batch", type=int, default=BATCH, metavar="B", help="default: %(default)s")
     parser.add_argument("--dim", type=int, default=DIM, metavar="D", help="default: %(default)s")
     parser.add_argument("--classes", type=int, nargs="+", metavar="C", help="numbers of classes")
@@ -176,7 +176,7 @@ def skip_reason(
         return missing
     needed, available = 4 * (3 * C * D + 3 * B * D) + peer.memory(B, D, C), machine.available_bytes(device)
     if available is not None and needed > 0.85 * available:
-        return f"needs about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} are free"
+        return f"needs about {needed / 1e9:.0f} GB of memory, more than 85% of the {available / 1e9:.0f} that are free"
     before = [row for row in earlier if row["peer"] == peer.name and "median_s" in row]
     if before:
         last = max(before, key=lambda row: row["B"] * row["C"] * row["D"])

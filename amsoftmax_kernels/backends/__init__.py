@@ -111,7 +111,8 @@ def check_available(name: str | None) -> None:
     if not isinstance(name, str):
         raise TypeError(f"backend must be None or a str, but it is {type(name).__name__}")
     if name not in NAMES:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, but it is {name!r}")
+        known = ", ".join(repr(each) for each in NAMES if each not in _NOT_WRITTEN)
+        raise ValueError(f"backend must be None or one of {known}, but it is {name!r}")
     reason = unavailable_reason(name)
     if reason is not None:
         raise ValueError(f"backend {name!r} cannot run here: {reason}; available: {', '.join(available_backends())}")

@@ -27,12 +27,12 @@ _INTERPRETED = Config(rows=16, classes=32, depth=16, stages=1, warps=4, bulk=Tru
 
 
 def unavailable_reason() -> str | None:
-    if _import_error is not None:
-        return _import_error
     if _interpreted():
         return None
     if not torch.cuda.is_available():
-        return "no CUDA GPU that this PyTorch can use (TRITON_INTERPRET=1 emulates one, slowly)"
+        return "no CUDA GPU that this PyTorch can use"
+    if _import_error is not None:
+        return _import_error
     if torch.version.hip is not None:
         return "ROCm has not been tried"
     reason = _build_failure()
