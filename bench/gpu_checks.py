@@ -41,7 +41,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def compared_backends(device: torch.device) -> list[str]:
     """The backends to check on this device."""
-    return [name for name in ak.available_backends() if name != "reference" and _serves(name, device, torch.float32)]
+    names = [name for name in ak.available_backends() if name != "reference"]
+    return [name for name in names if any(_serves(name, device, dtype) for dtype in DTYPES.values())]
 
 
 def correctness(device: torch.device, quick: bool, small: Any = SMALL, large: Any = LARGE) -> Iterator[Row]:
@@ -126,7 +127,7 @@ def sanitizer() -> Row:
 
 def gpu_tests() -> Row:
     """The repository's own tests of the kernels, on this device."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_triton.py", "tests/test_loss.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_triton.py", "tests/test_cuda.py", "tests/test_loss.py"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=400)
     except subprocess.TimeoutExpired:

@@ -208,10 +208,10 @@ def test_the_setting_of_float32_products_is_followed() -> None:
 def test_few_multiprocessors_idle() -> None:
     for batch in (1, 256, 1024, 4096, 4480, 8576, 12800, 100_000):
         blocks, tiles = -(-batch // 128), 512
-        streams = backend._streams(132, blocks, tiles)
+        streams = fused.streams_for(132, blocks, tiles)
         rounds = -(-blocks * streams // 132) * -(-tiles // streams)
         assert 1 <= streams <= tiles and blocks * tiles / (132 * rounds) > (0.9 if batch > 1 else 0.8)
-    assert backend._streams(132, 2, 42) == 42
+    assert fused.streams_for(132, 2, 42) == 42
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

@@ -18,6 +18,7 @@ shift a row and stays a plain matrix. E is bfloat16 for half-precision operands:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ _ALIGN = 16  # elements: rows of operands start at multiples of 16 bytes, as bul
 class Kernels(Protocol):
     """What a backend launches, on tensors of one device: each call is one kernel, on the current stream.
 
-    ``s`` is the scale: a number, or a 0-d tensor on the device; without ``problem.normalize_features`` ‖x‖ takes its place.
+    ``s`` is the scale: a number, or a 0-d float32 tensor on the device; ‖x‖ takes its place without normalize_features.
     Widths are those of the padded rows of operands. x̂, ŵ are in the compute dtype, E and a∘x̂ in the panel's.
     """
 
@@ -360,7 +361,7 @@ def scale_of(scale: Tensor, normalize: bool) -> float | Tensor:
     if not normalize:
         return 1.0
     if scale.device.type != "cpu":
-        return scale
+        return scale.to(torch.float32)
     s = scale.item()
     if not s > 0:
         raise ValueError(f"scale must be positive and finite, but it is {s}")
@@ -375,6 +376,16 @@ def _bounded(s: float | Tensor, normalize: bool) -> bool:
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device."""
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+@functools.cache
+def streams_for(slots: int, blocks: int, tiles: int) -> int:
+    """Streams of classes for each block of rows: those that leave the least of the GPU idle, the fewest of equals."""
+
+    def rounds(streams: int) -> int:
+        return -(-blocks * streams // slots) * -(-tiles // streams)
+
+    return min(range(1, min(tiles, max(8 * slots // max(blocks, 1), 1)) + 1), key=rounds)
 
 
 def panel_dtype(compute_dtype: torch.dtype) -> torch.dtype:

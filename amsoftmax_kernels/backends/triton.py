@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import Forward, Problem
-from .fused import Fused, padded
+from .fused import Fused, padded, streams_for
 from .triton_configs import Config, config, kind
 
 try:
@@ -77,7 +77,7 @@ class _Kernels:
         device = problem.weight.device
         c = _config(device, problem.compute_dtype)
         blocks = -(-problem.features.shape[0] // c.rows)
-        return blocks, _streams(_multiprocessors(device) * c.resident, blocks, -(-classes // c.classes))
+        return blocks, streams_for(_multiprocessors(device) * c.resident, blocks, -(-classes // c.classes))
 
     def canonical_labels(self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor) -> None:
         kernels.canonical_labels[(1,)](labels, ignore_index, result, count, len(labels), num_classes, 1024)
@@ -208,16 +208,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _streams(slots: int, blocks: int, tiles: int) -> int:
-    """Streams of classes for each block of rows: those that leave the least of the GPU idle, the fewest of equals."""
-
-    def rounds(streams: int) -> int:
-        return -(-blocks * streams // slots) * -(-tiles // streams)
-
-    return min(range(1, min(tiles, max(8 * slots // max(blocks, 1), 1)) + 1), key=rounds)
 
 
 def _rows_a_program(width: int) -> tuple[int, int]:

@@ -1,0 +1,161 @@
+"""The fused decomposition on the C++ kernels of csrc: CUDA GPUs from compute capability 8.0 on, float16 and bfloat16.
+
+The fused kernel here is the portable one (mma.sync, cp.async). Hopper's own is still to be written: where both can run,
+Triton's comes first. nvcc builds the library when it is first needed; where that fails this backend says so once, and serves
+nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from .. import build
+from . import Forward, Problem
+from . import cuda_library as c
+from .fused import Fused, streams_for
+
+_MIN_CAPABILITY = (8, 0)
+
+
+def unavailable_reason() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA GPU that this PyTorch can use"
+    if torch.version.hip is not None:
+        return "ROCm is not supported"
+    capability = torch.cuda.get_device_capability()
+    if capability < _MIN_CAPABILITY:
+        return f"needs compute capability 8.0 or newer, but this GPU has {capability[0]}.{capability[1]}"
+    return build.missing()
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY and _builds(device)
+
+
+@functools.cache
+def _builds(device: torch.device) -> bool:
+    try:
+        _library(device)
+    except (build.BuildError, OSError) as error:
+        warnings.warn(f"amsoftmax_kernels: the CUDA library was not built, other backends serve:\n{error}", stacklevel=2)
+        return False
+    return True
+
+
+@functools.cache
+def _library(device: torch.device) -> c.Library:
+    return c.library(build.architecture(torch.cuda.get_device_capability(device)))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _Kernels:
+    """:class:`.fused.Kernels` through the library."""
+
+    def streams(self, problem: Problem, classes: int) -> int:
+        device = problem.weight.device
+        library = _library(device)
+        blocks, tiles = -(-len(problem.features) // library.tile_rows), -(-classes // library.tile_classes)
+        return streams_for(2 * _multiprocessors(device), blocks, tiles)
+
+    def canonical_labels(self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor) -> None:
+        parameters = c.Labels(
+            c.pointer(labels), c.pointer(result), c.pointer(count), len(labels), num_classes, ignore_index,
+            c.integer_type(labels), 0,
+        )  # fmt: skip
+        _library(labels.device).call("ak_canonical_labels", parameters, labels.device)
+
+    def prepare_rows(
+        self, problem: Problem, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor, factor: Tensor
+    ) -> None:
+        parameters = c.Rows(
+            c.matrix(problem.features), c.matrix(problem.weight), c.matrix(x_hat), c.pointer(problem.labels),
+            c.pointer(cosine), c.pointer(norm), c.pointer(factor), c.scale(s, problem.normalize_features),
+        )  # fmt: skip
+        _library(x_hat.device).call("ak_prepare_rows", parameters, x_hat.device)
+
+    def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None) -> None:
+        parameters = c.Centres(c.matrix(weight), c.matrix(w_hat), c.pointer(inverse_norm), c.pointer(unless_bounded))
+        _library(w_hat.device).call("ak_prepare_centres", parameters, w_hat.device)
+
+    def cosine_exp(
+        self, problem: Problem, start: int, x_hat: Tensor, w_hat: Tensor, factor: Tensor, shift: Tensor | None,
+        terms: Tensor | None, z: Tensor | None, best: Tensor | None, best_class: Tensor | None, only_unbounded: bool,
+    ) -> None:  # fmt: skip
+        parts = z if z is not None else best
+        parameters = c.Cosine(
+            c.matrix(x_hat), c.matrix(w_hat), c.matrix(terms), c.pointer(problem.labels), c.pointer(factor),
+            c.pointer(shift), c.pointer(z), c.pointer(best), c.pointer(best_class), start, problem.interclass_filter,
+            self.streams(problem, len(w_hat)) if parts is None else len(parts), int(only_unbounded), 0,
+        )  # fmt: skip
+        _library(x_hat.device).call("ak_cosine_exp", parameters, x_hat.device)
+
+    def reduce_sums(self, z_parts: Tensor, labels: Tensor, z: Tensor) -> None:
+        self._reduce(z_parts, z_parts=z_parts, labels=labels, z=z)
+
+    def reduce_best(self, best_parts: Tensor, class_parts: Tensor, best: Tensor, best_class: Tensor) -> None:
+        self._reduce(best_parts, best_parts=best_parts, class_parts=class_parts, best=best, best_class=best_class)
+
+    def reduce_shift(self, best_parts: Tensor, class_parts: Tensor, factor: Tensor, shift: Tensor) -> None:
+        self._reduce(best_parts, best_parts=best_parts, class_parts=class_parts, factor=factor, shift=shift)
+
+    def _reduce(self, parts: Tensor, **tensors: Tensor) -> None:
+        chunks, streams, batch = parts.shape
+        pointers = {name: c.pointer(tensor) for name, tensor in tensors.items()}
+        _library(parts.device).call("ak_reduce", c.Reduce(batch=batch, parts=chunks * streams, **pointers), parts.device)
+
+    def constant_margin(
+        self, problem: Problem, saved: Forward, num_rows: Tensor, s: float | Tensor, margin: float, reduction: str,
+        loss: Tensor, derivatives: Tensor,
+    ) -> None:  # fmt: skip
+        parameters = c.Margin(
+            c.pointer(saved.z), c.pointer(saved.shift), c.pointer(saved.cosine), c.pointer(saved.norm),
+            c.pointer(problem.labels), c.pointer(num_rows), c.pointer(loss), c.pointer(derivatives), margin,
+            len(saved.z), len(problem.weight), c.scale(s, problem.normalize_features),
+            int(reduction != "none"), int(reduction == "mean"), int(len(derivatives) == 3), 0,
+        )  # fmt: skip
+        _library(loss.device).call("ak_constant_margin", parameters, loss.device)
+
+    def factor_rows(
+        self, problem: Problem, norm: Tensor, row_factor: Tensor, s: float | Tensor, x_factored: Tensor,
+        x_hat: Tensor | None, factor: Tensor | None,
+    ) -> None:  # fmt: skip
+        unused = c.matrix(x_factored) if x_hat is None else c.matrix(x_hat)
+        if x_hat is None:
+            unused.data = None
+        parameters = c.Factor(
+            c.matrix(problem.features), c.matrix(x_factored), unused, c.pointer(problem.labels), c.pointer(norm),
+            c.pointer(row_factor), c.pointer(factor), c.scale(s, problem.normalize_features),
+        )  # fmt: skip
+        _library(norm.device).call("ak_factor_rows", parameters, norm.device)
+
+    def finish_centres(self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor) -> None:
+        parameters = c.FinishCentres(c.matrix(grad_unit), c.matrix(weight), c.matrix(grad), c.pointer(inverse_norm))
+        _library(grad.device).call("ak_finish_centres", parameters, grad.device)
+
+    def finish_rows(
+        self, problem: Problem, saved: Forward, s: float | Tensor, row_factor: Tensor, grad_cosine: Tensor,
+        grad_norm: Tensor | None, grad_features: Tensor | None, grad_weight: Tensor | None, grad_scale: Tensor | None,
+    ) -> None:  # fmt: skip
+        rows = saved.rows if saved.rows.dim() == 2 else None
+        parameters = c.FinishRows(
+            c.matrix(problem.features), c.matrix(problem.weight), c.matrix(rows), c.matrix(grad_features),
+            c.matrix(grad_weight), c.pointer(problem.labels), c.pointer(saved.norm), c.pointer(saved.cosine),
+            c.pointer(row_factor), c.pointer(grad_cosine), c.pointer(grad_norm), c.pointer(grad_scale),
+            c.scale(s, problem.normalize_features),
+        )  # fmt: skip
+        _library(row_factor.device).call("ak_finish_rows", parameters, row_factor.device)
+
+
+fused = Fused("cuda", _Kernels())
+canonical_labels, forward = fused.canonical_labels, fused.forward
+constant_margin, backward = fused.constant_margin, fused.backward

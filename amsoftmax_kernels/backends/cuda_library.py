@@ -1,0 +1,128 @@
+"""The compiled library through ctypes: the structures of csrc/library.h, and calls that raise what it says is wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import build
+
+VERSION = 1  # of the contract: ak_version()
+_TYPES = {
+    torch.float32: 0, torch.float16: 1, torch.bfloat16: 2,
+    torch.int64: 3, torch.int32: 4, torch.int16: 5, torch.int8: 6, torch.uint8: 7,
+}  # fmt: skip
+
+
+def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+def _named(ctype: Any, names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), ctype)
+
+
+Matrix = _structure(
+    "AkMatrix", data=c_void_p, **_named(c_int64, "rows columns row_stride column_stride"), **_named(c_int32, "type reserved")
+)
+Where = _structure("AkWhere", stream=c_void_p, **_named(c_int32, "device reserved"))
+Scale = _structure("AkScale", pointer=c_void_p, number=c_float, normalize=c_int32)
+Labels = _structure(
+    "AkLabels", **_named(c_void_p, "labels result count"), **_named(c_int64, "batch classes ignore_index"),
+    **_named(c_int32, "type reserved"),
+)  # fmt: skip
+Rows = _structure(
+    "AkRows", **_named(Matrix, "features weight x_hat"), **_named(c_void_p, "labels cosine norm factor"), scale=Scale
+)
+Centres = _structure("AkCentres", **_named(Matrix, "weight w_hat"), **_named(c_void_p, "inverse_norm unless_bounded"))
+Cosine = _structure(
+    "AkCosine", **_named(Matrix, "x_hat w_hat terms"), **_named(c_void_p, "labels factor shift z best best_class"),
+    class_start=c_int64, filter=c_float, **_named(c_int32, "streams only_unbounded reserved"),
+)  # fmt: skip
+Reduce = _structure(
+    "AkReduce", **_named(c_void_p, "z_parts best_parts class_parts labels factor z best shift best_class"),
+    **_named(c_int64, "batch parts"),
+)  # fmt: skip
+Margin = _structure(
+    "AkMargin", **_named(c_void_p, "z shift cosine norm labels num_rows loss derivatives"), margin=c_double,
+    **_named(c_int64, "batch classes"), scale=Scale, **_named(c_int32, "reduce mean need_scale reserved"),
+)  # fmt: skip
+Factor = _structure(
+    "AkFactor",
+    **_named(Matrix, "features x_factored x_hat"),
+    **_named(c_void_p, "labels norm row_factor factor"),
+    scale=Scale,
+)
+FinishCentres = _structure("AkFinishCentres", **_named(Matrix, "grad_unit weight grad"), inverse_norm=c_void_p)
+FinishRows = _structure(
+    "AkFinishRows", **_named(Matrix, "features weight unit_rows grad_features grad_weight"),
+    **_named(c_void_p, "labels norm cosine row_factor grad_cosine grad_norm grad_scale"), scale=Scale,
+)  # fmt: skip
+
+LAUNCHERS = {
+    "ak_canonical_labels": Labels, "ak_prepare_rows": Rows, "ak_prepare_centres": Centres, "ak_cosine_exp": Cosine,
+    "ak_reduce": Reduce, "ak_constant_margin": Margin, "ak_factor_rows": Factor, "ak_finish_centres": FinishCentres,
+    "ak_finish_rows": FinishRows,
+}  # fmt: skip
+CONSTANTS = ("ak_tile_rows", "ak_tile_classes", "ak_version")
+
+
+class Library:
+    """A loaded library. ``call`` launches one kernel on the current stream of the tensors' device."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+        for name, structure in LAUNCHERS.items():
+            function = getattr(self._library, name)
+            function.argtypes, function.restype = [ctypes.POINTER(structure), ctypes.POINTER(Where)], c_char_p
+        for name in CONSTANTS:
+            function = getattr(self._library, name)
+            function.argtypes, function.restype = [], c_int32
+        version = self._library.ak_version()
+        if version != VERSION:
+            raise RuntimeError(f"{path} has version {version} of the interface, this package {VERSION}: build it again")
+        self.tile_rows: int = self._library.ak_tile_rows()
+        self.tile_classes: int = self._library.ak_tile_classes()
+
+    def call(self, name: str, parameters: ctypes.Structure, device: torch.device) -> None:
+        """Launch; RuntimeError with the library's own words if it cannot."""
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        where = Where(stream, device.index or 0, 0)
+        error = getattr(self._library, name)(ctypes.byref(parameters), ctypes.byref(where))
+        if error is not None:
+            raise RuntimeError(f"{name}: {error.decode()}")
+
+
+@functools.cache
+def library(arch: str) -> Library:
+    """The library for an architecture, built if it is not there yet."""
+    return Library(build.cached(arch))
+
+
+def matrix(tensor: Tensor | None) -> ctypes.Structure:
+    """A 2-d tensor; of None the null matrix."""
+    if tensor is None:
+        return Matrix()
+    return Matrix(tensor.data_ptr(), *tensor.shape, *tensor.stride(), _TYPES[tensor.dtype], 0)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def scale(s: float | Tensor, normalize: bool) -> ctypes.Structure:
+    """s: a number or a float32 tensor on the device."""
+    if isinstance(s, Tensor):
+        return Scale(s.data_ptr(), 0.0, int(normalize))
+    return Scale(None, s, int(normalize))
+
+
+def integer_type(tensor: Tensor) -> int:
+    return _TYPES[tensor.dtype]

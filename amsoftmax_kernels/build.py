@@ -1,0 +1,148 @@
+"""Builds csrc into one shared library: on first use into a per-user cache, or ahead of time from the command line.
+
+    python -m amsoftmax_kernels.build --arch 80 90a --out libamsoftmax_kernels.so
+
+The library's interface is plain C, so that it needs no PyTorch headers and no PyTorch version of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+# A spill is an error: it would be a slow kernel that nobody sees. No fast-math: exponentials say where they are approximate.
+FLAGS = (
+    "-std=c++17", "-O3", "-lineinfo", "-Xptxas", "--warn-on-spills,-Werror", "-Werror", "all-warnings",
+    "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+)  # fmt: skip
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+
+
+class BuildError(RuntimeError):
+    """The compiler is missing or refused; its message is in the text."""
+
+
+def sources() -> Path:
+    """The folder of the C++ sources: beside the package in a checkout, inside it where it is installed."""
+    inside, beside = Path(__file__).parent / "csrc", Path(__file__).parents[1] / "csrc"
+    return inside if inside.is_dir() else beside
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """What nvcc calls the newest architecture that this compute capability runs: 9.0 is 90a, with its own instructions."""
+    if capability == (9, 0):
+        return "90a"
+    fitting = [each for each in ARCHITECTURES if not each.endswith("a") and int(each) <= capability[0] * 10 + capability[1]]
+    same_major = [each for each in fitting if int(each) // 10 == capability[0]]
+    return (same_major or fitting)[-1]
+
+
+def find_nvcc() -> str | None:
+    """nvcc on the path, under CUDA_HOME, or where CUDA is usually installed."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    candidates = [shutil.which("nvcc"), *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next((each for each in candidates if each and os.access(each, os.X_OK)), None)
+
+
+def missing() -> str | None:
+    """What has to be installed before anything can be built; None if nothing."""
+    if find_nvcc() is None:
+        return "no nvcc on the path or under CUDA_HOME: install the CUDA toolkit"
+    if not (sources() / "library.h").is_file():
+        return f"the C++ sources are not at {sources()}"
+    return None
+
+
+def cached(arch: str) -> Path:
+    """The library for one architecture, built now if the sources, the flags or nvcc have changed. Safe in many processes.
+
+    Raises:
+        BuildError: nvcc is missing or refuses the sources.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amsoftmax_kernels"
+    path = folder / f"{key(arch)}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{key(arch)}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first to come builds, the others find it built
+        if not path.exists():
+            build([arch], path)
+    return path
+
+
+def key(arch: str) -> str:
+    """A name that changes with whatever the library depends on."""
+    digest = hashlib.sha256()
+    for part in (_nvcc_version(), arch, *FLAGS):
+        digest.update(part.encode() + b"\0")
+    for path in sorted(sources().iterdir()):
+        if path.suffix in (".cu", ".cuh", ".h"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"sm_{arch}-{digest.hexdigest()[:24]}"
+
+
+def build(architectures: Sequence[str], out: Path) -> None:
+    """Compile for every architecture in ``architectures`` into one library, which appears at ``out`` whole or not at all.
+
+    Raises:
+        BuildError: as :func:`cached`.
+    """
+    reason = missing()
+    if reason is not None:
+        raise BuildError(reason)
+    targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures]
+    nvcc = find_nvcc() or ""
+    out = out.absolute()
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as name:
+        folder = Path(name)
+        commands = [
+            [nvcc, *FLAGS, *targets, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+            for source in sorted(sources().glob("*.cu"))
+        ]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        objects = [command[-1] for command in commands]
+        # The CUDA runtime is linked in, so that the library does not depend on the one that PyTorch brings.
+        _run([nvcc, "-shared", "-cudart", "static", *targets, *objects, "-o", str(folder / "library.so")])
+        os.replace(folder / "library.so", out)
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise BuildError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+
+
+def _nvcc_version() -> str:
+    nvcc = find_nvcc()
+    return subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: 1 if the build fails, with the compiler's message."""
+    parser = argparse.ArgumentParser(prog="python -m amsoftmax_kernels.build", description="Build csrc ahead of time.")
+    parser.add_argument(
+        "--arch", nargs="+", choices=ARCHITECTURES, required=True, metavar="ARCH", help="80, 86, 89, 90a ..."
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.so")
+    args = parser.parse_args(arguments)
+    try:
+        build(args.arch, args.out)
+    except BuildError as error:
+        print(f"build failed: {error}")
+        return 1
+    print(f"built {args.out} for {', '.join(f'sm_{each}' for each in args.arch)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

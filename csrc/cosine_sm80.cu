@@ -1,0 +1,233 @@
+// Piece 2 of a step on any GPU from compute capability 8.0 on: the cosines' product through mma.sync and cp.async, with the
+// exponential, the target's mask, the row sums and the store of E in its epilogue.
+//
+// A block owns 128 rows and every `streams`-th tile of 128 classes, so that its rows' sums never leave it. Two blocks share an
+// SM: one's epilogue runs under the other's products. Operands lie in shared memory in rows of 64 bytes whose four 16-byte
+// parts are permuted, so that the eight rows of a matrix that is loaded at once fall into different banks.
+#include "arithmetic.h"
+#include "launch.cuh"
+
+namespace ak {
+namespace {
+
+constexpr int kRows = 128, kClasses = 128, kDepth = 32, kStages = 4, kThreads = 256;
+constexpr int kWarpRows = 64, kWarpClasses = 32;  // two warps down, four across
+constexpr int kTile = kRows * kDepth * 2;         // bytes of one operand's tile
+constexpr int kPitch = kClasses * 2 + 16;         // bytes of a row of E on its way out
+constexpr int kShared = kStages * 2 * kTile;
+static_assert(kRows == 128 && kClasses == 128 && kThreads == 256 && kRows * kPitch <= kShared);
+
+__device__ inline int place(int row, int part) { return row * 64 + (part ^ (row >> 1 & 3)) * 16; }
+
+// Where a thread's two 16-byte parts of an operand's tile come from: the same columns of two rows, 64 apart.
+struct Source {
+    const unsigned char* from;
+    int rows_left, columns_left;  // from this thread's first part on
+};
+
+template <class T>
+__device__ inline Source source(const AkMatrix& matrix, int64_t first_row) {
+    const int row = threadIdx.x / 4, part = threadIdx.x % 4;
+    const int64_t rows_left = matrix.rows - first_row - row;
+    return {reinterpret_cast<const unsigned char*>(row_of<T>(matrix, first_row + row)) + part * 16,
+            int(rows_left > kRows ? kRows : rows_left), int(matrix.columns) - part * 8};
+}
+
+__device__ inline void load_tile(unsigned char* to, const Source& source, const AkMatrix& matrix, int step) {
+    to += place(threadIdx.x / 4, threadIdx.x % 4);  // 64 rows on, the parts are permuted alike
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const bool inside = i * 64 < source.rows_left && step * kDepth < source.columns_left;
+        const unsigned char* from = source.from + i * 64 * matrix.row_stride * 2 + step * kDepth * 2;
+        copy_async(to + i * 64 * 64, inside ? from : static_cast<const unsigned char*>(matrix.data), inside);
+    }
+}
+
+// Largest value and the lowest column that has it, over the four threads that share a row.
+__device__ inline void quad_best(float& value, int& column) {
+#pragma unroll
+    for (int mask = 1; mask < 4; mask *= 2) {
+        const float other = __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+        const int other_column = __shfl_xor_sync(0xFFFFFFFFu, column, mask);
+        if (other > value || (other == value && other_column < column)) value = other, column = other_column;
+    }
+}
+
+template <class T, bool BEST, bool FILTER>
+__global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p) {
+    AK_DYNAMIC_SHARED(shared);
+    __shared__ float sums[4][kRows], bests[4][kRows];
+    __shared__ int columns[4][kRows], labels[kRows];
+    __shared__ float factors[kRows], shifts[kRows];
+    __shared__ double z[kRows];  // this and the next two belong to the thread of that number
+    __shared__ float best[kRows];
+    __shared__ int best_column[kRows];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp_row = warp % 2 * kWarpRows, across = warp / 2, warp_class = across * kWarpClasses;
+    const int64_t first_row = int64_t(blockIdx.x) * kRows, N = p.w_hat.rows, batch = p.x_hat.rows;
+
+    // What the epilogue wants of each row waits in shared memory: registers are the products'.
+    bool unbounded = false;
+    for (int i = threadIdx.x; i < kRows; i += kThreads) {
+        const int64_t row = first_row + i;
+        const bool inside = row < batch;
+        factors[i] = inside ? p.factor[row] : 0.0f;
+        shifts[i] = inside && p.shift ? p.shift[row] : 0.0f;
+        const int64_t local = inside ? p.labels[row] - p.class_start : -1;
+        labels[i] = local >= 0 && local < N ? int(local) : -1;
+        unbounded |= !(factors[i] <= kBound);
+        z[i] = 0, best[i] = -INFINITY, best_column[i] = -1;
+    }
+    int tiles = int((N + kClasses - 1) / kClasses);
+    if (p.only_unbounded && !__syncthreads_or(unbounded)) tiles = 0;  // a pass that rows of a moderate scale do without
+
+    const Source x_source = source<T>(p.x_hat, first_row);
+    const int steps = int((p.x_hat.columns + kDepth - 1) / kDepth);
+    for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
+        const int first = tile * kClasses;
+        const Source w_source = source<T>(p.w_hat, first);
+        auto load = [&](int step) {
+            unsigned char* to = shared + step % kStages * 2 * kTile;
+            if (step < steps) {
+                load_tile(to, x_source, p.x_hat, step);
+                load_tile(to + kTile, w_source, p.w_hat, step);
+            }
+            commit_copies();
+        };
+        __syncthreads();  // the last tile of E has left the shared memory
+#pragma unroll
+        for (int step = 0; step < kStages - 1; ++step) load(step);
+        float c[4][4][4] = {};
+        for (int step = 0; step < steps; ++step) {
+            wait_copies<kStages - 2>();
+            __syncthreads();  // this step's operands are there, and the stage before it has been read by all
+            load(step + kStages - 1);
+            const unsigned char* x = shared + step % kStages * 2 * kTile;
+            const unsigned char* w = x + kTile;
+#pragma unroll
+            for (int k = 0; k < kDepth / 16; ++k) {
+                uint32_t a[4][4], b[4][2];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) load_matrices(a[i], x + place(warp_row + i * 16 + lane % 16, k * 2 + lane / 16));
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) {
+                    uint32_t pair[4];
+                    load_matrices(pair, w + place(warp_class + i * 8 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+                    b[i][0] = pair[0], b[i][1] = pair[1], b[i + 1][0] = pair[2], b[i + 1][1] = pair[3];
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) multiply_add<T>(c[i][j], a[i], b[j]);
+            }
+        }
+        wait_copies<0>();
+
+        // Few tiles hold a target or the end of the classes: the rest are spared the comparisons.
+        bool here = first + kClasses > N;
+        if (threadIdx.x < kRows) here |= labels[threadIdx.x] >= first && labels[threadIdx.x] < first + kClasses;
+        const bool special = __syncthreads_or(here);  // and the operands have been read
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int row = warp_row + i / 2 * 16 + i % 2 * 8 + lane / 4;
+            const float factor = factors[row], shift = shifts[row];
+            const int label = labels[row];
+            float sum = 0, most = -INFINITY;
+            int most_column = INT32_MAX;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                float e[2];
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    const float cosine = c[i / 2][j][i % 2 * 2 + side];
+                    const int column = first + warp_class + j * 8 + lane % 4 * 2 + side;
+                    const bool masked = special && (column == label || column >= N);
+                    const bool filtered = FILTER && cosine > p.filter;
+                    // A pass for the shift must not see what the filter leaves out.
+                    if (BEST && !masked && !(filtered && p.only_unbounded) && cosine > most) most = cosine, most_column = column;
+                    e[side] = masked || filtered ? 0.0f : exp2_fast(cosine * factor - shift);
+                    sum += e[side];
+                }
+                if (p.terms.data) {
+                    bfloat16* to = reinterpret_cast<bfloat16*>(shared + row * kPitch) + warp_class + j * 8 + lane % 4 * 2;
+                    const uint32_t pair = uint32_t(from_float<bfloat16>(e[1]).bits) << 16 | from_float<bfloat16>(e[0]).bits;
+                    memcpy(to, &pair, 4);
+                }
+            }
+            sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+            sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
+            if (BEST) quad_best(most, most_column);
+            if (lane % 4 == 0) {
+                sums[across][row] = sum;
+                if (BEST) bests[across][row] = most, columns[across][row] = most_column;
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x < kRows) {
+            const int row = threadIdx.x;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                z[row] += double(sums[i][row]);
+                if (BEST && bests[i][row] > best[row]) best[row] = bests[i][row], best_column[row] = columns[i][row];
+            }
+        }
+        if (p.terms.data) {
+#pragma unroll
+            for (int i = threadIdx.x; i < kRows * kClasses / 8; i += kThreads) {
+                const int row = i / (kClasses / 8), part = i % (kClasses / 8);
+                if (first_row + row < batch && first + part * 8 < p.terms.columns) {
+                    bfloat16* to = writable_row<bfloat16>(p.terms, first_row + row) + first + part * 8;
+                    *reinterpret_cast<Eight<bfloat16>*>(to) =
+                        *reinterpret_cast<const Eight<bfloat16>*>(shared + row * kPitch + part * 16);
+                }
+            }
+        }
+    }
+    const int64_t row = first_row + threadIdx.x;
+    if (threadIdx.x >= kRows || row >= batch) return;
+    const int64_t owned = int64_t(blockIdx.y) * batch + row;
+    if (p.z) p.z[owned] = z[threadIdx.x];
+    if (!BEST) return;
+    p.best[owned] = best[threadIdx.x];
+    p.best_class[owned] = best_column[threadIdx.x] < 0 ? -1 : p.class_start + best_column[threadIdx.x];
+}
+
+template <class T, bool BEST, bool FILTER>
+const char* launch(const AkCosine& p, [[maybe_unused]] const AkWhere& where) {
+#ifndef AK_EMULATE
+    cudaError_t error =
+        cudaFuncSetAttribute(cosine_exp<T, BEST, FILTER>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+#endif
+    const dim3 grid(unsigned((p.x_hat.rows + kRows - 1) / kRows), unsigned(p.streams));
+    AK_LAUNCH((cosine_exp<T, BEST, FILTER>), grid, kThreads, kShared, static_cast<cudaStream_t>(where.stream), p);
+    return launch_error();
+}
+
+template <class T>
+const char* launch(const AkCosine& p, const AkWhere& where) {
+    const bool filter = p.filter <= 1.0f;
+    if (p.best) return filter ? launch<T, true, true>(p, where) : launch<T, true, false>(p, where);
+    return filter ? launch<T, false, true>(p, where) : launch<T, false, false>(p, where);
+}
+
+}  // namespace
+}  // namespace ak
+
+extern "C" {
+
+int32_t ak_tile_rows() { return ak::kRows; }
+int32_t ak_tile_classes() { return ak::kClasses; }
+int32_t ak_version() { return 1; }
+
+const char* ak_cosine_exp(const AkCosine* p, const AkWhere* where) {
+    ak::DeviceGuard guard(where->device);
+    if (p->terms.data && p->terms.type != AK_BFLOAT16) return "E must be bfloat16";
+    if (p->x_hat.type != p->w_hat.type) return "features and centres must have one operand type";
+    switch (p->x_hat.type) {
+        case AK_FLOAT16: return ak::launch<ak::half>(*p, *where);
+        case AK_BFLOAT16: return ak::launch<ak::bfloat16>(*p, *where);
+        default: return "operands must be float16 or bfloat16";
+    }
+}
+}

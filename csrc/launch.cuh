@@ -1,0 +1,74 @@
+// Around every launch: the device, the launch's own error, the element types.
+#pragma once
+
+#include "library.h"
+#include "portable.cuh"
+
+namespace ak {
+
+#ifdef AK_EMULATE
+struct DeviceGuard {
+    explicit DeviceGuard(int) {}
+};
+inline const char* launch_error() { return nullptr; }
+#else
+// Launches go to the caller's device; its own current device comes back afterwards.
+class DeviceGuard {
+public:
+    explicit DeviceGuard(int device) {
+        cudaGetDevice(&before_);
+        if (before_ != device) cudaSetDevice(device);
+        device_ = device;
+    }
+    ~DeviceGuard() {
+        if (before_ != device_) cudaSetDevice(before_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+private:
+    int before_ = 0, device_ = 0;
+};
+
+inline const char* launch_error() {
+    cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+#endif
+
+template <class T>
+struct Tag {
+    using type = T;
+};
+
+// Calls function(Tag<T>()) for the element type; what is wrong otherwise.
+template <class Function>
+const char* with_type(int32_t type, Function function) {
+    switch (type) {
+        case AK_FLOAT32: return function(Tag<float>());
+        case AK_FLOAT16: return function(Tag<half>());
+        case AK_BFLOAT16: return function(Tag<bfloat16>());
+        default: return "an element type that is not float32, float16 or bfloat16";
+    }
+}
+
+inline bool aligned_rows(const AkMatrix& matrix, size_t element) {
+    return matrix.column_stride == 1 && matrix.columns % 8 == 0 && matrix.row_stride * element % 16 == 0 &&
+           reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0;
+}
+
+template <class T>
+__device__ inline const T* row_of(const AkMatrix& matrix, int64_t row) {
+    return static_cast<const T*>(matrix.data) + row * matrix.row_stride;
+}
+
+template <class T>
+__device__ inline T* writable_row(const AkMatrix& matrix, int64_t row) {
+    return static_cast<T*>(matrix.data) + row * matrix.row_stride;
+}
+
+__device__ inline float scale_of(const AkScale& scale, float norm) {
+    return !scale.normalize ? norm : scale.pointer ? *scale.pointer : scale.number;
+}
+
+}  // namespace ak

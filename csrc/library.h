@@ -1,0 +1,128 @@
+// The library's whole contract with the host: plain C, one structure a launcher. Each returns null, or what is wrong.
+#pragma once
+
+#include <cstdint>
+
+#define AK_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+enum AkType {
+    AK_FLOAT32 = 0,
+    AK_FLOAT16 = 1,
+    AK_BFLOAT16 = 2,
+    AK_INT64 = 3,
+    AK_INT32 = 4,
+    AK_INT16 = 5,
+    AK_INT8 = 6,
+    AK_UINT8 = 7
+};
+
+struct AkMatrix {
+    void* data;
+    int64_t rows, columns, row_stride, column_stride;  // in elements
+    int32_t type, reserved;
+};
+
+struct AkWhere {
+    void* stream;
+    int32_t device, reserved;
+};
+
+// s: a number, or a pointer to a float32 on the device; without `normalize` the row's norm takes its place.
+struct AkScale {
+    const float* pointer;
+    float number;
+    int32_t normalize;
+};
+
+struct AkLabels {
+    const void* labels;  // [B] of any integer type
+    int64_t *result, *count;  // [B], and the number of rows not ignored, at least 1
+    int64_t batch, classes, ignore_index;
+    int32_t type, reserved;
+};
+
+struct AkRows {
+    AkMatrix features, weight;  // [B, D], [C, D]
+    AkMatrix x_hat;             // [B, width]
+    const int64_t* labels;
+    float *cosine, *norm, *factor;  // [B]
+    AkScale scale;
+};
+
+struct AkCentres {
+    AkMatrix weight, w_hat;  // [N, D], [N, width]
+    float* inverse_norm;     // [N]
+    const float* unless_bounded;  // if given and at most 64: nothing to do
+};
+
+struct AkCosine {
+    AkMatrix x_hat, w_hat, terms;  // [B, width], [N, width], [B, N or a little more]; terms.data null: not stored
+    const int64_t* labels;
+    const float *factor, *shift;  // [B]; shift null: none
+    double* z;                    // [streams, B], null: not summed
+    float* best;                  // [streams, B], null: not sought
+    int64_t* best_class;          // [streams, B]
+    int64_t class_start;
+    float filter;  // negatives of a larger cosine are left out
+    int32_t streams, only_unbounded, reserved;
+};
+
+struct AkReduce {
+    const double* z_parts;         // [parts, B]: z is written
+    const float* best_parts;       // [parts, B]: best and its class are, or the shift
+    const int64_t* class_parts;    // [parts, B]
+    const int64_t* labels;         // [B]
+    const float* factor;           // [B]
+    float *z, *best, *shift;       // [B]
+    int64_t* best_class;           // [B]
+    int64_t batch, parts;
+};
+
+struct AkMargin {
+    const float *z, *shift, *cosine, *norm;  // [B]
+    const int64_t *labels, *num_rows;        // [B], and a number
+    float *loss, *derivatives;               // [B] or one number; [2 or 3, B]
+    double margin;
+    int64_t batch, classes;
+    AkScale scale;
+    int32_t reduce, mean, need_scale, reserved;
+};
+
+struct AkFactor {
+    AkMatrix features, x_factored, x_hat;  // [B, D], [B, width] twice; x_hat.data null: not written
+    const int64_t* labels;
+    const float *norm, *row_factor;  // [B]
+    float* factor;                   // [B], with x_hat
+    AkScale scale;
+};
+
+struct AkFinishCentres {
+    AkMatrix grad_unit, weight, grad;  // [N, width] float32, [N, D], [N, D]; grad may be grad_unit
+    const float* inverse_norm;         // [N]
+};
+
+struct AkFinishRows {
+    AkMatrix features, weight, unit_rows, grad_features, grad_weight;  // unit_rows [B, width] float32; grads: null if not wanted
+    const int64_t* labels;
+    const float *norm, *cosine, *row_factor, *grad_cosine, *grad_norm;  // [B]; grad_norm may be null
+    double* grad_scale;                                                 // [B], null if not wanted
+    AkScale scale;
+};
+
+AK_EXPORT const char* ak_canonical_labels(const AkLabels*, const AkWhere*);
+AK_EXPORT const char* ak_prepare_rows(const AkRows*, const AkWhere*);
+AK_EXPORT const char* ak_prepare_centres(const AkCentres*, const AkWhere*);
+AK_EXPORT const char* ak_cosine_exp(const AkCosine*, const AkWhere*);
+AK_EXPORT const char* ak_reduce(const AkReduce*, const AkWhere*);
+AK_EXPORT const char* ak_constant_margin(const AkMargin*, const AkWhere*);
+AK_EXPORT const char* ak_factor_rows(const AkFactor*, const AkWhere*);
+AK_EXPORT const char* ak_finish_centres(const AkFinishCentres*, const AkWhere*);
+AK_EXPORT const char* ak_finish_rows(const AkFinishRows*, const AkWhere*);
+
+// Rows and classes of the cosine kernel's tile, for the number of streams; and a number that changes with this contract.
+AK_EXPORT int32_t ak_tile_rows();
+AK_EXPORT int32_t ak_tile_classes();
+AK_EXPORT int32_t ak_version();
+}

@@ -1,0 +1,326 @@
+"""The CUDA sources without a GPU: every thread of every kernel emulated on the CPU, against float64; and their build."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import amsoftmax_kernels as ak
+from amsoftmax_kernels import build
+from amsoftmax_kernels.backends import Forward, Problem, cuda, cuda_library, fused, margin
+
+from .cases import CASES, CHUNK, Case, relative
+from .test_loss import eager, evaluate, oracle
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float16, torch.bfloat16]
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.Library:
+    """csrc compiled by the host's compiler, its GPU threads run one after the other."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the emulation")
+    path = tmp_path_factory.mktemp("emulated") / "library.so"
+    sources = [str(each) for each in sorted(build.sources().glob("*.cu"))]
+    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DAK_EMULATE", "-fPIC"]
+    result = subprocess.run([*command, "-shared", "-x", "c++", *sources, "-o", str(path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return cuda_library.Library(path)
+
+
+@pytest.fixture
+def emulated(emulated_library: cuda_library.Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CUDA backend on CPU tensors; new tensors start as NaN, so that what a kernel forgets to write shows."""
+    monkeypatch.setattr(cuda, "_library", lambda device: emulated_library)
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(cuda, "serves", lambda device, dtype: dtype in DTYPES)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "chunk_size", lambda batch, dim: CHUNK)
+
+
+def ours(dtype: torch.dtype, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast("cpu", dtype):
+        return evaluate(ak.am_softmax_loss, *tensors, backend="cuda", **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+@pytest.mark.parametrize("width", [16, 48, 160])
+@pytest.mark.parametrize(("B", "N"), [(1, 1), (127, 129), (130, 300)])
+def test_the_cosine_kernel(B: int, N: int, width: int, dtype: torch.dtype, emulated: None) -> None:
+    """Products, exponentials, sums, masks and maxima from the very operands it was given."""
+    generator = torch.Generator().manual_seed(B + width)
+    x_hat, w_hat = (torch.randn(n, width, generator=generator).mul_(width**-0.5).to(dtype) for n in (B, N))
+    labels = torch.randint(1000, 1000 + 2 * N, (B,), generator=generator)  # half of them in this chunk
+    factor, shift = torch.rand(B, generator=generator) * 40 + 1, torch.randn(B, generator=generator)
+    cosine = x_hat.double() @ w_hat.double().T
+    target = labels[:, None] == torch.arange(1000, 1000 + N)
+    kernels = cuda._Kernels()
+    for with_shift, limit in itertools.product((True, False), (math.inf, 0.1)):
+        weight = torch.empty(N, width, dtype=dtype)
+        problem = Problem(x_hat, weight, labels, torch.tensor(30.0), True, dtype, limit)
+        parts = (2, B)
+        terms = torch.empty(B, fused.padded(N), dtype=torch.bfloat16)
+        z, best = torch.empty(parts, dtype=torch.float64), torch.empty(parts)
+        best_class = torch.empty(parts, dtype=torch.int64)
+        given = shift if with_shift else None
+        kernels.cosine_exp(problem, 1000, x_hat, w_hat, factor, given, terms, z, best, best_class, False)
+        exponent = cosine * factor.double()[:, None] - (shift.double()[:, None] if with_shift else 0)
+        expected = exponent.exp2().masked_fill(target | (cosine > limit), 0)
+        assert not terms[:, N:].any()
+        assert relative(terms[:, :N].double(), expected) < 2**-8
+        assert torch.allclose(z.sum(0), expected.sum(1), rtol=1e-5, atol=1e-12)
+        negatives = cosine.masked_fill(target, -math.inf)
+        values, where = best.max(0)
+        assert torch.allclose(values.double(), negatives.max(1).values, atol=1e-6)
+        chosen = best_class.gather(0, where[None])[0]
+        found = chosen >= 0
+        assert torch.equal(found, values > -math.inf)
+        at = negatives[found].gather(1, (chosen[found] - 1000)[:, None])[:, 0]
+        assert torch.allclose(at, values[found].double(), atol=1e-6)
+        # Nothing but the sums, and nothing but the maxima under the filter.
+        alone = torch.empty(parts, dtype=torch.float64)
+        kernels.cosine_exp(problem, 1000, x_hat, w_hat, factor, given, None, alone, None, None, False)
+        assert torch.equal(alone, z)
+        kernels.cosine_exp(problem, 1000, x_hat, w_hat, factor * 100, None, None, None, best, best_class, True)
+        allowed = negatives.masked_fill(cosine > limit, -math.inf).max(1).values
+        assert torch.allclose(best.max(0).values.double(), allowed, atol=1e-6)
+        kernels.cosine_exp(problem, 1000, x_hat, w_hat, factor, None, None, None, best, best_class, True)
+        assert best.max() == -math.inf or (factor > 92.33).any()
+
+
+def check(case: Case, actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
+    """As near the exact result as half-precision operands allow: an error of 2^-11 in a cosine is one of s · 2^-11."""
+    scale = case.options.get("scale", 30.0)
+    smallest = min(each.norm(dim=1).min().item() for each in case.tensors(torch.float32)[:2])
+    floor = scale / smallest * 1e-3 if case.degenerate else 1e-12
+    for name, got, expected in zip(("loss", "features", "weight"), actual, exact, strict=True):
+        error, size = (got.double() - expected).norm().item(), expected.norm().item()
+        assert error <= 1e-2 * max(1.0, scale / 64) * size + floor, (name, error, size)
+
+
+@pytest.mark.parametrize("save_bytes", [None, 0, CHUNK * 24 * 2], ids=["kept", "recomputed", "mixed"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_the_reference(case: Case, save_bytes: int | None, emulated: None, short_chunks: None) -> None:
+    actual = ours(torch.float16, *case.tensors(torch.float32), save_bytes=save_bytes, **case.options)
+    check(case, actual, oracle(case, torch.float32))
+
+
+def test_a_wrong_result_would_be_seen(emulated: None) -> None:
+    case = BY_NAME["plain"]
+    exact = oracle(case, torch.float32)
+    loss, dx, dw = ours(torch.float16, *case.tensors(torch.float32))
+    wrong = [
+        (loss, torch.zeros_like(dx), dw),
+        (loss, dx, torch.zeros_like(dw)),
+        (loss, dx * 1.02, dw),
+        (loss, dx, dw * 1.02),
+    ]
+    wrong.append(ours(torch.float16, *case.tensors(torch.float32), margin=0.3))
+    for result in wrong:
+        with pytest.raises(AssertionError):
+            check(case, result, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+@pytest.mark.parametrize("own", [None, 0.9])
+@pytest.mark.parametrize("scale", [30.0, 64.0])
+def test_half_precision_errs_less_than_eager(dtype: torch.dtype, scale: float, own: float | None, emulated: None) -> None:
+    case = Case("", "", B=64, C=300, D=64, own=own, options={"scale": scale})
+    tensors, exact = case.tensors(torch.float32), oracle(case, torch.float32)
+    mine = ours(dtype, *tensors, scale=scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = evaluate(eager, *tensors, scale=scale)
+    for expected, got, other in zip(exact, mine, theirs, strict=True):
+        assert relative(got, expected) <= relative(other, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+def test_half_inputs_in_any_strides(dtype: torch.dtype, emulated: None) -> None:
+    case = BY_NAME["plain"]
+    features, weight, labels, upstream = case.tensors(dtype)
+    strided = features.repeat_interleave(2, 1)[:, ::2], weight.T.contiguous().T
+    actual = ours(dtype, *strided, labels, upstream)
+    assert [each.dtype for each in actual] == [torch.float32, dtype, dtype]
+    assert max(map(relative, actual, oracle(case, dtype))) < 1e-2
+
+
+def test_odd_rows(emulated: None, short_chunks: None) -> None:
+    features, weight, labels, upstream = Case("", "", B=40).tensors(torch.float32)
+    features[3], weight[5], labels[2:30:3] = 0, 0, 7
+    labels[6] = -100
+    exact = evaluate(ak.reference.am_softmax_loss, features.double(), weight.double(), labels, upstream)
+    features[6] = math.nan
+    actual = ours(torch.float16, features, weight, labels.int(), upstream)
+    assert not actual[1][6].any() and not actual[1][3].any() and not actual[2][5].any()
+    assert max(map(relative, actual, exact)) < 5e-3
+    features[8] = math.nan
+    loss = ours(torch.float16, features, weight, labels, upstream)[0]
+    assert loss[8].isnan() and loss.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 500.0}, {"normalize_features": False}, {"interclass_filter": 0.3}])
+def test_predictions(options: dict[str, Any], emulated: None, short_chunks: None) -> None:
+    features, weight, labels, _ = Case("", "", B=40, C=3 * CHUNK + 5, D=16).tensors(torch.float32)
+    features, weight = features.half().float(), weight.half().float()
+    features[:20] = weight[labels[:20]] + 0.1 * features[:20]
+    labels[4] = -100
+    expected = ak.reference.am_softmax_loss(features, weight, labels, return_predictions=True, **options)[1]
+    with torch.autocast("cpu", torch.float16):
+        _, predictions = ak.am_softmax_loss(features, weight, labels, backend="cuda", return_predictions=True, **options)
+    assert (predictions == expected).float().mean() > 0.9 and predictions[4] == -1
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_the_margin_kernel(reduction: str, normalize: bool, emulated: None) -> None:
+    """csrc/arithmetic.h against plain PyTorch in float64, from a target that is everything to one that is nothing."""
+    z = torch.tensor([0.0, 1e-30, 1.0, 1e10, 1e38, 1.0, 1.0, 1e-20, 0.0])
+    cosine = torch.tensor([0.5, 1.0, 1.0, -1.0, -1.0, 0.2, 0.35, 0.99, 0.0])
+    shift = torch.tensor([0.0, 0.0, 0.0, 0.0, 1400.0, -20.0, 0.0, 0.0, 0.0])
+    saved = [z, shift, cosine, torch.linspace(1, 50, 9), *[torch.empty(0)] * 6]
+    labels, count = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, -1]), torch.tensor(8)
+    scale = torch.tensor(60.0, dtype=torch.float64)
+    problem = Problem(torch.empty(0), torch.empty(9, 0), labels, scale, normalize, torch.float32, math.inf)
+    exact = margin.constant_margin(problem, Forward(*(each.double() for each in saved)), count, 0.35, reduction, True)
+    actual = cuda.constant_margin(problem, Forward(*saved), count, 0.35, reduction, True)
+    for got, expected in zip(actual, exact, strict=True):
+        assert torch.allclose(got.double(), expected, rtol=1e-6, atol=1e-45)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_labels(dtype: torch.dtype, emulated: None) -> None:
+    labels = torch.tensor([3, 100, 0, 5, 7, 4, 100]).to(dtype)
+    result, count = cuda.fused.labels(labels, 5, 100)
+    assert result.tolist() == [3, -1, 0, 5, 5, 4, -1] and count.item() == 5
+
+
+def test_errors_come_back_as_exceptions(emulated: None) -> None:
+    x = torch.empty(4, 16, dtype=torch.float64)
+    with pytest.raises(KeyError):
+        cuda_library.matrix(x)
+    problem = Problem(x.float(), x.float(), torch.zeros(4).long(), torch.tensor(30.0), True, torch.float32, math.inf)
+    with pytest.raises(RuntimeError, match="ak_cosine_exp: operands must be float16 or bfloat16"):
+        cuda._Kernels().cosine_exp(
+            problem,
+            0,
+            x.float(),
+            x.float(),
+            torch.ones(4),
+            None,
+            None,
+            torch.empty(1, 4, dtype=torch.float64),
+            None,
+            None,
+            False,
+        )
+
+
+NVCC = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
+
+
+@NVCC
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_it_builds_without_a_spill_and_exports_the_contract(arch: str) -> None:
+    """With warnings and spills as errors; from the cache where nothing has changed."""
+    library = cuda_library.Library(build.cached(arch))
+    assert library.tile_rows == library.tile_classes == 128
+    symbols = subprocess.run(["nm", "-D", "--defined-only", library.path], capture_output=True, text=True).stdout
+    exported = {line.split()[-1] for line in symbols.splitlines()}
+    assert exported == {*cuda_library.LAUNCHERS, *cuda_library.CONSTANTS}
+
+
+def test_the_cache_key_depends_on_what_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(build.sources(), tmp_path / "csrc")
+    monkeypatch.setattr(build, "sources", lambda: tmp_path / "csrc")
+    first = build.key("80")
+    assert build.key("80") == first != build.key("90a")
+    (tmp_path / "csrc" / "arithmetic.h").write_text("// changed\n")
+    assert build.key("80") != first
+
+
+def test_architectures() -> None:
+    for capability, expected in (
+        ((8, 0), "80"),
+        ((8, 6), "86"),
+        ((8, 7), "86"),
+        ((8, 9), "89"),
+        ((9, 0), "90a"),
+        ((12, 1), "120"),
+    ):
+        assert build.architecture(capability) == expected
+
+
+def test_without_nvcc_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    assert "install the CUDA toolkit" in (build.missing() or "")
+    with pytest.raises(build.BuildError, match="nvcc"):
+        build.build(["80"], tmp_path / "library.so")
+
+
+@NVCC
+def test_a_failed_build_shows_the_compilers_message_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "library.h").write_text("")
+    (tmp_path / "csrc" / "broken.cu").write_text("this is not C++\n")
+    monkeypatch.setattr(build, "sources", lambda: tmp_path / "csrc")
+    assert build.main(["--arch", "80", "--out", str(tmp_path / "library.so")]) == 1
+    assert "broken.cu" in capsys.readouterr().out
+    assert {each.name for each in tmp_path.iterdir()} == {"csrc"}
+
+
+@NVCC
+def test_eight_processes_share_one_build(tmp_path: Path) -> None:
+    """As eight ranks that start at once do."""
+    import os
+    import sys
+
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "library.h").write_text("")
+    (tmp_path / "csrc" / "one.cu").write_text('extern "C" int one() { return 1; }\n')
+    script = (
+        "from pathlib import Path; from amsoftmax_kernels import build; "
+        f"build.sources = lambda: Path({str(tmp_path / 'csrc')!r}); first = build.build; "
+        "build.build = lambda *args: (print('built'), first(*args)); print(build.cached('80'))"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", script]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(8)]
+    outputs = [each.communicate(timeout=120)[0] for each in running]
+    assert all(each.returncode == 0 for each in running)
+    assert sum("built" in each for each in outputs) == 1 and len({each.splitlines()[-1] for each in outputs}) == 1
+
+
+@NVCC
+@pytest.mark.gpu
+@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.degenerate], ids=lambda case: case.name)
+def test_on_a_gpu(case: Case, save_bytes: int | None) -> None:
+    """The same library where it belongs: built for this GPU, nothing emulated."""
+    tensors = [each.cuda() for each in case.tensors(torch.float32)]
+    with torch.autocast("cuda", torch.float16):
+        actual = evaluate(ak.am_softmax_loss, *tensors, backend="cuda", save_bytes=save_bytes, **case.options)
+    check(case, tuple(each.cpu() for each in actual), oracle(case, torch.float32))
