@@ -32,6 +32,18 @@ def register(
         torch.library.register_autograd(f"amsoftmax_kernels::{name}", _no_gradient, lib=_library)
 
 
+def gradients_fake(
+    features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fake of every backend's backward operator: gradients of features, weight and scale, of size 0 if not needed."""
+    need_features, need_weight, need_scale = rest[-3:]
+    return (
+        features.new_empty(features.shape if need_features else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        scale.new_empty(() if need_scale else 0),
+    )
+
+
 def is_traced(tensor: Tensor) -> bool:
     """Whether only an operator will do; its body can be called as it is otherwise, which spares some 10 µs."""
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)

@@ -127,7 +127,8 @@ def sanitizer() -> Row:
 
 def gpu_tests() -> Row:
     """The repository's own tests of the kernels, on this device."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_triton.py", "tests/test_cuda.py", "tests/test_loss.py"]
+    tests = ("tests/test_triton.py", "tests/test_cuda.py", "tests/test_loss.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *tests]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=400)
     except subprocess.TimeoutExpired:

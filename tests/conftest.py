@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +19,17 @@ from .cases import CHUNK
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few classes, so that small problems take several."""
     monkeypatch.setattr(chunked, "_chunk_size", lambda batch, dim, device: CHUNK)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Every new tensor starts as NaN: what a kernel forgets to write shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,7 +6,6 @@ import itertools
 import math
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +40,12 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.L
 
 
 @pytest.fixture
-def emulated(emulated_library: cuda_library.Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CUDA backend on CPU tensors; new tensors start as NaN, so that what a kernel forgets to write shows."""
+def emulated(emulated_library: cuda_library.Library, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA backend on CPU tensors."""
     monkeypatch.setattr(cuda, "_library", lambda device: emulated_library)
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 2)
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
     monkeypatch.setattr(cuda, "serves", lambda device, dtype: dtype in DTYPES)
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..arguments import accumulate_dtype, no_autocast
 from ..arguments import canonical_labels as canonical_labels
-from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, is_traced, register
+from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced, register
 from . import Forward, Problem, one_chunk
 from .budget import BOUNDED_SCALE, kept_classes
 from .host_memory import advise_huge_pages
@@ -400,15 +400,6 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _backward_fake(features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_features, need_weight, need_scale = rest[-3:]
-    return (
-        features.new_empty(features.shape if need_features else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
-        scale.new_empty(() if need_scale else 0),
-    )
-
-
 register(
     "chunked_forward",
     f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict) -> ({', '.join(['Tensor'] * 10)})",
@@ -420,5 +411,5 @@ register(
     f"({PROBLEM_SCHEMA}, Tensor shift, Tensor cosine, Tensor norm, Tensor inverse_norm, Tensor kept, Tensor kept_shift, "
     f"{GRADS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _backward,
-    _backward_fake,
+    gradients_fake,
 )

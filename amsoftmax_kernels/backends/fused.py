@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..arguments import no_autocast
-from ..operators import GRADS_SCHEMA, LABELS_SCHEMA, PROBLEM_SCHEMA, is_traced, register
+from ..operators import GRADS_SCHEMA, LABELS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced, register
 from . import Forward, Problem
 from .budget import BOUNDED_SCALE, kept_classes
 
@@ -114,7 +114,7 @@ class Fused:
             f"({PROBLEM_SCHEMA}, {vectors}, Tensor inverse_norm, Tensor kept, Tensor rows, {GRADS_SCHEMA})"
             " -> (Tensor, Tensor, Tensor)",
             self._backward,
-            _backward_fake,
+            gradients_fake,
         )
         register(
             f"{name}_constant_margin",
@@ -423,15 +423,6 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
         features.new_empty((B, padded(D)) if need_rows else 0, dtype=torch.float32),
         features.new_empty(B if predict else 0, dtype=torch.float32),
         labels.new_empty(B if predict else 0),
-    )
-
-
-def _backward_fake(features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_features, need_weight, need_scale = rest[-3:]
-    return (
-        features.new_empty(features.shape if need_features else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
-        scale.new_empty(() if need_scale else 0),
     )
 
 
