@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import fcntl
 import hashlib
 import os
 import shutil
@@ -18,12 +17,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# A spill is an error: it would be a slow kernel that nobody sees. No fast-math: exponentials say where they are approximate.
-FLAGS = (
-    "-std=c++17", "-O3", "-lineinfo", "-Xptxas", "--warn-on-spills,-Werror", "-Werror", "all-warnings",
-    "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra",
-)  # fmt: skip
-ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+# No fast-math: exponentials say where they are approximate.
+FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+# For development: a spill would be a slow kernel that nobody sees. A user's other compiler may warn of what ours does not.
+STRICT = ("-Xptxas", "--warn-on-spills,-Werror", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra")
+ARCHITECTURES = ("80", "86", "87", "89", "90a", "100", "103", "110", "120", "121")
+# PTX beside each: what runs on a GPU that is newer than all of them.
+_FALLBACK = "-gencode=arch=compute_80,code=compute_80"
+_PREBUILT = "AMSOFTMAX_KERNELS_LIBRARY"  # names a library that was built ahead of time
 
 
 class BuildError(RuntimeError):
@@ -37,12 +38,20 @@ def sources() -> Path:
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """What nvcc calls the newest architecture that this compute capability runs: 9.0 is 90a, with its own instructions."""
-    if capability == (9, 0):
-        return "90a"
-    fitting = [each for each in ARCHITECTURES if not each.endswith("a") and int(each) <= capability[0] * 10 + capability[1]]
-    same_major = [each for each in fitting if int(each) // 10 == capability[0]]
-    return (same_major or fitting)[-1]
+    """What nvcc calls the architecture to compile for: a GPU runs its own, or an older one of the same major version.
+
+    9.0 is 90a, with instructions of its own; where none fits, 80, whose PTX every newer GPU can run.
+    """
+    number = capability[0] * 10 + capability[1]
+    known = {int(each.rstrip("a")): each for each in ARCHITECTURES}
+    same = [each for each in known if each // 10 == capability[0] and each <= number and each != 87]  # 87 is Orin's alone
+    return known[number] if number in known else known[max(same)] if same else "80"
+
+
+def prebuilt() -> Path | None:
+    """The library that the environment variable AMSOFTMAX_KERNELS_LIBRARY names, if it is set."""
+    value = os.environ.get(_PREBUILT)
+    return Path(value) if value else None
 
 
 def find_nvcc() -> str | None:
@@ -53,7 +62,12 @@ def find_nvcc() -> str | None:
 
 
 def missing() -> str | None:
-    """What has to be installed before anything can be built; None if nothing."""
+    """What has to be installed before a library can be had; None if nothing."""
+    library = prebuilt()
+    if library is not None:
+        return None if library.is_file() else f"{_PREBUILT} names {library}, which is not there"
+    if os.name != "posix":
+        return "built on Linux only"
     if find_nvcc() is None:
         return "no nvcc on the path or under CUDA_HOME: install the CUDA toolkit"
     if not (sources() / "library.h").is_file():
@@ -61,28 +75,30 @@ def missing() -> str | None:
     return None
 
 
-def cached(arch: str) -> Path:
+def cached(arch: str, strict: bool = False) -> Path:
     """The library for one architecture, built now if the sources, the flags or nvcc have changed. Safe in many processes.
 
     Raises:
         BuildError: nvcc is missing or refuses the sources.
     """
+    import fcntl  # not on Windows
+
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amsoftmax_kernels"
-    path = folder / f"{key(arch)}.so"
+    path = folder / f"{key(arch, strict)}.so"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{key(arch)}.lock", "w", encoding="utf-8") as lock:
+    with open(path.with_suffix(".lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first to come builds, the others find it built
         if not path.exists():
-            build([arch], path)
+            build([arch], path, strict)
     return path
 
 
-def key(arch: str) -> str:
+def key(arch: str, strict: bool = False) -> str:
     """A name that changes with whatever the library depends on."""
     digest = hashlib.sha256()
-    for part in (_nvcc_version(), arch, *FLAGS):
+    for part in (_nvcc_version(), arch, *FLAGS, *(STRICT if strict else ())):
         digest.update(part.encode() + b"\0")
     for path in sorted(sources().iterdir()):
         if path.suffix in (".cu", ".cuh", ".h"):
@@ -90,22 +106,24 @@ def key(arch: str) -> str:
     return f"sm_{arch}-{digest.hexdigest()[:24]}"
 
 
-def build(architectures: Sequence[str], out: Path) -> None:
+def build(architectures: Sequence[str], out: Path, strict: bool = False) -> None:
     """Compile for every architecture in ``architectures`` into one library, which appears at ``out`` whole or not at all.
+
+    ``strict``: warnings and spilled registers are errors.
 
     Raises:
         BuildError: as :func:`cached`.
     """
-    reason = missing()
-    if reason is not None:
-        raise BuildError(reason)
-    targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures]
-    nvcc = find_nvcc() or ""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError(missing() or "no nvcc")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    targets = [_FALLBACK, *(f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures)]
     out = out.absolute()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as name:
         folder = Path(name)
         commands = [
-            [nvcc, *FLAGS, *targets, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+            [nvcc, *FLAGS, *(STRICT if strict else ()), *targets, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
             for source in sorted(sources().glob("*.cu"))
         ]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

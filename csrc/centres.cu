@@ -88,6 +88,7 @@ const char* ak_prepare_centres(const AkCentres* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     [[maybe_unused]] cudaStream_t stream = static_cast<cudaStream_t>(where->stream);
     const unsigned blocks = unsigned((p->weight.rows + ak::kWarps - 1) / ak::kWarps);
+    if (!ak::aligned_rows(p->w_hat, 2)) return "rows of normalized centres must start at multiples of 16 bytes";
     return ak::with_type(p->weight.type, [&](auto w) {
         return ak::with_type(p->w_hat.type, [&](auto o) {
             using W = typename decltype(w)::type;
@@ -105,6 +106,7 @@ const char* ak_finish_centres(const AkFinishCentres* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     [[maybe_unused]] cudaStream_t stream = static_cast<cudaStream_t>(where->stream);
     const unsigned blocks = unsigned((p->grad.rows + ak::kWarps - 1) / ak::kWarps);
+    if (!ak::aligned_rows(p->grad_unit, 4)) return "rows of the unit centres' gradient must start at multiples of 16 bytes";
     return ak::with_type(p->weight.type, [&](auto w) {
         using W = typename decltype(w)::type;
         if (ak::aligned_rows(p->weight, sizeof(W)) && ak::aligned_rows(p->grad, sizeof(W)))

@@ -2,7 +2,7 @@
 // exponential, the target's mask, the row sums and the store of E in its epilogue.
 //
 // A block owns 128 rows and every `streams`-th tile of 128 classes, so that its rows' sums never leave it. Two blocks share an
-// SM: one's epilogue runs under the other's products. Operands lie in shared memory in rows of 64 bytes whose four 16-byte
+// SM where its shared memory has room (not on 8.6, 8.9 and 12.0): one's epilogue runs under the other's products. Operands lie in shared memory in rows of 64 bytes whose four 16-byte
 // parts are permuted, so that the eight rows of a matrix that is loaded at once fall into different banks.
 #include "arithmetic.h"
 #include "launch.cuh"
@@ -194,14 +194,29 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
 
 template <class T, bool BEST, bool FILTER>
 const char* launch(const AkCosine& p, [[maybe_unused]] const AkWhere& where) {
-#ifndef AK_EMULATE
-    cudaError_t error =
-        cudaFuncSetAttribute(cosine_exp<T, BEST, FILTER>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-#endif
     const dim3 grid(unsigned((p.x_hat.rows + kRows - 1) / kRows), unsigned(p.streams));
     AK_LAUNCH((cosine_exp<T, BEST, FILTER>), grid, kThreads, kShared, static_cast<cudaStream_t>(where.stream), p);
     return launch_error();
+}
+
+// Loads the kernel on the current device and lets it have its shared memory; whether it can run there shows here.
+template <class T, bool BEST, bool FILTER>
+const char* prepare() {
+#ifndef AK_EMULATE
+    auto error = cudaFuncSetAttribute(cosine_exp<T, BEST, FILTER>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+    if (error != cudaSuccess) {
+        cudaGetLastError();  // not left to the next launch
+        return cudaGetErrorString(error);
+    }
+#endif
+    return nullptr;
+}
+
+template <class T>
+const char* prepare() {
+    for (const char* error : {prepare<T, false, false>(), prepare<T, false, true>(), prepare<T, true, false>(), prepare<T, true, true>()})
+        if (error) return error;
+    return nullptr;
 }
 
 template <class T>
@@ -220,10 +235,29 @@ int32_t ak_tile_rows() { return ak::kRows; }
 int32_t ak_tile_classes() { return ak::kClasses; }
 int32_t ak_version() { return 1; }
 
+const char* ak_check(const AkWhere* where, int32_t* blocks) {
+    ak::DeviceGuard guard(where->device);
+    for (const char* error : {ak::prepare<ak::half>(), ak::prepare<ak::bfloat16>()})
+        if (error) return error;
+    *blocks = 2;
+#ifndef AK_EMULATE
+    auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, ak::cosine_exp<ak::bfloat16, false, false>, ak::kThreads,
+                                                               ak::kShared);
+    if (error != cudaSuccess) {
+        cudaGetLastError();
+        return cudaGetErrorString(error);
+    }
+#endif
+    return nullptr;
+}
+
 const char* ak_cosine_exp(const AkCosine* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     if (p->terms.data && p->terms.type != AK_BFLOAT16) return "E must be bfloat16";
     if (p->x_hat.type != p->w_hat.type) return "features and centres must have one operand type";
+    if (p->x_hat.columns != p->w_hat.columns) return "features and centres must have one width";
+    for (const AkMatrix* matrix : {&p->x_hat, &p->w_hat, &p->terms})
+        if (matrix->data && !ak::aligned_rows(*matrix, 2)) return "rows must start at multiples of 16 bytes";
     switch (p->x_hat.type) {
         case AK_FLOAT16: return ak::launch<ak::half>(*p, *where);
         case AK_BFLOAT16: return ak::launch<ak::bfloat16>(*p, *where);

@@ -125,4 +125,7 @@ AK_EXPORT const char* ak_finish_rows(const AkFinishRows*, const AkWhere*);
 AK_EXPORT int32_t ak_tile_rows();
 AK_EXPORT int32_t ak_tile_classes();
 AK_EXPORT int32_t ak_version();
+
+// Before anything else on a device: whether the kernels run there, and how many blocks of the cosine kernel an SM holds.
+AK_EXPORT const char* ak_check(const AkWhere*, int32_t* blocks);
 }

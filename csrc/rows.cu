@@ -13,7 +13,7 @@ __device__ inline double element(const T* row, int64_t column, int64_t stride, b
 }
 
 template <class T>
-__global__ void canonical_labels(AkLabels p) {
+__global__ void __launch_bounds__(1024) canonical_labels(AkLabels p) {
     const T* labels = static_cast<const T*>(p.labels);
     int64_t count = 0;
     for (int64_t row = threadIdx.x; row < p.batch; row += blockDim.x) {
@@ -71,7 +71,7 @@ __global__ void factor_rows(AkFactor p) {
     if (p.x_hat.data && threadIdx.x == 0) p.factor[row] = s * kLog2e;
 }
 
-__global__ void constant_margin(AkMargin p) {
+__global__ void __launch_bounds__(1024) constant_margin(AkMargin p) {
     const double count = double(*p.num_rows);
     double total = 0;
     for (int64_t row = threadIdx.x; row < p.batch; row += blockDim.x) {
@@ -168,20 +168,31 @@ __global__ void finish_rows(AkFinishRows p) {
     int earlier = 0;
     for (int64_t other = threadIdx.x; other < row; other += kThreads) earlier += p.labels[other] == label;
     if (__syncthreads_or(earlier)) return;
+    // Summed in registers and rounded once, four columns a thread at a time.
     W* grad = writable_row<W>(p.grad_weight, label);
-    for (int64_t first = row; first < batch; first += kThreads) {
-        const int64_t mine = first + threadIdx.x;
-        if (!__syncthreads_or(mine < batch && p.labels[mine] == label)) continue;
-        for (int64_t other = first; other < batch && other < first + kThreads; ++other) {
-            if (p.labels[other] != label) continue;
-            const X* x = row_of<X>(p.features, other);
-            const double x_inverse = inverse(double(p.norm[other])), t = p.cosine[other];
-            const double tau = p.grad_cosine[other] * w_inverse;
-            for (int64_t i = threadIdx.x; i < D; i += kThreads) {
-                double x_unit = element(x, i, p.features.column_stride, true) * x_inverse;
-                double w_unit = element(w, i, p.weight.column_stride, true) * w_inverse;
-                grad[i] = from_float<W>(float(to_float(grad[i]) + tau * (x_unit - t * w_unit)));
+    for (int64_t column = threadIdx.x; column < D + threadIdx.x; column += 4 * kThreads) {
+        double sum[4] = {};
+        for (int64_t first = row; first < batch; first += kThreads) {
+            const int64_t mine = first + threadIdx.x;
+            if (!__syncthreads_or(mine < batch && p.labels[mine] == label)) continue;
+            for (int64_t other = first; other < batch && other < first + kThreads; ++other) {
+                if (p.labels[other] != label) continue;
+                const X* x = row_of<X>(p.features, other);
+                const double x_inverse = inverse(double(p.norm[other])), t = p.cosine[other];
+                const double tau = p.grad_cosine[other] * w_inverse;
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const int64_t i = column + k * kThreads;
+                    const double x_unit = element(x, i, p.features.column_stride, i < D) * x_inverse;
+                    const double w_unit = element(w, i, p.weight.column_stride, i < D) * w_inverse;
+                    sum[k] += tau * (x_unit - t * w_unit);
+                }
             }
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const int64_t i = column + k * kThreads;
+            if (i < D) grad[i] = from_float<W>(float(to_float(grad[i]) + sum[k]));
         }
     }
 }

@@ -41,9 +41,9 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 @functools.cache
 def _builds(device: torch.device) -> bool:
     try:
-        _library(device)
-    except (build.BuildError, OSError) as error:
-        warnings.warn(f"amsoftmax_kernels: the CUDA library was not built, other backends serve:\n{error}", stacklevel=2)
+        _blocks(device)
+    except (build.BuildError, OSError, RuntimeError) as error:
+        warnings.warn(f"amsoftmax_kernels: the CUDA library cannot be had, other backends serve:\n{error}", stacklevel=2)
         return False
     return True
 
@@ -51,6 +51,12 @@ def _builds(device: torch.device) -> bool:
 @functools.cache
 def _library(device: torch.device) -> c.Library:
     return c.library(build.architecture(torch.cuda.get_device_capability(device)))
+
+
+@functools.cache
+def _blocks(device: torch.device) -> int:
+    """Blocks of the cosine kernel that an SM holds, once the kernels are known to run."""
+    return _library(device).check(device)
 
 
 @functools.cache
@@ -65,7 +71,7 @@ class _Kernels:
         device = problem.weight.device
         library = _library(device)
         blocks, tiles = -(-len(problem.features) // library.tile_rows), -(-classes // library.tile_classes)
-        return streams_for(2 * _multiprocessors(device), blocks, tiles)
+        return streams_for(_blocks(device) * _multiprocessors(device), blocks, tiles)
 
     def canonical_labels(self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor) -> None:
         parameters = c.Labels(

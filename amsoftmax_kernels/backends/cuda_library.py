@@ -88,6 +88,8 @@ class Library:
         version = self._library.ak_version()
         if version != VERSION:
             raise RuntimeError(f"{path} has version {version} of the interface, this package {VERSION}: build it again")
+        self._library.ak_check.argtypes = [ctypes.POINTER(Where), ctypes.POINTER(c_int32)]
+        self._library.ak_check.restype = c_char_p
         self.tile_rows: int = self._library.ak_tile_rows()
         self.tile_classes: int = self._library.ak_tile_classes()
 
@@ -99,11 +101,19 @@ class Library:
         if error is not None:
             raise RuntimeError(f"{name}: {error.decode()}")
 
+    def check(self, device: torch.device) -> int:
+        """Blocks of the cosine kernel that an SM of this device holds; RuntimeError if the kernels do not run there."""
+        blocks = c_int32()
+        error = self._library.ak_check(ctypes.byref(Where(None, device.index or 0, 0)), ctypes.byref(blocks))
+        if error is not None:
+            raise RuntimeError(f"the kernels of {self.path} do not run on {device}: {error.decode()}")
+        return blocks.value
+
 
 @functools.cache
 def library(arch: str) -> Library:
-    """The library for an architecture, built if it is not there yet."""
-    return Library(build.cached(arch))
+    """The library built ahead of time if there is one, else that of an architecture, built if it is not there yet."""
+    return Library(build.prebuilt() or build.cached(arch))
 
 
 def matrix(tensor: Tensor | None) -> ctypes.Structure:
