@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -257,6 +258,12 @@ def test_it_builds_without_a_spill_and_exports_the_contract(arch: str) -> None:
     symbols = subprocess.run(["nm", "-D", "--defined-only", library.path], capture_output=True, text=True).stdout
     exported = {line.split()[-1] for line in symbols.splitlines()}
     assert exported == {*cuda_library.LAUNCHERS, *cuda_library.CONSTANTS, "ak_check"}
+    triton = pytest.importorskip("triton")  # which brings a disassembler along
+    command = [triton.knobs.nvidia.cuobjdump.path, "-sass", library.path]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for instruction in (r"HMMA\.16816\.F32\.BF16", r"LDSM", r"LDGSTS\.E\.BYPASS\.128", r"LDG\.E\.128", r"STG\.E\.128"):
+        assert re.search(rf"\b{instruction}\b", code), instruction
+    assert not re.search(r"\b(LDL|STL)\b", code)
 
 
 def test_the_cache_key_depends_on_what_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
