@@ -137,13 +137,13 @@ def test_every_peer_here_computes_the_loss() -> None:
 
 
 def test_peak_memory_sees_the_logits() -> None:
-    """Eager holds several B×C matrices; ours with save_bytes=0 holds none."""
-    B, D, C = 256, 16, 40_000
+    """Eager holds several B×C matrices, of 205 MB each; ours with save_bytes=0 some tens of MB whatever C is."""
+    B, D, C = 256, 16, 200_000
     eager, ours = (measure.peak_memory(name, B, D, C, CPU) for name in ("eager PyTorch", "ours, save_bytes=0"))
     if eager is None or ours is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert eager["above_inputs_and_gradients"] > 2 * 4 * B * C
-    assert ours["above_inputs_and_gradients"] < 0.5 * 4 * B * C
+    assert ours["above_inputs_and_gradients"] < 0.3 * 4 * B * C
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "0"], ["--classes", "-1"], ["--threads", "0"]])
