@@ -100,7 +100,7 @@ def _cosine_exp(card: Card, config: Config, B: int, D: int, C: int) -> dict[str,
     """Seconds of the fused kernel by what could bound it; its products as fast as a library's, its epilogue after them."""
     tiles = -(-B // config.rows) * -(-C // config.classes)
     elements = config.rows * config.classes
-    waves = tiles / (card.multiprocessors * config.resident) * config.resident
+    waves = tiles / card.multiprocessors
     # 16 exponentials a clock and SM; a multiply, an add and half a conversion an element beside them, 128 a clock; the
     # rest (barriers, the tile's way to memory, filling the pipeline) assumed at 600 clocks a tile.
     epilogue = max(elements / 16, elements * 3.5 / 128) + 600

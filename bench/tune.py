@@ -84,14 +84,12 @@ def candidates(capability: tuple[int, int], how: str) -> Iterator[Config]:
     size = 2 if how == "half" else 4
     room = 227 << 10 if capability[0] >= 9 else 163 << 10
     tiles = {
-        "half": [(128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4), (64, 256, 8), (128, 192, 8)],
+        "half": [(128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4), (64, 256, 8)],
         "tf32": [(128, 128, 8), (128, 256, 8), (64, 128, 4), (64, 256, 8)],
         "float32": [(128, 64, 8), (64, 64, 4), (64, 64, 8), (128, 128, 8)],
     }[how]
     depths = {"half": (64, 32, 128), "tf32": (32, 64), "float32": (16, 32)}[how]
     for (rows, classes, warps), depth, stages in itertools.product(tiles, depths, (3, 4, 2)):
-        if classes & (classes - 1):
-            continue  # Triton's tiles are powers of two
         for split in (True, False) if bulk else (False,):
             staged = rows * classes * (2 if how == "half" else 4) // (2 if split else 1) if bulk else 0
             memory = stages * (rows + classes) * depth * size + staged

@@ -198,8 +198,4 @@ struct Operands {
     uint32_t a[4], b[2];
 };
 
-// c[16, 8] += a[16, 16] b[16, 8]: PTX's mma.m16n8k16 fragments. T: half or bfloat16.
-template <class T>
-inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-
 }  // namespace ak
