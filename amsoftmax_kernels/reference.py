@@ -58,7 +58,27 @@ def loss_rows(
     """The rows' losses and predicted classes ``[B]`` for checked arguments and canonical labels."""
     dtype = accumulate_dtype(compute_dtype(features, weight))
     with no_autocast(features.device):
-        return _formula(features.to(dtype), weight.to(dtype), labels, scale, margin, normalize_features, interclass_filter)
+        x, w = features.to(dtype), weight.to(dtype)
+        num_classes = w.shape[0]
+        x = x.masked_fill((labels < 0)[:, None], 0)
+        target = labels.clamp(0, num_classes - 1)
+        norm = torch.linalg.vector_norm(x, dim=1).masked_fill(labels < 0, 1)
+        s = scale if normalize_features else norm
+        if isinstance(s, Tensor):
+            s = s.to(x.device, x.dtype)
+
+        cos = _unit_rows(x) @ _unit_rows(w).T
+        t = cos.gather(1, target[:, None])[:, 0]
+        t = t.masked_fill(labels >= num_classes, math.nan)
+        logits = cos * (s[:, None] if isinstance(s, Tensor) and s.dim() else s)
+        left_out = is_target = torch.arange(num_classes, device=x.device) == target[:, None]
+        if interclass_filter is not None:
+            left_out = is_target | (cos > interclass_filter)
+        log_z = logits.masked_fill(left_out, -math.inf).logsumexp(1)
+        rows = softplus(log_z - s * target_psi(margin, t, target, norm), threshold=40)
+        best, best_class = cos.detach().masked_fill(is_target, -math.inf).max(1)
+        best_class = best_class.masked_fill(best.isnan(), -1)
+        return rows, torch.where(t.detach() >= best, labels, best_class)
 
 
 def cosine(features: Tensor, weight: Tensor) -> Tensor:
@@ -67,37 +87,6 @@ def cosine(features: Tensor, weight: Tensor) -> Tensor:
     with no_autocast(features.device):
         cos: Tensor = _unit_rows(features.to(dtype)) @ _unit_rows(weight.to(dtype)).T
     return cos
-
-
-def _formula(
-    x: Tensor,
-    w: Tensor,
-    labels: Tensor,
-    scale: float | Tensor,
-    margin: Margin,
-    normalize_features: bool,
-    interclass_filter: float | None,
-) -> tuple[Tensor, Tensor]:
-    num_classes = w.shape[0]
-    x = x.masked_fill((labels < 0)[:, None], 0)
-    target = labels.clamp(0, num_classes - 1)
-    norm = torch.linalg.vector_norm(x, dim=1).masked_fill(labels < 0, 1)
-    s = scale if normalize_features else norm
-    if isinstance(s, Tensor):
-        s = s.to(x.device, x.dtype)
-
-    cos = _unit_rows(x) @ _unit_rows(w).T
-    t = cos.gather(1, target[:, None])[:, 0]
-    t = t.masked_fill(labels >= num_classes, math.nan)
-    logits = cos * (s[:, None] if isinstance(s, Tensor) and s.dim() else s)
-    left_out = is_target = torch.arange(num_classes, device=x.device) == target[:, None]
-    if interclass_filter is not None:
-        left_out = is_target | (cos > interclass_filter)
-    log_z = logits.masked_fill(left_out, -math.inf).logsumexp(1)
-    rows = softplus(log_z - s * target_psi(margin, t, target, norm), threshold=40)
-    best, best_class = cos.detach().masked_fill(is_target, -math.inf).max(1)
-    best_class = best_class.masked_fill(best.isnan(), -1)
-    return rows, torch.where(t.detach() >= best, labels, best_class)
 
 
 def _unit_rows(matrix: Tensor) -> Tensor:
