@@ -120,11 +120,7 @@ def am_softmax_loss(
         loss = reduce_rows(rows, labels, num_rows, reduction)
         return (loss, predictions) if return_predictions else loss
 
-    s: float | Tensor = scale
-    if not isinstance(scale, Tensor):
-        scale = torch.tensor(scale, dtype=torch.float64, device="cpu")  # 0-d on the CPU: read without synchronizing
-    elif scale.requires_grad:
-        s = scale = scale.to(features.device)
+    scale, s = scale_tensor(scale, features.device)
     differentiated = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad or scale.requires_grad)
     if not differentiated:
         save_bytes = 0
@@ -144,16 +140,26 @@ def am_softmax_loss(
         )
     else:
         log_z, cosine, norm, best, best_class = AMSoftmaxFunction.apply(*problem, *how)  # type: ignore[no-untyped-call]
-        rows = _loss_rows(log_z, cosine, norm, labels, weight.shape[0], s if normalize_features else norm, as_margin(margin))
+        rows = loss_rows(log_z, cosine, norm, labels, weight.shape[0], s if normalize_features else norm, as_margin(margin))
         loss = reduce_rows(rows, labels, num_rows, reduction)
     if not return_predictions:
         return loss
     return loss, torch.where(cosine.detach() >= best, labels, best_class)
 
 
-def _loss_rows(
+def scale_tensor(scale: float | Tensor, device: torch.device) -> tuple[Tensor, float | Tensor]:
+    """s as backends take it and as the loss does: a number lies on the CPU, where reading it does not synchronize."""
+    if not isinstance(scale, Tensor):
+        return torch.tensor(scale, dtype=torch.float64, device="cpu"), scale
+    if scale.requires_grad:
+        scale = scale.to(device)
+    return scale, scale
+
+
+def loss_rows(
     log_z: Tensor, cosine: Tensor, norm: Tensor, labels: Tensor, num_classes: int, s: float | Tensor, margin: Margin
 ) -> Tensor:
+    """softplus(log z − s·ψ(t)) for vectors ``[B]`` as :class:`AMSoftmaxFunction` returns them."""
     if cosine.device.type != "cpu":  # on the CPU such a label was an error
         cosine = torch.where(labels < num_classes, cosine, math.nan)
     with no_autocast(cosine.device):
@@ -174,7 +180,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
         raise RuntimeError("am_softmax_loss can be differentiated once; backend='reference' can be any number of times")
 
 
-def _once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
     """PyTorch's decorator of this name lets a second gradient vanish silently where the upstream one is a constant."""
 
     @functools.wraps(backward)
@@ -217,7 +223,7 @@ class AMSoftmaxFunction(torch.autograd.Function):
         return torch.add(out.z.log(), out.shift, alpha=math.log(2)), out.cosine, out.norm, out.best, out.best_class
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(
         ctx: Any, grad_log_z: Tensor | None, grad_cosine: Tensor | None, grad_norm: Tensor | None, *unused: None
     ) -> tuple[Tensor | None, ...]:
@@ -247,7 +253,7 @@ class _ConstantMarginLoss(torch.autograd.Function):
         return loss, out.cosine, out.best, out.best_class
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 15

@@ -66,7 +66,7 @@ class AMSoftmaxLoss(nn.Module):
         self.embedding_dim, self.num_classes = embedding_dim, num_classes
         self.normalize_features, self.reduction, self.ignore_index = normalize_features, reduction, ignore_index
         self.interclass_filter, self.backend, self.save_bytes = interclass_filter, backend, save_bytes
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(self._empty_weight(device, dtype))
         self.scale: float | Tensor
         self.margin: float | Tensor | Margin
         for name, value in (("scale", scale), ("margin", margin)):
@@ -80,6 +80,9 @@ class AMSoftmaxLoss(nn.Module):
             else:
                 setattr(self, name, value)
         self.reset_parameters()
+
+    def _empty_weight(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+        return torch.empty(self.num_classes, self.embedding_dim, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Draw the centres anew: isotropic directions, norms near 1."""

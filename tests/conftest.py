@@ -13,12 +13,21 @@ if not torch.cuda.is_available():
 from amsoftmax_kernels.backends import chunked
 
 from .cases import CHUNK
+from .ranks import Ranks
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few classes, so that small problems take several."""
     monkeypatch.setattr(chunked, "_chunk_size", lambda batch, dim, device: CHUNK)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Four processes to be ranks."""
+    started = Ranks(4)
+    yield started
+    started.close()
 
 
 @pytest.fixture

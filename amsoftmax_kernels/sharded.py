@@ -1,0 +1,261 @@
+"""The loss over sharded classes: each rank's own work through a backend, vectors of length B put together between ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .arguments import accumulate_dtype
+from .backends.budget import BOUNDED_SCALE
+from .backends.norms import row_norms
+from .functional import once_differentiable
+from .sampling import draw_classes
+from .sharding import ClassShards, Rows
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many of the shard's classes to draw, and what becomes of them."""
+
+    size: int  # less than the shard's classes
+    seed: Tensor  # 0-d int64 on the features' device
+    step: Tensor  # 0-d int64 there, counted up by the backward pass: a forward pass run twice draws the same
+    corrected: bool  # whether those drawn stand for all the others in the softmax's denominator
+    accumulate: Callable[[Tensor, Tensor], None] | None  # takes classes and their gradients; None: a dense gradient
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step's function is given beside its tensors."""
+
+    shards: ClassShards
+    rows: Rows
+    normalize_features: bool
+    compute_dtype: torch.dtype
+    interclass_filter: float
+    save_bytes: int
+    predict: bool
+    backend: str
+    sampling: Sampling | None
+
+    def problem(self, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> backends.Problem:
+        return backends.Problem(
+            features, weight, labels, scale, self.normalize_features, self.compute_dtype, self.interclass_filter
+        )
+
+
+@dataclass
+class _Panel:
+    """Classes that a backend is given at once."""
+
+    weight: Tensor  # [n, D]
+    labels: Tensor  # [B]
+    classes: Tensor | None  # [n] where they are in the shard; None: all of it
+    factor: float = 1.0  # how many classes each stands for
+    out: backends.Forward | None = None
+
+
+class ShardedFunction(torch.autograd.Function):
+    """:class:`AMSoftmaxFunction` over a mesh: from this rank's rows and classes to the vectors of all rows, on every rank.
+
+    ``apply(features, labels, weight, scale, anchor, plan)`` with ``features [b, D]`` and canonical ``labels [b]`` of this
+    rank, and its shard of the centres; ``anchor`` is a number that needs a gradient where the centres' does not go through
+    autograd. Returns log z, t and ‖x‖ ``[B]``, differentiable once, then the labels ``[B]``, and the largest cosine of a
+    negative and its class for the rows of this replica (of size 0 if not asked for).
+
+    A rank's gradient of its features is that of the mean over all ranks' losses times their number: what
+    DistributedDataParallel, which averages over ranks, must be given.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, labels: Tensor, weight: Tensor, scale: Tensor, anchor: Tensor | None, plan: Plan
+    ) -> tuple[Tensor, ...]:
+        shards, dtype = plan.shards, accumulate_dtype(plan.compute_dtype)
+        own = features if shards.shards == 1 else features.to(plan.compute_dtype)
+        x, labels = shards.gather_rows(own, labels, plan.rows)
+        x = x if shards.shards == 1 else x.to(dtype)
+        all_labels = shards.gather_replicas(labels[None], plan.rows)[0]
+        panels = _panels(shards.local_labels(labels), shards.local_labels(all_labels), weight, plan)
+        need_rows = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
+        left = plan.save_bytes
+        for panel in panels:
+            problem = plan.problem(x, panel.weight, panel.labels, scale)
+            panel.out = backends.load(plan.backend).forward(problem, left, plan.predict, need_rows)
+            left -= panel.out.kept.numel() * panel.out.kept.element_size()
+
+        z, t = x.new_zeros(2, len(x), dtype=dtype)
+        factors = [x.new_full((), panel.factor, dtype=dtype) for panel in panels]
+        top = torch.zeros_like(z)
+        if not _bounded(plan, scale):
+            lowest = torch.finfo(dtype).min / 4
+            tops = [torch.where(out.z > 0, out.shift, lowest) for out in map(_out, panels)]
+            top = torch.stack([torch.full_like(z, lowest), *tops]).amax(0)
+            shards.maximum_(top)
+            factors = [factor * torch.exp2(each - top) for factor, each in zip(factors, tops, strict=True)]
+        for panel, factor in zip(panels, factors, strict=True):
+            z = z + _out(panel).z * factor
+            t = t + _out(panel).cosine
+        z, t = shards.sum_(torch.stack([z, t]))
+        norm = _out(panels[0]).norm if panels else row_norms(x.to(dtype))[0].masked_fill(labels < 0, 1)
+        log_z = torch.add(z.log(), top, alpha=math.log(2))
+        best, best_class = _best(panels, plan, x)
+        vectors = shards.gather_replicas(torch.stack([log_z, t, norm]), plan.rows)
+
+        ctx.plan, ctx.panels = plan, [(panel.classes is None, panel.factor) for panel in panels]
+        saved = [each for panel, factor in zip(panels, factors, strict=True)
+                 for each in (panel.weight, panel.labels, panel.classes, factor, *_out(panel))]  # fmt: skip
+        ctx.save_for_backward(features, x, weight, scale, z, *saved)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(all_labels, best, best_class)
+        return *vectors.unbind(), all_labels, best, best_class
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads[:3]):
+            return (None,) * 6
+        plan: Plan = ctx.plan
+        shards = plan.shards
+        features, x, weight, scale, z, *saved = ctx.saved_tensors
+        mine = plan.rows.replica_slice
+        row_factor, grad_cosine = (torch.zeros_like(z) if grad is None else grad[mine] for grad in grads[:2])
+        row_factor = (row_factor / z).masked_fill_(z == 0, 0)
+        # By ‖x‖ itself, which every shard has: once is enough.
+        grad_norm = None if grads[2] is None or shards.shard > 0 else grads[2][mine]
+        need_features, need_scale = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        need_weight = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
+
+        size = 4 + len(backends.Forward._fields)
+        calls = []
+        for i in range(len(ctx.panels)):
+            panel_weight, labels, classes, factor, *out = saved[i * size : (i + 1) * size]
+            problem, forward = plan.problem(x, panel_weight, labels, scale), backends.Forward(*out)
+            calls.append((problem, forward, row_factor * factor, classes, grad_norm if i == 0 else None))
+
+        grad_x = torch.zeros_like(x) if need_features else x.new_empty(0)
+        grad_scale = scale.new_zeros(())
+        grads_weight: list[Tensor] = []
+        # The features' gradient first, and on its way while the centres' is made: where E need not be made twice for it.
+        apart = need_features and need_weight and shards.shards > 1 and all(_has_rows(*call[:2]) for call in calls)
+        backend = backends.load(plan.backend)
+
+        def run(needs: tuple[bool, bool, bool]) -> None:
+            nonlocal grad_x, grad_scale
+            for problem, forward, factor, _, of_norm in calls:
+                of_x, of_weight, of_scale = backend.backward(problem, forward, factor, grad_cosine, of_norm, needs)
+                if needs[0]:
+                    grad_x = grad_x + of_x
+                if needs[1]:
+                    grads_weight.append(of_weight)
+                if needs[2]:
+                    grad_scale = grad_scale + of_scale
+
+        run((need_features, need_weight and not apart, need_scale))
+        scattered = shards.scatter_rows(grad_x, plan.rows) if need_features else None
+        if apart:
+            run((False, True, False))
+        grad_weight = _grad_weight(plan, weight, [call[3] for call in calls], grads_weight) if need_weight else None
+        if plan.sampling is not None:
+            plan.sampling.step.add_(1)
+        if need_scale:
+            grad_scale = shards.sum_replicas_(shards.sum_(grad_scale.to(x.device))).to(scale.device)
+        grad_features = None
+        if scattered is not None:
+            grad_features = (scattered.wait() * shards.world_size).to(features.dtype)
+        return grad_features, None, grad_weight, grad_scale if need_scale else None, None, None
+
+
+class LocalRows(torch.autograd.Function):
+    """This rank's rows of a vector of all ranks' rows: ``apply(vector, plan's shards, rows)``.
+
+    Each rank goes on with its own; the gradient of the mean of what the ranks make of them comes back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, shards: ClassShards, rows: Rows) -> Tensor:
+        ctx.shards, ctx.rows = shards, rows
+        return vector[rows.local_slice].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.shards.gather_local(grad, ctx.rows) / ctx.shards.world_size, None, None
+
+
+def _panels(labels: Tensor, all_labels: Tensor, weight: Tensor, plan: Plan) -> list[_Panel]:
+    """What to compute with: the whole shard, what was drawn of it, or nothing where it has no class."""
+    if plan.shards.classes == 0:
+        return []
+    sampling = plan.sampling
+    if sampling is None:
+        return [_Panel(weight, labels, None)]
+    # Of the labels of all replicas, so that they draw the same.
+    draw = draw_classes(all_labels, len(weight), sampling.size, sampling.seed, sampling.step)
+    classes, slots = draw.classes, draw.labels[plan.rows.replica_slice]
+    rows = weight.index_select(0, classes)
+    if not sampling.corrected:
+        return [_Panel(rows, slots, classes)]
+    certain, others = draw.certain, sampling.size - draw.certain
+    absent = slots.clamp(max=certain)  # where the target is in neither, it is past both
+    # No target is among the others.
+    elsewhere = torch.full_like(slots, others).masked_fill_(slots < 0, -1)
+    return [
+        _Panel(rows[:certain], absent, classes[:certain]),
+        _Panel(rows[certain:], elsewhere, classes[certain:], draw.weight),
+    ]
+
+
+def _grad_weight(plan: Plan, weight: Tensor, classes: list[Tensor | None], grads: list[Tensor]) -> Tensor | None:
+    """The centres' gradient: dense, or handed row by row to what accumulates it."""
+    grad = torch.cat(grads) if len(grads) > 1 else grads[0] if grads else torch.zeros_like(weight)
+    plan.shards.sum_replicas_(grad)
+    drawn = [each for each in classes if each is not None]
+    if plan.sampling is None or not drawn:
+        return grad
+    rows = torch.cat(drawn)
+    if plan.sampling.accumulate is None:
+        return torch.zeros_like(weight).index_copy_(0, rows, grad)
+    plan.sampling.accumulate(rows, grad)
+    return None
+
+
+def _best(panels: list[_Panel], plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest cosine of a negative and its class, the lowest of equals, over all shards."""
+    if not plan.predict:
+        return x.new_empty(0), torch.empty(0, dtype=torch.int64, device=x.device)
+    shards, dtype = plan.shards, accumulate_dtype(plan.compute_dtype)
+    best = x.new_full((len(x),), -math.inf, dtype=dtype)
+    best_class = torch.full((len(x),), -1, device=x.device)
+    for panel in panels:
+        out = _out(panel)
+        classes = out.best_class if panel.classes is None else panel.classes[out.best_class.clamp(min=0)]
+        classes = torch.where(out.best_class < 0, -1, classes + shards.start)
+        larger = (out.best > best) | ((out.best == best) & (classes < best_class))
+        best, best_class = torch.where(larger, out.best, best), torch.where(larger, classes, best_class)
+    everywhere = shards.maximum_(best.clone())
+    # The largest of the negated classes is the lowest class; a shard that has not the best does not count.
+    candidate = torch.where((best == everywhere) & (best_class >= 0), -best_class, -(1 << 62))
+    found = -shards.maximum_(candidate)
+    return everywhere, torch.where(found == 1 << 62, -1, found)
+
+
+def _bounded(plan: Plan, scale: Tensor) -> bool:
+    """Whether no rank can have a shift: decided by what is alike on all of them."""
+    known = scale.device.type == "cpu" and not scale.requires_grad
+    return plan.normalize_features and known and scale.item() <= BOUNDED_SCALE
+
+
+def _has_rows(problem: backends.Problem, out: backends.Forward) -> bool:
+    """Whether E is at hand for both gradients, or its product with the centres was made in the forward pass."""
+    return out.rows.numel() > 0 or out.kept.numel() >= len(problem.features) * len(problem.weight)
+
+
+def _out(panel: _Panel) -> backends.Forward:
+    assert panel.out is not None
+    return panel.out

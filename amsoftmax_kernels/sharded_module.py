@@ -1,0 +1,266 @@
+"""The head sharded over the classes as a module."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from . import backends, reference, sharding
+from .arguments import canonical_labels, check_arguments, check_features, compute_dtype
+from .functional import DEFAULT_SAVE_BYTES, loss_rows, scale_tensor
+from .margins import Margin, as_margin
+from .modules import AMSoftmaxLoss
+from .optim import accumulate_rows
+from .reduction import reduce_rows
+from .sampling import draw_size
+from .sharded import LocalRows, Plan, Sampling, ShardedFunction
+
+_BLOCK = 4096  # centres drawn from one seed, so that their values do not depend on the number of ranks
+
+
+class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
+    """:class:`AMSoftmaxLoss` with its classes sharded over ranks, each of which brings its own rows.
+
+    The loss is that of all ranks' rows, the same number on every rank (``reduction="none"``: this rank's own rows). Every
+    rank must call it, and backpropagate the same function of it. The gradients are such that a backbone under
+    DistributedDataParallel or FSDP, which average over ranks, trains as one process on the whole batch would; the head's own
+    parameters have their whole gradient, and must not be wrapped. Batches may differ in size between ranks, or be empty.
+
+    One all-gather of features (in the compute dtype) and labels, one all-reduce of two numbers a row, one
+    reduce-scatter of the features' gradient: see the README for the bytes.
+
+    Args:
+        embedding_dim, num_classes, scale, margin, normalize_features, reduction, ignore_index, interclass_filter, backend,
+            save_bytes: as in :class:`AMSoftmaxLoss`; ``save_bytes`` a rank. A margin's or a scale's parameters are whole on
+            every rank, and so is their gradient.
+        mesh: a DeviceMesh: 1-d, the ranks to shard over; or 2-d, replicas × shards: the classes are sharded along the second
+            dimension and the rows spread over both. None: all ranks of the default group; where there is none, one process
+            has all classes, as in :class:`AMSoftmaxLoss`.
+        sample_rate: the share of each rank's classes to compute with in training (PartialFC, An et al. 2021): every class of
+            the batch, and others drawn anew each step, equally likely. 1 takes all.
+        sampling_correction: multiply the drawn negatives' terms so that the softmax's denominator estimates that over
+            all classes without bias; otherwise it is that of the drawn classes, as in PartialFC.
+        rowwise_gradient: with a ``sample_rate`` below 1, write only the drawn rows of ``weight.grad``, which is kept between
+            steps, for :class:`amsoftmax_kernels.optim.RowwiseSGD` or :class:`~amsoftmax_kernels.optim.RowwiseAdamW`: these
+            leave rows alone that were not drawn, which momentum and weight decay would move.
+        equal_batches: promise that all ranks' batches are of one size. Sizes are then not exchanged, which on a GPU spares
+            the host waiting for it (unless the process group also has a CPU backend).
+        seed: of the centres' first values and of the draws; None takes it from PyTorch's generator on the first rank. The
+            same centres are drawn whatever the number of ranks.
+        device, dtype: of the centres.
+
+    Attributes:
+        weight: DTensor Parameter ``[C, D]``, ``Shard(0)``: only this rank's classes are held. Without a process group a
+            plain Parameter.
+
+    Raises:
+        TypeError, ValueError: as :class:`AMSoftmaxLoss`. An argument that is wrong on one rank raises there and on
+            all others, unless ``equal_batches`` is set.
+        RuntimeError: in a collective operation, when another rank has died or is late.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        scale: float | Tensor = 30.0,
+        margin: float | Tensor | Margin = 0.35,
+        *,
+        normalize_features: bool = True,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        interclass_filter: float | None = None,
+        backend: str | None = None,
+        save_bytes: int | None = None,
+        mesh: DeviceMesh | None = None,
+        sample_rate: float = 1.0,
+        sampling_correction: bool = False,
+        rowwise_gradient: bool = False,
+        equal_batches: bool = False,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check(mesh, sample_rate, seed, backend, device)
+        flags = {"sampling_correction": sampling_correction, "rowwise_gradient": rowwise_gradient}
+        for name, flag in (*flags.items(), ("equal_batches", equal_batches)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be a bool, but it is {type(flag).__name__}")
+        self._mesh, self._seed = mesh, seed
+        super().__init__(
+            embedding_dim, num_classes, scale, margin,
+            normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
+            interclass_filter=interclass_filter, backend=backend, save_bytes=save_bytes,
+            device=device if mesh is None or device is not None else mesh.device_type, dtype=dtype,
+        )  # fmt: skip
+        self.sample_rate, self.sampling_correction = sample_rate, sampling_correction
+        self.rowwise_gradient, self.equal_batches = rowwise_gradient, equal_batches
+        self.sampling_state: Tensor
+        if sample_rate < 1:
+            # Seed and steps taken: in the checkpoint, so that a run that is resumed draws what it would have drawn.
+            state = torch.tensor([self._seed or 0, 0], device=self.weight.device)
+            self.register_buffer("sampling_state", state)
+
+    def _empty_weight(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+        where = torch.get_default_device() if device is None else torch.device(device)
+        mesh = self._mesh
+        if mesh is None and sharding.is_initialized():
+            mesh = sharding.default_mesh(where)
+        self.shards = sharding.ClassShards(self.num_classes, mesh)
+        return self.shards.distribute(torch.empty(self.shards.classes, self.embedding_dim, device=where, dtype=dtype))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the centres anew: isotropic directions, norms near 1, the same whatever the number of ranks."""
+        local = sharding.local_part(self.weight)
+        if self._seed is None:
+            seed = int(torch.randint(1 << 62, (), device="cpu"))
+            self._seed = self.shards.broadcast_int(seed, torch.device("cpu") if local.is_meta else local.device)
+        if local.is_meta:
+            return
+        generator = torch.Generator(local.device)
+        for first in range(self.shards.start // _BLOCK * _BLOCK, self.shards.stop, _BLOCK):
+            digest = hashlib.blake2b(f"{self._seed} {first}".encode(), digest_size=7).digest()
+            generator.manual_seed(int.from_bytes(digest, "big"))
+            block = torch.randn(
+                min(_BLOCK, self.num_classes - first), self.embedding_dim,
+                generator=generator, device=local.device, dtype=local.dtype,
+            )  # fmt: skip
+            begin, end = max(first, self.shards.start), min(first + len(block), self.shards.stop)
+            torch.mul(
+                block[begin - first : end - first], self.embedding_dim**-0.5,
+                out=local[begin - self.shards.start : end - self.shards.start],
+            )  # fmt: skip
+
+    def forward(self, features: Tensor, labels: Tensor, return_predictions: bool = False) -> Any:
+        """The loss over all ranks' rows, of this rank's ``features [b, D]`` with ``labels [b]`` in ``[0, C)``.
+
+        With ``return_predictions`` also the predicted classes of this rank's rows, of those drawn where they are drawn.
+        """
+        if self.shards.mesh is None and (self.sample_rate == 1 or not self.training):
+            return super().forward(features, labels, return_predictions)  # type: ignore[call-overload]
+        return self._sharded(features, labels, return_predictions)
+
+    # Collectives and what they wait for are no part of a compiled graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _sharded(self, features: Tensor, labels: Tensor, return_predictions: bool) -> Any:
+        shards, error = self.shards, None
+        try:
+            backend, canonical = self._checked(features, labels)
+        except (TypeError, ValueError) as caught:
+            error = caught
+        if error is not None or not self.equal_batches:
+            batch = 0 if error is not None else len(features)
+            agreed = () if error is not None else self._agreed(features, backend, return_predictions)
+            rows = shards.agree_on_rows(batch, agreed, error, self.weight.device)
+        else:
+            rows = shards.equal_rows(len(features))
+
+        scale, s = scale_tensor(self.scale, features.device)
+        local = sharding.local_part(self.weight)
+        grad = torch.is_grad_enabled()
+        differentiated = grad and (features.requires_grad or local.requires_grad or scale.requires_grad)
+        sampling = self._sampling(rows, grad and local.requires_grad)
+        anchor = None
+        if sampling is not None and sampling.accumulate is not None:
+            # The gradient does not come through autograd: a loss must still need one.
+            anchor, local = torch.zeros((), device=local.device, requires_grad=True), local.detach()
+        save_bytes = DEFAULT_SAVE_BYTES if self.save_bytes is None else min(self.save_bytes, (1 << 63) - 1)
+        plan = Plan(
+            shards, rows, self.normalize_features, compute_dtype(features, self.weight),
+            math.inf if self.interclass_filter is None else float(self.interclass_filter),
+            save_bytes if differentiated else 0, return_predictions, backend, sampling,
+        )  # fmt: skip
+        log_z, cosine, norm, everyone, best, best_class = ShardedFunction.apply(  # type: ignore[no-untyped-call]
+            features, canonical, local, scale, anchor, plan
+        )
+        each = loss_rows(
+            log_z, cosine, norm, everyone, self.num_classes, s if self.normalize_features else norm, as_margin(self.margin)
+        )
+        loss = reduce_rows(each, everyone, (everyone >= 0).sum().clamp_(min=1), self.reduction)
+        if self.reduction == "none":
+            loss = LocalRows.apply(loss, shards, rows)  # type: ignore[no-untyped-call]
+        if not return_predictions:
+            return loss
+        start = rows.replica_slice.start
+        mine = slice(rows.local_slice.start - start, rows.local_slice.stop - start)
+        t = cosine.detach()[rows.local_slice]
+        found = torch.where(t >= best[mine], canonical, best_class[mine])
+        return loss, found.masked_fill(t.isnan() | (canonical < 0), -1)
+
+    def _checked(self, features: Tensor, labels: Tensor) -> tuple[str, Tensor]:
+        """The backend's name, and labels as it takes them, once everything has been checked."""
+        check_arguments(
+            features, self.weight, labels,
+            scale=self.scale, margin=self.margin, normalize_features=self.normalize_features, reduction=self.reduction,
+            ignore_index=self.ignore_index, interclass_filter=self.interclass_filter, save_bytes=self.save_bytes,
+        )  # fmt: skip
+        backend = backends.choose(self.backend, features.device, compute_dtype(features, self.weight))
+        if backend == "reference":
+            raise ValueError("backend 'reference' is the formula in one process: it cannot be sharded")
+        return backend, canonical_labels(labels, self.num_classes, self.ignore_index)[0]
+
+    def _agreed(self, features: Tensor, backend: str, predict: bool) -> tuple[Any, ...]:
+        """What must be alike on all ranks for their collectives to fit together."""
+        return (
+            features.shape[1], features.dtype, compute_dtype(features, self.weight), self.reduction, self.ignore_index,
+            self.normalize_features, predict, torch.is_grad_enabled() and features.requires_grad,
+            self.scale if isinstance(self.scale, (int, float)) else self.scale.requires_grad,
+            (self.sample_rate, self.sampling_correction, self.training) if self.sample_rate < 1 else (),
+        )  # fmt: skip
+
+    def _sampling(self, rows: sharding.Rows, need_weight: bool) -> Sampling | None:
+        classes = self.shards.classes
+        if self.sample_rate == 1 or not self.training or classes == 0:
+            return None
+        size = draw_size(self.sample_rate, classes, sum(rows.per_replica))
+        if size == classes:
+            return None
+        seed, step = self.sampling_state.unbind()
+        # Each shard draws its own, and its replicas the same.
+        seed = seed + self.shards.start
+        weight = self.weight
+        rowwise = self.rowwise_gradient and need_weight
+        accumulate = (lambda drawn, grad: accumulate_rows(weight, drawn, grad)) if rowwise else None
+        return Sampling(size, seed, step, self.sampling_correction, accumulate)
+
+    def cosine(self, features: Tensor) -> Tensor:
+        """Cosines ``[b, C]`` of this rank's ``features [b, D]`` to every centre; every rank must call it.
+
+        Gathers all C×D centres on each rank: for evaluation with few classes.
+        """
+        weight = sharding.whole(self.weight)
+        check_features(features, weight)
+        return reference.cosine(features, weight)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        if self.shards.mesh is not None:
+            parts.append(f"classes {self.shards.start} to {self.shards.stop} of {self.num_classes} on this rank")
+        parts += [] if self.sample_rate == 1 else [f"sample_rate={self.sample_rate}"]
+        return ", ".join(parts)
+
+
+def _check(mesh: Any, sample_rate: Any, seed: Any, backend: Any, device: Any) -> None:
+    if mesh is not None:
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh must be None or a DeviceMesh, but it is {type(mesh).__name__}")
+        if mesh.ndim not in (1, 2):
+            raise ValueError(f"mesh must have one dimension, or two (replicas, shards), but it has {mesh.ndim}")
+        if device is not None and torch.device(device).type not in (mesh.device_type, "meta"):
+            raise ValueError(f"device must be of the mesh's type {mesh.device_type}, but it is {device}")
+    if not isinstance(sample_rate, (int, float)) or isinstance(sample_rate, bool):
+        raise TypeError(f"sample_rate must be a float, but it is {type(sample_rate).__name__}")
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate must lie in (0, 1], but it is {sample_rate}")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise TypeError(f"seed must be None or an int, but it is {type(seed).__name__}")
+    if seed is not None and not 0 <= seed < 1 << 62:
+        raise ValueError(f"seed must lie in [0, 2^62), but it is {seed}")
+    if backend == "reference" and sharding.is_initialized():
+        raise ValueError("backend 'reference' is the formula in one process: it cannot be sharded")
