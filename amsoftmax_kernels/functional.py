@@ -189,7 +189,7 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
             results = backward(ctx, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return results
-        inputs = [each for each in ctx.saved_tensors if each.requires_grad]
+        inputs = [each for each in ctx.saved_tensors if each is not None and each.requires_grad]
         return tuple(
             None if each is None else _DifferentiatedOnce.apply(each, *inputs)  # type: ignore[no-untyped-call]
             for each in results

@@ -210,7 +210,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         return (
             features.shape[1], features.dtype, compute_dtype(features, self.weight), self.reduction, self.ignore_index,
             self.normalize_features, predict, torch.is_grad_enabled() and features.requires_grad,
-            self.scale if isinstance(self.scale, (int, float)) else self.scale.requires_grad,
+            *(each if isinstance(each, (int, float)) else type(each).__name__ for each in (self.scale, self.margin)),
             (self.sample_rate, self.sampling_correction, self.training) if self.sample_rate < 1 else (),
         )  # fmt: skip
 

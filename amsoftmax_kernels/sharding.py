@@ -69,6 +69,9 @@ class ClassShards:
         self.replica, self.replicas = _rank_and_size(self._replicas)
         self.start, self.stop = self.bounds(self.shard)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ClassShards:
+        return self  # a copied head's ranks are the same
+
     @property
     def world_size(self) -> int:
         """Ranks that bring rows."""
@@ -237,8 +240,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def default_mesh(device: torch.device) -> DeviceMesh:
-    """All ranks of the default group."""
-    return DeviceMesh(device.type, list(range(dist.get_world_size())), mesh_dim_names=("classes",))
+    """All ranks of the default group, for tensors on ``device`` (where they will be put later, if it is "meta")."""
+    kind = device.type
+    if kind == "meta":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return DeviceMesh(kind, list(range(dist.get_world_size())), mesh_dim_names=("classes",))
 
 
 def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:

@@ -22,10 +22,13 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "_chunk_size", lambda batch, dim, device: CHUNK)
 
 
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    """Four processes to be ranks."""
-    started = Ranks(4)
+@pytest.fixture(scope="session", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """Processes to be ranks: eight on the CPU, and one a GPU where there are several."""
+    gpus = torch.cuda.device_count()
+    if request.param == "nccl" and gpus < 2:
+        pytest.skip("NCCL takes a GPU a rank: there is one")
+    started = Ranks(8 if request.param == "gloo" else min(gpus, 8), request.param)
     yield started
     started.close()
 

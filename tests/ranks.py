@@ -1,7 +1,4 @@
-"""Ranks for tests of the sharded head: processes that live as long as the tests, in a gloo group on the CPU.
-
-With ``AMSOFTMAX_KERNELS_TEST_RANKS=nccl`` each takes a GPU, over NCCL.
-"""
+"""Ranks for tests of the sharded head: processes that live as long as the tests, over gloo on the CPU or NCCL on GPUs."""
 
 from __future__ import annotations
 
@@ -15,22 +12,24 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 TIMEOUT = datetime.timedelta(seconds=120)
-BACKEND = os.environ.get("AMSOFTMAX_KERNELS_TEST_RANKS", "gloo")
+_device = torch.device("cpu")
 
 
 def device() -> torch.device:
-    """Where a rank's tensors live."""
-    return torch.device("cuda", torch.cuda.current_device()) if BACKEND == "nccl" else torch.device("cpu")
+    """Where a rank's tensors live; the CPU for one process beside them."""
+    return _device
 
 
 class Ranks:
-    """Up to ``size`` ranks that functions can be run on."""
+    """Up to ``size`` ranks that functions can be run on; over NCCL each has a GPU."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str = "gloo") -> None:
+        self.backend = backend
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed.tensor"])
         self.folder = tempfile.TemporaryDirectory()
@@ -38,19 +37,21 @@ class Ranks:
         self.ranks: list[tuple[Any, Connection]] = []
         for _ in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process = context.Process(target=_serve, args=(there, backend), daemon=True)
             process.start()
             there.close()
             self.ranks.append((process, here))
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What ``function(*arguments)`` of a module returns on each rank of a new group; an error is raised here."""
+        if world_size > len(self.ranks):
+            pytest.skip(f"{world_size} ranks over {self.backend}: there are {len(self.ranks)} GPUs")
         self.calls += 1
         store = os.path.join(self.folder.name, str(self.calls))
         ranks = self.ranks[:world_size]
         for rank, (_, pipe) in enumerate(ranks):
             pipe.send((rank, world_size, store, function, arguments))
-        results = [torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False) for _, pipe in ranks]
+        results = [torch.load(io.BytesIO(pipe.recv_bytes()), map_location="cpu", weights_only=False) for _, pipe in ranks]
         for rank, (_, error) in enumerate(results):
             if error is not None:
                 raise AssertionError(f"rank {rank}: {error}")
@@ -64,7 +65,8 @@ class Ranks:
         self.folder.cleanup()
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, backend: str) -> None:
+    global _device
     torch.set_num_threads(1)
     while True:
         try:
@@ -73,10 +75,11 @@ def _serve(pipe: Connection) -> None:
             return
         result, error = None, None
         try:
-            if BACKEND == "nccl":
+            if backend == "nccl":
                 torch.cuda.set_device(rank)
+                _device = torch.device("cuda", rank)
             dist.init_process_group(
-                BACKEND, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=TIMEOUT
+                backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=TIMEOUT
             )
             result = function(*arguments)
         except BaseException:

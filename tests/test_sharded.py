@@ -196,5 +196,7 @@ def assert_alike(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_equals_one_process(ranks: Ranks, scenario: Scenario) -> None:
+    if scenario.backend == "triton" and (ranks.backend == "gloo") == torch.cuda.is_available():
+        pytest.skip("Triton serves CPU tensors in its interpreter alone, which is for machines without a GPU")
     results = ranks.run(len(scenario.sizes), sharded_step, scenario)
     assert_alike(assemble(scenario, results), whole_step(scenario), scenario.tolerance)

@@ -1,0 +1,338 @@
+"""Sampled negatives: which classes are drawn, what becomes of those that are not, and how good the gradient is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import amsoftmax_kernels as ak
+from amsoftmax_kernels.optim import RowwiseAdamW, RowwiseSGD, accumulate_rows, written_rows
+from amsoftmax_kernels.sampling import draw_classes, draw_size
+from amsoftmax_kernels.sharding import local_part, whole
+
+from .cases import relative
+from .ranks import Ranks, device
+
+SEED = torch.tensor(7)
+
+
+def draws(labels: Tensor, num_classes: int, size: int, count: int) -> Tensor:
+    """The classes of ``count`` steps, ``[count, size]``."""
+    return torch.stack([draw_classes(labels, num_classes, size, SEED, torch.tensor(step)).classes for step in range(count)])
+
+
+CASES = [(50, 8, 0.3), (7, 5, 0.1), (300, 16, 0.2), (12, 1, 0.5), (9, 0, 0.4), (2, 1, 0.1)]
+
+
+@pytest.mark.parametrize("C, B, rate", CASES)
+def test_a_draw_holds_the_batch_and_others_once(C: int, B: int, rate: float) -> None:
+    size = draw_size(rate, C, B)
+    generator = torch.Generator().manual_seed(C)
+    for step in range(50):
+        labels = torch.randint(-1, C + 1, (B,), generator=generator)
+        draw = draw_classes(labels, C, size, SEED, torch.tensor(step))
+        if size == C:
+            continue
+        assert draw.classes.shape == (size,) and draw.classes.unique().numel() == size
+        assert draw.classes.min() >= 0 and draw.classes.max() < C
+        for label, slot in zip(labels.tolist(), draw.labels.tolist(), strict=True):
+            assert slot == (-1 if label < 0 else size) if label in (-1, C) else draw.classes[slot] == label
+            assert label in (-1, C) or slot < draw.certain
+
+
+@pytest.mark.parametrize("C, B, rate", [(50, 8, 0.3), (7, 5, 0.1), (300, 16, 0.2), (12, 1, 0.5)])
+def test_every_other_class_is_equally_likely(C: int, B: int, rate: float) -> None:
+    size, count = draw_size(rate, C, B), 3000
+    labels = torch.randint(C, (B,), generator=torch.Generator().manual_seed(C))
+    present = labels.unique()
+    others = torch.ones(C, dtype=torch.bool)
+    others[present] = False
+    times = draws(labels, C, size, count).flatten().bincount(minlength=C)
+    assert (times[present] == count).all()
+    p = (size - len(present)) / (C - len(present))
+    deviations = (times[others] - count * p) / math.sqrt(count * p * (1 - p))
+    # 5 standard deviations for the worst class; and the mean square of many, 1 at most (strata make it less).
+    assert deviations.abs().max() < 5 and deviations.square().mean() < 1.5
+
+
+def test_the_weighted_sum_is_unbiased() -> None:
+    C, B = 60, 9
+    size = draw_size(0.3, C, B)
+    labels = torch.randint(C, (B,), generator=torch.Generator().manual_seed(1))
+    values = torch.rand(C, dtype=torch.float64).exp()
+    sums = []
+    for step in range(4000):
+        draw = draw_classes(labels, C, size, SEED, torch.tensor(step))
+        weights = torch.ones(size, dtype=torch.float64)
+        weights[draw.certain :] = draw.weight
+        sums.append((values[draw.classes] * weights).sum())
+    spread = torch.stack(sums)
+    assert abs(spread.mean() - values.sum()) < 5 * spread.std() / math.sqrt(len(sums))
+    assert spread.std() > 0
+
+
+def test_draws_repeat_by_seed_and_step_and_differ_otherwise() -> None:
+    labels = torch.tensor([3, 5])
+    one = draw_classes(labels, 1000, 100, SEED, torch.tensor(4)).classes
+    assert torch.equal(one, draw_classes(labels, 1000, 100, SEED, torch.tensor(4)).classes)
+    for seed, step in ((8, 4), (7, 5)):
+        other = draw_classes(labels, 1000, 100, torch.tensor(seed), torch.tensor(step)).classes
+        shared = len(set(one.tolist()) & set(other.tolist()))
+        assert shared < 30  # about 10 by chance, and the batch's 2
+
+
+def test_large_numbers_do_not_overflow() -> None:
+    C, labels = 1 << 40, torch.tensor([0, (1 << 40) - 1, 5])
+    draw = draw_classes(labels, C, 1 << 16, SEED, torch.tensor(0))
+    assert draw.classes.unique().numel() == 1 << 16 and draw.classes.min() >= 0 and draw.classes.max() < C
+    assert abs(draw.classes.double().mean() / C - 0.5) < 0.01
+
+
+D = 8
+
+
+def make_head(C: int = 200, rate: float = 0.2, **options: Any) -> ak.ShardedAMSoftmaxLoss:
+    return ak.ShardedAMSoftmaxLoss(
+        D, C, sample_rate=rate, seed=5, dtype=torch.float64, device=device(), **{"scale": 8.0, **options}
+    )
+
+
+def problem(C: int = 200, B: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(B, D, generator=generator, dtype=torch.float64).to(device())
+    return x, torch.randint(C, (B,), generator=generator).to(device())
+
+
+def drawn_rows(head: ak.ShardedAMSoftmaxLoss) -> Tensor:
+    grad = local_part(head.weight.grad)
+    return (grad != 0).any(1).nonzero()[:, 0]
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_only_drawn_rows_are_read_and_only_they_have_a_gradient(corrected: bool) -> None:
+    head = make_head(sampling_correction=corrected)
+    x, labels = problem()
+    loss = head(x, labels)
+    loss.backward()
+    rows = drawn_rows(head)
+    assert len(rows) == 40 and set(labels.tolist()) <= set(rows.tolist())
+    # The same draw again (a step is counted when it is differentiated), with NaN in every other row.
+    other = make_head(sampling_correction=corrected)
+    with torch.no_grad():
+        spoilt = torch.full_like(other.weight, torch.nan)
+        spoilt[rows] = other.weight[rows]
+        other.weight.copy_(spoilt)
+    again = other(x, labels)
+    assert torch.equal(again, loss)
+    # And it is the loss over those classes alone.
+    if not corrected:
+        position = torch.full((200,), -1).scatter_(0, rows.cpu(), torch.arange(len(rows))).to(x.device)
+        expected = ak.reference.am_softmax_loss(x, head.weight[rows], position[labels], scale=8.0)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_evaluation_takes_all_classes() -> None:
+    head = make_head().eval()
+    x, labels = problem()
+    expected = ak.reference.am_softmax_loss(x, head.weight, labels, scale=8.0)
+    torch.testing.assert_close(head(x, labels), expected, rtol=1e-12, atol=0)
+
+
+def test_a_forward_pass_run_again_draws_the_same_and_the_next_step_does_not() -> None:
+    head = make_head()
+    x, labels = problem()
+    first = head(x, labels)
+    assert torch.equal(head(x, labels), first)
+    first.backward()
+    assert not torch.equal(head(x, labels), first)
+    recomputed = torch.utils.checkpoint.checkpoint(head, x.requires_grad_(), labels, use_reentrant=False)
+    recomputed.backward()  # raises if the recomputed tensors are not like the first
+
+
+def gradients(head: ak.ShardedAMSoftmaxLoss, x: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of ``count`` draws: features' and centres' gradients."""
+    of_x, of_w = [], []
+    for _ in range(count):
+        leaf = x.clone().requires_grad_()
+        head.weight.grad = None
+        head(leaf, labels).backward()
+        of_x.append(leaf.grad)
+        of_w.append(head.weight.grad.clone())
+    return torch.stack(of_x), torch.stack(of_w)
+
+
+def test_bias_and_variance_of_the_sampled_gradient(record_property: Any) -> None:
+    """Of the full gradient, at 20% of the classes: the corrected one's bias is an order below its spread; plain PartialFC's
+    denominator has but the drawn classes, so that its gradient lacks a part however many draws are averaged."""
+    C, count = 200, 600
+    x, labels = problem(C)
+    full = make_head(C, rate=1.0)
+    leaf = x.clone().requires_grad_()
+    full(leaf, labels).backward()
+    measured = {}
+    for corrected in (True, False):
+        of_x, of_w = gradients(make_head(C, sampling_correction=corrected), x, labels, count)
+        bias = relative(of_x.mean(0), leaf.grad), relative(of_w.mean(0), full.weight.grad)
+        spread = [
+            ((each - each.mean(0)).square().flatten(1).sum(1).mean().sqrt() / exact.norm()).item()
+            for each, exact in ((of_x, leaf.grad), (of_w, full.weight.grad))
+        ]
+        measured[corrected] = bias, spread
+    for corrected, (bias, spread) in measured.items():
+        record_property(f"corrected={corrected}", f"bias {bias}, spread {spread}")
+        print(f"corrected={corrected}: bias of dx, dw {bias}, spread {spread}")
+    (bias, spread), (plain_bias, _) = measured[True], measured[False]
+    # What is left of the spread in the mean of 600 is 1/24 of it; the softmax is not linear in its denominator.
+    assert bias[0] < spread[0] / 5 and bias[1] < spread[1] / 5
+    assert plain_bias[0] > 2 * bias[0]
+    assert 0.01 < spread[0] < 1
+
+
+def optimizer_pair(kind: str, parameter: torch.nn.Parameter) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    other = torch.nn.Parameter(parameter.detach().clone())
+    if kind == "sgd":
+        options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
+        return RowwiseSGD([parameter], **options), torch.optim.SGD([other], **options)
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    return RowwiseAdamW([parameter], **options), torch.optim.AdamW([other], **options)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_ordinary_parameters_are_updated_as_by_pytorch(kind: str) -> None:
+    ours, theirs = optimizer_pair(kind, torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64)))
+    a, b = ours.param_groups[0]["params"][0], theirs.param_groups[0]["params"][0]
+    for _ in range(5):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+        ours.step(), theirs.step()
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_rows_not_drawn_do_not_move(kind: str) -> None:
+    head = make_head(rowwise_gradient=True)
+    optimizer = optimizer_pair(kind, head.weight)[0]
+    x, labels = problem()
+    for step in range(4):
+        before = head.weight.detach().clone()
+        head(x, labels).backward()
+        grad = head.weight.grad
+        rows = written_rows(head.weight)
+        assert rows is not None and len(rows) == 40
+        optimizer.step()
+        moved = (head.weight.detach() != before).any(1).nonzero()[:, 0]
+        assert torch.equal(moved, rows.sort().values), step
+        optimizer.zero_grad()
+        assert head.weight.grad is grad and not grad.any()  # its memory is kept
+    # PyTorch's own, with momentum and weight decay, moves all.
+    dense = make_head()
+    theirs = torch.optim.SGD(dense.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    before = dense.weight.detach().clone()
+    dense(x, labels).backward()
+    theirs.step()
+    assert (dense.weight.detach() != before).any(1).all()
+
+
+def test_rowwise_and_dense_gradients_are_the_same() -> None:
+    x, labels = problem()
+    rowwise, dense = make_head(rowwise_gradient=True), make_head()
+    for _ in range(3):  # accumulated over draws
+        rowwise(x, labels).backward()
+        dense(x, labels).backward()
+    torch.testing.assert_close(rowwise.weight.grad, dense.weight.grad, rtol=1e-12, atol=0)
+    rows = written_rows(rowwise.weight)
+    assert rows is not None and torch.equal(rows.sort().values, drawn_rows(rowwise))
+
+
+def test_rows_drawn_in_one_step_twice_are_updated_once() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(6, 2))
+    optimizer = RowwiseSGD([parameter], lr=1.0, momentum=0.5)
+    accumulate_rows(parameter, torch.tensor([1, 4]), torch.ones(2, 2))
+    accumulate_rows(parameter, torch.tensor([4, 2]), torch.ones(2, 2))
+    optimizer.step()
+    assert parameter[:, 0].tolist() == [0, -1, -1, 0, -2, 0]
+    # A gradient that is not ours: all rows.
+    optimizer.zero_grad()
+    parameter.grad = torch.zeros(6, 2)
+    optimizer.step()
+    assert parameter[:, 0].tolist() == [0, -1.5, -1.5, 0, -3, 0]
+
+
+@pytest.mark.parametrize("make", [RowwiseSGD, RowwiseAdamW])
+def test_wrong_optimizer_arguments(make: Any) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="lr must be"):
+        make([parameter], lr=-1.0)
+    with pytest.raises(ValueError, match="weight_decay must be"):
+        make([parameter], weight_decay=-1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_gpu_draws_and_learns_the_same(corrected: bool) -> None:
+    results = []
+    for where in ("cpu", "cuda"):
+        head = ak.ShardedAMSoftmaxLoss(
+            D, 200, 8.0, sample_rate=0.2, seed=5, sampling_correction=corrected, rowwise_gradient=True, backend="chunked"
+        ).to(where)
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(200, D, generator=torch.Generator().manual_seed(3)))
+        x, labels = (each.to(where) for each in problem())
+        optimizer = RowwiseSGD(head.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(3):
+            loss = head(x.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        rows = written_rows(head.weight)
+        assert rows is not None
+        results.append((rows.cpu(), loss.detach().cpu(), head.weight.detach().cpu()))
+    (rows, loss, weight), (gpu_rows, gpu_loss, gpu_weight) = results
+    assert torch.equal(rows, gpu_rows)
+    torch.testing.assert_close(gpu_loss, loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gpu_weight, weight, rtol=1e-4, atol=1e-6)
+
+
+def sampled_step(replicas: int, corrected: bool) -> tuple[Tensor, ...]:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = None if replicas == 1 else init_device_mesh(device().type, (replicas, dist.get_world_size() // replicas))
+    head = make_head(mesh=mesh, rowwise_gradient=True, sampling_correction=corrected)
+    x, labels = problem(B=4 * dist.get_world_size())
+    mine = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    leaf = x[mine].clone().requires_grad_()
+    loss = head(leaf, labels[mine])
+    loss.backward()
+    assert written_rows(head.weight) is not None
+    optimizer = RowwiseSGD(head.parameters(), lr=1.0, momentum=0.9, weight_decay=0.01)
+    optimizer.step()
+    grad = whole(head.weight.grad)
+    return loss.detach(), leaf.grad, grad.clone(), whole(head.weight).detach()
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("world, replicas", [(2, 1), (3, 1), (4, 2)])
+def test_sharded_draws_are_consistent(ranks: Ranks, world: int, replicas: int, corrected: bool) -> None:
+    """The gradients are those of the loss over the drawn classes, whichever rank drew them, in one process."""
+    results = ranks.run(world, sampled_step, replicas, corrected)
+    loss, _, grad, weight = results[0]
+    assert all(torch.equal(each[0], loss) and torch.equal(each[2], grad) for each in results)
+    x, labels = problem(B=4 * world)
+    start = ak.ShardedAMSoftmaxLoss(D, 200, seed=5, dtype=torch.float64).weight.detach()
+    rows = (grad != 0).any(1).nonzero()[:, 0]
+    assert set(labels.tolist()) <= set(rows.tolist()) and len(rows) < 200
+    assert torch.equal((weight != start).any(1), (grad != 0).any(1))
+    if corrected:
+        return
+    position = torch.full((200,), -1).scatter_(0, rows, torch.arange(len(rows)))
+    leaf, centres = x.clone().requires_grad_(), start[rows].requires_grad_()
+    expected = ak.reference.am_softmax_loss(leaf, centres, position[labels], scale=8.0)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+    assert relative(grad[rows], centres.grad) < 1e-10
+    assert relative(torch.cat([each[1] for each in results]) / world, leaf.grad) < 1e-10

@@ -1,0 +1,206 @@
+"""Checkpoints that fit any number of ranks, InsightFace's files, and what happens when a rank dies."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import amsoftmax_kernels as ak
+from amsoftmax_kernels.insightface import load_centres
+from amsoftmax_kernels.optim import RowwiseAdamW, RowwiseSGD
+from amsoftmax_kernels.sharding import whole
+
+from .ranks import Ranks, device
+
+C, D = 21, 6
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "rowwise sgd": lambda p: RowwiseSGD(p, lr=0.1, momentum=0.9),
+    "rowwise adamw": lambda p: RowwiseAdamW(p, lr=0.01),
+}
+
+
+def make(kind: str, seed: int) -> tuple[ak.ShardedAMSoftmaxLoss, torch.optim.Optimizer]:
+    sampled = {"sample_rate": 0.5, "rowwise_gradient": True} if "rowwise" in kind else {}
+    head = ak.ShardedAMSoftmaxLoss(
+        D, C, torch.nn.Parameter(torch.tensor(20.0)), torch.rand(C, generator=torch.Generator().manual_seed(seed)),
+        seed=seed, device=device(), **sampled,
+    )  # fmt: skip
+    return head, OPTIMIZERS[kind](head.parameters())
+
+
+def step(head: ak.ShardedAMSoftmaxLoss, optimizer: torch.optim.Optimizer, number: int) -> Tensor:
+    """One step on rows that all ranks together have, whatever their number."""
+    generator = torch.Generator().manual_seed(number)
+    x, labels = (
+        torch.randn(24, D, generator=generator).to(device()),
+        torch.randint(C, (24,), generator=generator).to(device()),
+    )
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    loss = head(x.chunk(world)[rank], labels.chunk(world)[rank])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def state(head: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything of head and optimizer, whole."""
+    result = {name: whole(value) for name, value in head.state_dict().items()}
+    for i, parameter in enumerate(head.parameters()):
+        result.update({f"{i} {name}": whole(value) for name, value in optimizer.state[parameter].items()})
+    return {name: value.detach().cpu().clone() for name, value in result.items() if isinstance(value, Tensor)}
+
+
+def save(kind: str, folder: str) -> tuple[dict[str, Tensor], Tensor]:
+    head, optimizer = make(kind, 1)
+    for number in range(3):
+        step(head, optimizer, number)
+    model, optimizers = get_state_dict(head, optimizer)
+    dcp.save({"head": model, "optimizer": optimizers}, checkpoint_id=folder)
+    return state(head, optimizer), step(head, optimizer, 3)
+
+
+def load(kind: str, folder: str) -> tuple[dict[str, Tensor], Tensor]:
+    head, optimizer = make(kind, 2)
+    model, optimizers = get_state_dict(head, optimizer)
+    both = {"head": model, "optimizer": optimizers}
+    dcp.load(both, checkpoint_id=folder)
+    set_state_dict(head, optimizer, model_state_dict=both["head"], optim_state_dict=both["optimizer"])
+    return state(head, optimizer), step(head, optimizer, 3)
+
+
+@pytest.mark.parametrize(
+    "saved, loaded, kind",
+    [(8, 3, "sgd"), (3, 8, "adamw"), (3, 1, "sgd"), (1, 4, "adamw"), (2, 2, "rowwise sgd"), (3, 2, "rowwise adamw")],
+)
+def test_saved_on_some_ranks_and_loaded_on_others(ranks: Ranks, tmp_path: Path, saved: int, loaded: int, kind: str) -> None:
+    before, next_loss = ranks.run(saved, save, kind, str(tmp_path))[0]
+    for after, loss in ranks.run(loaded, load, kind, str(tmp_path)):
+        assert after.keys() == before.keys()
+        for name, value in before.items():
+            assert torch.equal(after[name], value), name
+        # Draws depend on the number of ranks; all else does not.
+        if saved == loaded:
+            assert torch.equal(loss, next_loss)
+        elif "rowwise" not in kind:
+            torch.testing.assert_close(loss, next_loss)
+
+
+def test_loaded_without_a_process_group(ranks: Ranks, tmp_path: Path) -> None:
+    before, _ = ranks.run(3, save, "sgd", str(tmp_path))[0]
+    head = ak.AMSoftmaxLoss(D, C, torch.nn.Parameter(torch.tensor(1.0)), torch.zeros(C))
+    dcp.load({"head": (model := head.state_dict())}, checkpoint_id=str(tmp_path), no_dist=True)
+    head.load_state_dict(model)
+    for name, value in head.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def write_insightface(folder: Path, weight: Tensor, world: int) -> None:
+    """Files as PartialFC_V2 leaves them: the first C mod W ranks have one class more."""
+    each, longer = divmod(len(weight), world)
+    parts = weight.split([each + (rank < longer) for rank in range(world)])
+    for rank, part in enumerate(parts):
+        checkpoint = {
+            "epoch": 3, "global_step": 7, "state_dict_backbone": {"w": torch.zeros(2)},
+            "state_dict_softmax_fc": {"weight": part.clone()}, "state_optimizer": {"state": {}, "param_groups": []},
+        }  # fmt: skip
+        torch.save(checkpoint, folder / f"checkpoint_gpu_{rank}.pt")
+
+
+def import_centres(folder: str) -> Tensor:
+    head = ak.ShardedAMSoftmaxLoss(D, C, seed=1, device=device())
+    load_centres(head, folder)
+    return whole(head.weight).detach().cpu()
+
+
+@pytest.mark.parametrize("written, world", [(4, 3), (3, 4), (1, 2), (8, 1)])
+def test_insightface_files_on_any_number_of_ranks(ranks: Ranks, tmp_path: Path, written: int, world: int) -> None:
+    weight = torch.randn(C, D)
+    write_insightface(tmp_path, weight, written)
+    for result in ranks.run(world, import_centres, str(tmp_path)):
+        assert torch.equal(result, weight)
+    head = ak.AMSoftmaxLoss(D, C)
+    load_centres(head, tmp_path, written)
+    assert torch.equal(head.weight, weight)
+
+
+def test_insightface_files_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
+    head = ak.AMSoftmaxLoss(D, C)
+    before = head.weight.detach().clone()
+    with pytest.raises(FileNotFoundError, match="checkpoint_gpu_0"):
+        load_centres(head, tmp_path)
+    write_insightface(tmp_path, torch.randn(C + 2, D), 3)
+    with pytest.raises(ValueError, match=re.escape("should have shape [7, 6], but it has [8, 6]")):
+        load_centres(head, tmp_path)
+    write_insightface(tmp_path, torch.randn(C, D), 3)
+    (tmp_path / "checkpoint_gpu_2.pt").unlink()
+    with pytest.raises(FileNotFoundError):
+        load_centres(head, tmp_path, 3)
+    torch.save({"state_dict_backbone": {}}, tmp_path / "checkpoint_gpu_2.pt")
+    with pytest.raises(ValueError, match=r"checkpoint_gpu_2\.pt has no"):
+        load_centres(head, tmp_path)
+    assert torch.equal(head.weight, before)
+
+
+# A run of torchrun's: each rank says that it is there; after some steps rank 1 is killed in the middle of one.
+WORKER = """
+    import datetime, os, signal, sys, time
+    import torch, torch.distributed as dist
+    import amsoftmax_kernels as ak
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+    rank = dist.get_rank()
+    head = ak.ShardedAMSoftmaxLoss(16, 500, seed=1)
+    backward = ak.functional.backends.load("chunked").backward
+
+    def dying(*arguments):
+        if step == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return backward(*arguments)
+
+    ak.functional.backends.load("chunked").backward = dying
+    for step in range(1000):
+        try:
+            head(torch.randn(8, 16, requires_grad=True), torch.randint(500, (8,))).backward()
+        except RuntimeError as error:
+            print(f"rank {rank} step {step}: {error}", flush=True)
+            open(os.path.join(sys.argv[1], f"failed{rank}"), "w").write(str(error))
+            raise
+"""
+
+
+def test_a_killed_rank_fails_the_others_with_a_clear_error(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(textwrap.dedent(WORKER))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    # A launcher whose monitor is slow, so that the others fail by themselves and are not stopped by it.
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--monitor-interval", "5",
+        str(script), str(tmp_path),
+    ]  # fmt: skip
+    start = time.monotonic()
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert process.returncode != 0, process.stdout
+    for rank in (0, 2):
+        message = (tmp_path / f"failed{rank}").read_text()
+        assert re.search("ShardedAMSoftmaxLoss: .* failed: another rank has died", message)
+    assert f"Signal {signal.SIGKILL.value}" in process.stderr or "SIGKILL" in process.stderr
+    assert time.monotonic() - start < 90
