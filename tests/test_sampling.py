@@ -315,6 +315,21 @@ def sampled_step(replicas: int, corrected: bool) -> tuple[Tensor, ...]:
     return loss.detach(), leaf.grad, grad.clone(), whole(head.weight).detach()
 
 
+def drawn_without_targets() -> Tensor:
+    head = make_head(rowwise_gradient=True)
+    x, labels = problem(B=1)
+    head(x.requires_grad_(), torch.full_like(labels, -100)).backward()
+    rows = written_rows(head.weight)
+    assert rows is not None
+    return rows
+
+
+def test_shards_draw_apart(ranks: Ranks) -> None:
+    """Each its own part of its classes: not the same everywhere, which would leave out the same share of each shard."""
+    first, second = (set(each.tolist()) for each in ranks.run(2, drawn_without_targets))
+    assert len(first) == len(second) == 20 and len(first & second) < 12  # of 100: 4 by chance
+
+
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("world, replicas", [(2, 1), (3, 1), (4, 2)])
 def test_sharded_draws_are_consistent(ranks: Ranks, world: int, replicas: int, corrected: bool) -> None:
