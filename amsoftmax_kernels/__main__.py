@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from collections.abc import Sequence
 
 import torch
 
-from . import __version__, am_softmax_loss, backends, reference
+from . import __version__, am_softmax_loss, backends, build, reference
+from .backends import cuda
 
 # Relative error of the loss and of each gradient that a self-test allows, by dtype.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -21,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"amsoftmax_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"CPU   {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     print(f"GPU   {_describe_gpu()}")
+    print(f"C++   {_describe_compiler()}")
     print(f"default backend for float32 on {device}: {backends.choose(None, device, torch.float32)}\n")
     failed = False
     for name in backends.NAMES:
@@ -32,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 reason = f"{type(error).__name__}: {error}"
             failed |= reason is not None
             result = "runs, self-test passed" if reason is None else f"self-test FAILED: {reason}"
+            remark = cuda.remark() if name == "cuda" else None
+            result += f" ({remark})" if remark else ""
         else:
             result = f"cannot run here: {reason}"
         print(f"{name:10} {result}")
@@ -72,6 +77,18 @@ def _describe_gpu() -> str:
     return (
         f"{properties.name}, compute capability {properties.major}.{properties.minor}, {properties.total_memory >> 30} GiB"
     )
+
+
+def _describe_compiler() -> str:
+    """What the cuda backend would be built with, whether or not there is a GPU for it."""
+    nvcc, cutlass = build.find_nvcc(), build.find_cutlass()
+    if cutlass is None:
+        headers = f"no CUTLASS headers: Hopper's own kernel is not built without them, pip install {build.CUTLASS}"
+        if os.environ.get("CUTLASS_PATH"):
+            headers += f" (CUTLASS_PATH, {os.environ['CUTLASS_PATH']}, has no cutlass/version.h)"
+    else:
+        headers = f"CUTLASS {build.cutlass_version(cutlass)}"
+    return f"{nvcc or 'no nvcc'}, {headers}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
     python -m amsoftmax_kernels.build --arch 80 90a --out libamsoftmax_kernels.so
 
+Hopper's own cosine kernel (sm_90a) takes CUTLASS's headers, those of the package nvidia-cutlass or of the folder that the
+environment variable CUTLASS_PATH names; without them the portable kernel serves Hopper too.
+
 The library's interface is plain C, so that it needs no PyTorch headers and no PyTorch version of its own.
 """
 
@@ -10,7 +13,9 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import hashlib
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -25,6 +30,9 @@ ARCHITECTURES = ("80", "86", "87", "89", "90a", "100", "103", "110", "120", "121
 # PTX beside each: what runs on a GPU that is newer than all of them.
 _FALLBACK = "-gencode=arch=compute_80,code=compute_80"
 _PREBUILT = "AMSOFTMAX_KERNELS_LIBRARY"  # names a library that was built ahead of time
+HOPPER = "90a"
+HOPPER_SOURCE = "cosine_sm90.cu"  # what needs CUTLASS, compiled for Hopper alone
+CUTLASS = "nvidia-cutlass==4.2.0.0"  # what it was written for
 
 
 class BuildError(RuntimeError):
@@ -61,6 +69,23 @@ def find_nvcc() -> str | None:
     return next((each for each in candidates if each and os.access(each, os.X_OK)), None)
 
 
+def find_cutlass() -> Path | None:
+    """The folder of CUTLASS's headers: where CUTLASS_PATH says, else in the package nvidia-cutlass, not imported."""
+    named = os.environ.get("CUTLASS_PATH")
+    package = importlib.util.find_spec("cutlass_library")
+    if named:
+        candidates = [Path(named), Path(named) / "include"]
+    else:
+        candidates = [Path(each) / "source" / "include" for each in (package and package.submodule_search_locations) or ()]
+    return next((each for each in candidates if (each / "cutlass" / "version.h").is_file()), None)
+
+
+def cutlass_version(headers: Path) -> str:
+    """As its header says: 4.2.0, for instance."""
+    text = (headers / "cutlass" / "version.h").read_text(encoding="utf-8")
+    return ".".join(re.findall(r"#define CUTLASS_(?:MAJOR|MINOR|PATCH)\s+(\d+)", text))
+
+
 def missing() -> str | None:
     """What has to be installed before a library can be had; None if nothing."""
     library = prebuilt()
@@ -75,6 +100,11 @@ def missing() -> str | None:
     return None
 
 
+def cache() -> Path:
+    """The folder of what has been built."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amsoftmax_kernels"
+
+
 def cached(arch: str, strict: bool = False) -> Path:
     """The library for one architecture, built now if the sources, the flags or nvcc have changed. Safe in many processes.
 
@@ -83,7 +113,7 @@ def cached(arch: str, strict: bool = False) -> Path:
     """
     import fcntl  # not on Windows
 
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amsoftmax_kernels"
+    folder = cache()
     path = folder / f"{key(arch, strict)}.so"
     if path.exists():
         return path
@@ -98,7 +128,9 @@ def cached(arch: str, strict: bool = False) -> Path:
 def key(arch: str, strict: bool = False) -> str:
     """A name that changes with whatever the library depends on."""
     digest = hashlib.sha256()
-    for part in (_nvcc_version(), arch, *FLAGS, *(STRICT if strict else ())):
+    cutlass = find_cutlass() if arch == HOPPER else None
+    version = cutlass_version(cutlass) if cutlass else ""
+    for part in (_nvcc_version(), version, arch, *FLAGS, *(STRICT if strict else ())):
         digest.update(part.encode() + b"\0")
     for path in sorted(sources().iterdir()):
         if path.suffix in (".cu", ".cuh", ".h"):
@@ -119,19 +151,30 @@ def build(architectures: Sequence[str], out: Path, strict: bool = False) -> None
         raise BuildError(missing() or "no nvcc")
     out.parent.mkdir(parents=True, exist_ok=True)
     targets = [_FALLBACK, *(f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures)]
+    cutlass = find_cutlass() if HOPPER in architectures else None
+    flags = [*FLAGS, *(STRICT if strict else ()), *(["-DAK_CUTLASS"] if cutlass else [])]
     out = out.absolute()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as name:
         folder = Path(name)
-        commands = [
-            [nvcc, *FLAGS, *(STRICT if strict else ()), *targets, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
-            for source in sorted(sources().glob("*.cu"))
-        ]
+        commands = []
+        for source in sorted(sources().glob("*.cu"), key=lambda each: each.name != HOPPER_SOURCE):  # the longest first
+            mine = targets
+            if source.name == HOPPER_SOURCE:
+                if cutlass is None:
+                    continue
+                mine = [f"-gencode=arch=compute_{HOPPER},code=sm_{HOPPER}", *hopper_flags(cutlass)]
+            commands.append([nvcc, *flags, *mine, "-c", str(source), "-o", str(folder / f"{source.stem}.o")])
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         objects = [command[-1] for command in commands]
         # The CUDA runtime is linked in, so that the library does not depend on the one that PyTorch brings.
         _run([nvcc, "-shared", "-cudart", "static", *targets, *objects, "-o", str(folder / "library.so")])
         os.replace(folder / "library.so", out)
+
+
+def hopper_flags(cutlass: Path) -> list[str]:
+    """What a source with CUTLASS's headers is compiled with beside the rest."""
+    return ["-isystem", str(cutlass), "--expt-relaxed-constexpr"]
 
 
 def _run(command: list[str]) -> None:

@@ -1,10 +1,12 @@
 // Piece 2 of a step on any GPU from compute capability 8.0 on: the cosines' product through mma.sync and cp.async, with the
 // exponential, the target's mask, the row sums and the store of E in its epilogue.
 //
-// A block owns 128 rows and every `streams`-th tile of 128 classes, so that its rows' sums never leave it. Two blocks share an
-// SM where its shared memory has room (not on 8.6, 8.9 and 12.0): one's epilogue runs under the other's products. Operands lie in shared memory in rows of 64 bytes whose four 16-byte
-// parts are permuted, so that the eight rows of a matrix that is loaded at once fall into different banks.
-#include "arithmetic.h"
+// A block owns 128 rows and its own stream of tiles of 128 classes, every p.parts-th, so that its rows' sums never leave it.
+// Two blocks share an SM where its shared memory has room (not on 8.6, 8.9 and 12.0): one's epilogue runs under the other's
+// products. Operands lie in shared memory in rows of 64 bytes whose four 16-byte parts are permuted, so that the eight rows
+// of a matrix that is loaded at once fall into different banks.
+#include "cosine.h"
+#include "epilogue.cuh"
 #include "launch.cuh"
 
 namespace ak {
@@ -43,14 +45,16 @@ __device__ inline void load_tile(unsigned char* to, const Source& source, const 
     }
 }
 
-// Largest value and the lowest column that has it, over the four threads that share a row.
-__device__ inline void quad_best(float& value, int& column) {
+// The largest over the four threads that share a row.
+__device__ inline Most quad_best(Most most) {
 #pragma unroll
     for (int mask = 1; mask < 4; mask *= 2) {
-        const float other = __shfl_xor_sync(0xFFFFFFFFu, value, mask);
-        const int other_column = __shfl_xor_sync(0xFFFFFFFFu, column, mask);
-        if (other > value || (other == value && other_column < column)) value = other, column = other_column;
+        Most other;
+        other.cosine = __shfl_xor_sync(0xFFFFFFFFu, most.cosine, mask);
+        other.column = __shfl_xor_sync(0xFFFFFFFFu, most.column, mask);
+        most = larger(most, other);
     }
+    return most;
 }
 
 template <class T, bool BEST, bool FILTER>
@@ -73,8 +77,7 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
         const bool inside = row < batch;
         factors[i] = inside ? p.factor[row] : 0.0f;
         shifts[i] = inside && p.shift ? p.shift[row] : 0.0f;
-        const int64_t local = inside ? p.labels[row] - p.class_start : -1;
-        labels[i] = local >= 0 && local < N ? int(local) : -1;
+        labels[i] = inside ? label_here(p.labels[row], p.class_start, N) : -1;
         unbounded |= !(factors[i] <= kBound);
         z[i] = 0, best[i] = -INFINITY, best_column[i] = -1;
     }
@@ -130,10 +133,9 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int row = warp_row + i / 2 * 16 + i % 2 * 8 + lane / 4;
-            const float factor = factors[row], shift = shifts[row];
-            const int label = labels[row];
-            float sum = 0, most = -INFINITY;
-            int most_column = INT32_MAX;
+            const Row mine = {factors[row], shifts[row], labels[row]};
+            float sum = 0;
+            Most most;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 float e[2];
@@ -141,25 +143,22 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
                 for (int side = 0; side < 2; ++side) {
                     const float cosine = c[i / 2][j][i % 2 * 2 + side];
                     const int column = first + warp_class + j * 8 + lane % 4 * 2 + side;
-                    const bool masked = special && (column == label || column >= N);
-                    const bool filtered = FILTER && cosine > p.filter;
-                    // A pass for the shift must not see what the filter leaves out.
-                    if (BEST && !masked && !(filtered && p.only_unbounded) && cosine > most) most = cosine, most_column = column;
-                    e[side] = masked || filtered ? 0.0f : exp2_fast(cosine * factor - shift);
+                    const bool masked = special && (column == mine.label || column >= N);
+                    e[side] = term<BEST, FILTER>(cosine, column, masked, mine, p.filter, p.only_unbounded, most);
                     sum += e[side];
                 }
                 if (p.terms.data) {
                     bfloat16* to = reinterpret_cast<bfloat16*>(shared + row * kPitch) + warp_class + j * 8 + lane % 4 * 2;
-                    const uint32_t pair = uint32_t(from_float<bfloat16>(e[1]).bits) << 16 | from_float<bfloat16>(e[0]).bits;
+                    const uint32_t pair = pack(e);
                     memcpy(to, &pair, 4);
                 }
             }
             sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
             sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-            if (BEST) quad_best(most, most_column);
+            if (BEST) most = quad_best(most);
             if (lane % 4 == 0) {
                 sums[across][row] = sum;
-                if (BEST) bests[across][row] = most, columns[across][row] = most_column;
+                if (BEST) bests[across][row] = most.cosine, columns[across][row] = most.column;
             }
         }
         __syncthreads();
@@ -194,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
 
 template <class T, bool BEST, bool FILTER>
 const char* launch(const AkCosine& p, [[maybe_unused]] const AkWhere& where) {
-    const dim3 grid(unsigned((p.x_hat.rows + kRows - 1) / kRows), unsigned(p.streams));
+    const dim3 grid(unsigned((p.x_hat.rows + kRows - 1) / kRows), unsigned(p.parts));
     AK_LAUNCH((cosine_exp<T, BEST, FILTER>), grid, kThreads, kShared, static_cast<cudaStream_t>(where.stream), p);
     return launch_error();
 }
@@ -214,7 +213,8 @@ const char* prepare() {
 
 template <class T>
 const char* prepare() {
-    for (const char* error : {prepare<T, false, false>(), prepare<T, false, true>(), prepare<T, true, false>(), prepare<T, true, true>()})
+    for (const char* error : {prepare<T, false, false>(), prepare<T, false, true>(), prepare<T, true, false>(),
+                              prepare<T, true, true>()})
         if (error) return error;
     return nullptr;
 }
@@ -226,42 +226,35 @@ const char* launch(const AkCosine& p, const AkWhere& where) {
     return filter ? launch<T, false, true>(p, where) : launch<T, false, false>(p, where);
 }
 
-}  // namespace
-}  // namespace ak
+const char* check() {
+    const char* error = prepare<half>();
+    return error ? error : prepare<bfloat16>();
+}
 
-extern "C" {
-
-int32_t ak_tile_rows() { return ak::kRows; }
-int32_t ak_tile_classes() { return ak::kClasses; }
-int32_t ak_version() { return 1; }
-
-const char* ak_check(const AkWhere* where, int32_t* blocks) {
-    ak::DeviceGuard guard(where->device);
-    for (const char* error : {ak::prepare<ak::half>(), ak::prepare<ak::bfloat16>()})
-        if (error) return error;
-    *blocks = 2;
+const char* tiling(AkTiling& p) {
+    p.rows = kRows, p.classes = kClasses, p.parts = 1, p.blocks = 4;
 #ifndef AK_EMULATE
-    auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, ak::cosine_exp<ak::bfloat16, false, false>, ak::kThreads,
-                                                               ak::kShared);
+    if (const char* error = prepare<bfloat16, false, false>()) return error;
+    int device = 0, multiprocessors = 0, resident = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    const auto kernel = cosine_exp<bfloat16, false, false>;
+    auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, kShared);
     if (error != cudaSuccess) {
         cudaGetLastError();
         return cudaGetErrorString(error);
     }
+    p.blocks = resident * multiprocessors;
 #endif
     return nullptr;
 }
 
-const char* ak_cosine_exp(const AkCosine* p, const AkWhere* where) {
-    ak::DeviceGuard guard(where->device);
-    if (p->terms.data && p->terms.type != AK_BFLOAT16) return "E must be bfloat16";
-    if (p->x_hat.type != p->w_hat.type) return "features and centres must have one operand type";
-    if (p->x_hat.columns != p->w_hat.columns) return "features and centres must have one width";
-    for (const AkMatrix* matrix : {&p->x_hat, &p->w_hat, &p->terms})
-        if (matrix->data && !ak::aligned_rows(*matrix, 2)) return "rows must start at multiples of 16 bytes";
-    switch (p->x_hat.type) {
-        case AK_FLOAT16: return ak::launch<ak::half>(*p, *where);
-        case AK_BFLOAT16: return ak::launch<ak::bfloat16>(*p, *where);
-        default: return "operands must be float16 or bfloat16";
-    }
+const char* launch_any(const AkCosine& p, const AkWhere& where) {
+    return p.x_hat.type == AK_FLOAT16 ? launch<half>(p, where) : launch<bfloat16>(p, where);
 }
-}
+
+}  // namespace
+
+const CosineKernel portable_cosine = {check, tiling, launch_any};
+
+}  // namespace ak

@@ -61,12 +61,19 @@ struct AkCosine {
     AkMatrix x_hat, w_hat, terms;  // [B, width], [N, width], [B, N or a little more]; terms.data null: not stored
     const int64_t* labels;
     const float *factor, *shift;  // [B]; shift null: none
-    double* z;                    // [streams, B], null: not summed
-    float* best;                  // [streams, B], null: not sought
-    int64_t* best_class;          // [streams, B]
+    double* z;                    // [parts, B], null: not summed
+    float* best;                  // [parts, B], null: not sought
+    int64_t* best_class;          // [parts, B]
     int64_t class_start;
     float filter;  // negatives of a larger cosine are left out
-    int32_t streams, only_unbounded, reserved;
+    int32_t parts, only_unbounded, reserved;  // parts: of all streams together
+};
+
+// How the cosine kernel divides a problem: among blocks (on Hopper clusters of them) of `rows` rows, each with its own
+// stream of tiles of `classes` classes, of which it leaves `parts` partial sums a row. As many as `blocks` run at once.
+struct AkTiling {
+    int64_t batch, width;                  // given
+    int32_t rows, classes, parts, blocks;  // the answer
 };
 
 struct AkReduce {
@@ -121,11 +128,12 @@ AK_EXPORT const char* ak_factor_rows(const AkFactor*, const AkWhere*);
 AK_EXPORT const char* ak_finish_centres(const AkFinishCentres*, const AkWhere*);
 AK_EXPORT const char* ak_finish_rows(const AkFinishRows*, const AkWhere*);
 
-// Rows and classes of the cosine kernel's tile, for the number of streams; and a number that changes with this contract.
-AK_EXPORT int32_t ak_tile_rows();
-AK_EXPORT int32_t ak_tile_classes();
-AK_EXPORT int32_t ak_version();
+AK_EXPORT const char* ak_tiling(AkTiling*, const AkWhere*);
 
-// Before anything else on a device: whether the kernels run there, and how many blocks of the cosine kernel an SM holds.
-AK_EXPORT const char* ak_check(const AkWhere*, int32_t* blocks);
+// Before anything else on a device: whether the kernels run there.
+AK_EXPORT const char* ak_check(const AkWhere*);
+
+// A number that changes with this contract; and whether Hopper's own cosine kernel is in this library.
+AK_EXPORT int32_t ak_version();
+AK_EXPORT int32_t ak_has_hopper();
 }

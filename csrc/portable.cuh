@@ -104,10 +104,14 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
     }
 }
 #else
-__device__ __forceinline__ float exp2_fast(float x) {
+__host__ __device__ __forceinline__ float exp2_fast(float x) {
+#ifdef __CUDA_ARCH__
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
+#else
+    return exp2f(x);
+#endif
 }
 
 // Sixteen bytes from global to shared memory, zeros if not `inside`.
@@ -135,7 +139,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
-#define AK_MULTIPLY_ADD(type, name)                                                                                    template <>                                                                                                        __device__ __forceinline__ void multiply_add<type>(float(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 "                                                     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                              }
+#define AK_MULTIPLY_ADD(type, name)                                                                                    \
+    template <>                                                                                                        \
+    __device__ __forceinline__ void multiply_add<type>(float(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {   \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 "                                    \
+                     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                 \
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                  \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                              \
+    }
 AK_MULTIPLY_ADD(half, "f16")
 AK_MULTIPLY_ADD(bfloat16, "bf16")
 #undef AK_MULTIPLY_ADD

@@ -1,14 +1,16 @@
 """The fused decomposition on the C++ kernels of csrc: CUDA GPUs from compute capability 8.0 on, float16 and bfloat16.
 
-The fused kernel here is the portable one (mma.sync, cp.async). Hopper's own is still to be written: where both can run,
-Triton's comes first. nvcc builds the library when it is first needed; where that fails this backend says so once, and serves
-nothing.
+There are two fused kernels: Hopper's own (wgmma, bulk copies and clusters, under CUTLASS's pipeline), which is built where
+CUTLASS's headers are, and the portable one (mma.sync, cp.async) for the rest. nvcc builds the library when it is first
+needed; where that fails this backend says so once, and serves nothing. None of it has been timed on a GPU: where both can
+run, Triton's comes first.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from .. import build
 from . import Forward, Problem
 from . import cuda_library as c
-from .fused import Fused, streams_for
+from .fused import Fused, padded, streams_for
 
 _MIN_CAPABILITY = (8, 0)
 
@@ -38,10 +40,18 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY and _builds(device)
 
 
+def remark() -> str | None:
+    """What would make this backend faster here; None if nothing."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.get_device_capability(device)[0] != 9 or not _builds(device) or _library(device).has_hopper:
+        return None
+    return f"by the portable kernel: Hopper's own takes CUTLASS's headers, pip install {build.CUTLASS}"
+
+
 @functools.cache
 def _builds(device: torch.device) -> bool:
     try:
-        _blocks(device)
+        _library(device).check(device)
     except (build.BuildError, OSError, RuntimeError) as error:
         warnings.warn(f"amsoftmax_kernels: the CUDA library cannot be had, other backends serve:\n{error}", stacklevel=2)
         return False
@@ -53,25 +63,19 @@ def _library(device: torch.device) -> c.Library:
     return c.library(build.architecture(torch.cuda.get_device_capability(device)))
 
 
-@functools.cache
-def _blocks(device: torch.device) -> int:
-    """Blocks of the cosine kernel that an SM holds, once the kernels are known to run."""
-    return _library(device).check(device)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+@functools.lru_cache(1024)
+def _tiling(device: torch.device, batch: int, width: int) -> Any:
+    return _library(device).tiling(device, batch, width)
 
 
 class _Kernels:
     """:class:`.fused.Kernels` through the library."""
 
     def streams(self, problem: Problem, classes: int) -> int:
-        device = problem.weight.device
-        library = _library(device)
-        blocks, tiles = -(-len(problem.features) // library.tile_rows), -(-classes // library.tile_classes)
-        return streams_for(_blocks(device) * _multiprocessors(device), blocks, tiles)
+        batch, dim = problem.features.shape
+        tiling = _tiling(problem.weight.device, batch, padded(dim))
+        blocks, tiles = -(-batch // tiling.rows), -(-classes // tiling.classes)
+        return int(tiling.parts) * streams_for(tiling.blocks, blocks, tiles)
 
     def canonical_labels(self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor) -> None:
         parameters = c.Labels(

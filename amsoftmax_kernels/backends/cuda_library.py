@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import build
 
-VERSION = 1  # of the contract: ak_version()
+VERSION = 2  # of the contract: ak_version()
 _TYPES = {
     torch.float32: 0, torch.float16: 1, torch.bfloat16: 2,
     torch.int64: 3, torch.int32: 4, torch.int16: 5, torch.int8: 6, torch.uint8: 7,
@@ -43,8 +43,9 @@ Rows = _structure(
 Centres = _structure("AkCentres", **_named(Matrix, "weight w_hat"), **_named(c_void_p, "inverse_norm unless_bounded"))
 Cosine = _structure(
     "AkCosine", **_named(Matrix, "x_hat w_hat terms"), **_named(c_void_p, "labels factor shift z best best_class"),
-    class_start=c_int64, filter=c_float, **_named(c_int32, "streams only_unbounded reserved"),
+    class_start=c_int64, filter=c_float, **_named(c_int32, "parts only_unbounded reserved"),
 )  # fmt: skip
+Tiling = _structure("AkTiling", **_named(c_int64, "batch width"), **_named(c_int32, "rows classes parts blocks"))
 Reduce = _structure(
     "AkReduce", **_named(c_void_p, "z_parts best_parts class_parts labels factor z best shift best_class"),
     **_named(c_int64, "batch parts"),
@@ -66,11 +67,12 @@ FinishRows = _structure(
 )  # fmt: skip
 
 LAUNCHERS = {
-    "ak_canonical_labels": Labels, "ak_prepare_rows": Rows, "ak_prepare_centres": Centres, "ak_cosine_exp": Cosine,
-    "ak_reduce": Reduce, "ak_constant_margin": Margin, "ak_factor_rows": Factor, "ak_finish_centres": FinishCentres,
+    "ak_canonical_labels": Labels, "ak_prepare_rows": Rows, "ak_prepare_centres": Centres, "ak_tiling": Tiling,
+    "ak_cosine_exp": Cosine, "ak_reduce": Reduce,
+    "ak_constant_margin": Margin, "ak_factor_rows": Factor, "ak_finish_centres": FinishCentres,
     "ak_finish_rows": FinishRows,
 }  # fmt: skip
-CONSTANTS = ("ak_tile_rows", "ak_tile_classes", "ak_version")
+CONSTANTS = ("ak_version", "ak_has_hopper")
 
 
 class Library:
@@ -88,10 +90,8 @@ class Library:
         version = self._library.ak_version()
         if version != VERSION:
             raise RuntimeError(f"{path} has version {version} of the interface, this package {VERSION}: build it again")
-        self._library.ak_check.argtypes = [ctypes.POINTER(Where), ctypes.POINTER(c_int32)]
-        self._library.ak_check.restype = c_char_p
-        self.tile_rows: int = self._library.ak_tile_rows()
-        self.tile_classes: int = self._library.ak_tile_classes()
+        self._library.ak_check.argtypes, self._library.ak_check.restype = [ctypes.POINTER(Where)], c_char_p
+        self.has_hopper = bool(self._library.ak_has_hopper())  # its own cosine kernel
 
     def call(self, name: str, parameters: ctypes.Structure, device: torch.device) -> None:
         """Launch; RuntimeError with the library's own words if it cannot."""
@@ -101,13 +101,17 @@ class Library:
         if error is not None:
             raise RuntimeError(f"{name}: {error.decode()}")
 
-    def check(self, device: torch.device) -> int:
-        """Blocks of the cosine kernel that an SM of this device holds; RuntimeError if the kernels do not run there."""
-        blocks = c_int32()
-        error = self._library.ak_check(ctypes.byref(Where(None, device.index or 0, 0)), ctypes.byref(blocks))
+    def check(self, device: torch.device) -> None:
+        """RuntimeError if the kernels do not run on this device."""
+        error = self._library.ak_check(ctypes.byref(Where(None, device.index or 0, 0)))
         if error is not None:
             raise RuntimeError(f"the kernels of {self.path} do not run on {device}: {error.decode()}")
-        return blocks.value
+
+    def tiling(self, device: torch.device, batch: int, width: int) -> ctypes.Structure:
+        """How the cosine kernel divides a batch of rows of this width."""
+        tiling = Tiling(batch, width)
+        self.call("ak_tiling", tiling, device)
+        return tiling
 
 
 @functools.cache

@@ -48,7 +48,7 @@ class Kernels(Protocol):
     """
 
     def streams(self, problem: Problem, classes: int) -> int:
-        """Programs that share a row's classes in :meth:`cosine_exp`: as many partial sums has the row."""
+        """Partial sums of a row that :meth:`cosine_exp` leaves: one or more of each program that shares its classes."""
 
     def canonical_labels(
         self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor

@@ -1,0 +1,300 @@
+"""Hopper's cosine kernel without a GPU: its epilogue on the CPU, thread by thread in its layouts, and its machine code."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import amsoftmax_kernels as ak
+from amsoftmax_kernels import __main__ as command
+from amsoftmax_kernels import backends, build
+from amsoftmax_kernels.backends import Problem, cuda, cuda_library
+
+from .cases import CASES, CHUNK, Case
+from .test_cuda import BY_NAME, CPU, DTYPES, NVCC, build_emulated, check, check_the_cosine_kernel, ours, serve, short_chunks
+from .test_loss import oracle
+
+__all__ = ["short_chunks"]  # a fixture
+CUTLASS = pytest.mark.skipif(build.find_cutlass() is None, reason=f"no CUTLASS headers: pip install {build.CUTLASS}")
+
+
+@pytest.fixture(scope="session")
+def hopper_library(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.Library:
+    """The emulated library with Hopper's tile in the place of the portable kernel."""
+    part = _hopper_on_cpu()
+    here = tmp_path_factory.mktemp("hopper")
+    return build_emulated(here / "library.so", "-DAK_CUTLASS", str(part), f"-Wl,-rpath,{part.parent}")
+
+
+def _hopper_on_cpu() -> Path:
+    """hopper_on_cpu.cu, which only nvcc can compile; from the cache where nothing has changed."""
+    nvcc, headers = build.find_nvcc(), build.find_cutlass()
+    if nvcc is None or headers is None:
+        pytest.skip("no nvcc on this machine" if nvcc is None else f"no CUTLASS headers: pip install {build.CUTLASS}")
+    source = Path(__file__).with_name("hopper_on_cpu.cu")
+    digest = hashlib.sha256(build.key("90a", strict=True).encode() + source.read_bytes()).hexdigest()[:24]
+    library = build.cache() / f"libhopper_on_cpu-{digest}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        flags = [*build.FLAGS, *build.STRICT, *build.hopper_flags(headers), "-gencode=arch=compute_90a,code=sm_90a"]
+        folders = ["-I", str(build.sources())]
+        result = subprocess.run(
+            [nvcc, *flags, *folders, "-shared", str(source), "-o", str(unfinished)], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        os.replace(unfinished, library)
+    return library
+
+
+@pytest.fixture
+def hopper(hopper_library: cuda_library.Library, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hopper_library.has_hopper
+    serve(hopper_library, monkeypatch)
+
+
+def test_the_layouts(hopper_library: cuda_library.Library) -> None:
+    """Products read what bulk copies write, and every logit of a tile is one thread's."""
+    hopper_library.check(CPU)
+
+
+def test_one_block_of_few_rows_and_two_that_share_classes(hopper_library: cuda_library.Library) -> None:
+    for batch, rows in ((1, 128), (128, 128), (129, 256), (4096, 256)):
+        tiling = hopper_library.tiling(CPU, batch, 512)
+        assert (tiling.rows, tiling.classes, tiling.parts) == (rows, 128, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+@pytest.mark.parametrize("partial_sums", [2, 4, 14])
+@pytest.mark.parametrize(("B", "N", "width"), [(1, 1, 16), (64, 64, 48), (127, 129, 16), (130, 300, 160), (257, 640, 16)])
+def test_the_epilogue(B: int, N: int, width: int, partial_sums: int, dtype: torch.dtype, hopper: None) -> None:
+    """At every edge of a tile, with streams that have several tiles, one, and none."""
+    check_the_cosine_kernel(B, N, width, dtype, partial_sums)
+
+
+@pytest.mark.parametrize("wrong", ["mask", "factor", "shift", "class"])
+def test_a_wrong_epilogue_would_be_seen(wrong: str, hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cuda._Kernels.cosine_exp
+
+    def cosine_exp(self: Any, problem: Problem, start: int, x_hat: Tensor, w_hat: Tensor, *rest: Any) -> None:
+        factor, shift, *outputs = rest
+        if wrong == "mask":
+            problem = problem._replace(labels=torch.full_like(problem.labels, -1))
+        elif wrong == "class":
+            start += 1
+        elif wrong == "factor":
+            factor = factor.roll(1)
+        elif shift is not None:
+            shift = shift.roll(1)
+        right(self, problem, start, x_hat, w_hat, factor, shift, *outputs)
+
+    monkeypatch.setattr(cuda._Kernels, "cosine_exp", cosine_exp)
+    with pytest.raises(AssertionError):
+        check_the_cosine_kernel(130, 300, 16, torch.bfloat16, 4)
+
+
+def test_a_row_of_nan_is_its_own(hopper: None) -> None:
+    B, N, width = 140, 200, 16
+    x_hat, w_hat = (torch.randn(n, width).div(4).bfloat16() for n in (B, N))
+    x_hat[7] = math.nan
+    problem = Problem(x_hat, w_hat, torch.arange(B), torch.tensor(30.0), True, torch.bfloat16, math.inf)
+    terms, z = torch.empty(B, 208, dtype=torch.bfloat16), torch.empty(4, B, dtype=torch.float64)
+    best, best_class = torch.empty(4, B), torch.empty(4, B, dtype=torch.int64)
+    cuda._Kernels().cosine_exp(problem, 0, x_hat, w_hat, torch.full((B,), 9.0), None, terms, z, best, best_class, False)
+    rows = terms.isnan().any(1)
+    assert rows[7] and rows.sum() == 1 and terms[7, 7] == 0 and not terms[:, N:].any()
+    assert z.sum(0).isnan().tolist() == rows.tolist()
+    assert (best[:, 7] == -math.inf).all() and (best_class[:, 7] == -1).all()
+
+
+def test_terms_end_where_their_matrix_does(hopper: None) -> None:
+    """Rows of E are written into a wider matrix, whose other columns are another chunk's."""
+    x_hat, w_hat = (torch.randn(n, 16).half() for n in (130, 72))
+    problem = Problem(x_hat, w_hat, torch.zeros(130).long(), torch.tensor(30.0), True, torch.float16, math.inf)
+    kept = torch.full((131, 200), 7.0, dtype=torch.bfloat16)
+    terms = kept[:130, 40 : 40 + 80]
+    cuda._Kernels().cosine_exp(problem, 0, x_hat, w_hat, torch.ones(130), None, terms, None, None, None, False)
+    assert (kept[:130, :40] == 7).all() and (kept[:130, 120:] == 7).all() and (kept[130] == 7).all()
+    assert terms[:, 1:72].gt(0).all() and not terms[:, 72:].any() and not terms[:, 0].any()
+
+
+@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_the_reference(case: Case, save_bytes: int | None, hopper: None, short_chunks: None) -> None:
+    actual = ours(torch.float16, *case.tensors(torch.float32), save_bytes=save_bytes, **case.options)
+    check(case, actual, oracle(case, torch.float32))
+
+
+def test_predictions(hopper: None, short_chunks: None) -> None:
+    features, weight, labels, _ = Case("", "", B=40, C=3 * CHUNK + 5, D=16).tensors(torch.float32)
+    features, weight = features.half().float(), weight.half().float()
+    features[:20] = weight[labels[:20]] + 0.1 * features[:20]
+    expected = ak.reference.am_softmax_loss(features, weight, labels, return_predictions=True)[1]
+    with torch.autocast("cpu", torch.float16):
+        _, predictions = ak.am_softmax_loss(features, weight, labels, backend="cuda", return_predictions=True)
+    assert (predictions == expected).float().mean() > 0.9
+
+
+def test_an_odd_number_of_partial_sums_is_an_error(hopper: None) -> None:
+    with pytest.raises(RuntimeError, match="ak_cosine_exp: an odd number of partial sums"):
+        check_the_cosine_kernel(1, 1, 16, torch.float16, 3)
+
+
+@NVCC
+@CUTLASS
+def test_the_machine_code() -> None:
+    """Warpgroups' products; copies in bulk, for a whole cluster, and out; registers where they are needed, none spilled."""
+    library = cuda_library.Library(build.cached("90a", strict=True))
+    assert library.has_hopper
+    triton = pytest.importorskip("triton")  # which brings a disassembler along
+    listing = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "-sass", library.path], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = [each for each in listing.split("Function : ")[1:] if "sm90" in each.splitlines()[0]]
+    assert len(kernels) == 8  # of two types, with and without maxima and filter, rows that stay or come again
+    for code in kernels:
+        products = r"HGMMA\.64x128x16\.F32" + (r"\.BF16" if "bfloat16" in code.splitlines()[0] else r"(?!\.BF16)")
+        copies = (r"UTMALDG\.2D", r"UTMALDG\.2D\.MULTICAST", r"UTMASTG\.2D")
+        registers = (r"USETMAXREG\.DEALLOC\.CTAPOOL", r"USETMAXREG\.TRY_ALLOC\.CTAPOOL")
+        for instruction in (products, *copies, *registers, r"MUFU\.EX2"):
+            assert re.search(rf"\b{instruction}(?![\w.])", code), instruction
+        assert not re.search(r"\b(LDL|STL)\b", code)
+
+
+def _commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arch: str) -> list[list[str]]:
+    """What a build would run."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str]) -> None:
+        commands.append(command)
+        Path(command[-1]).touch()
+
+    monkeypatch.setattr(build, "_run", run)
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    build.build([arch], tmp_path / "library.so")
+    return commands
+
+
+def _headers(at: Path, version: tuple[int, int, int] = (4, 2, 0)) -> Path:
+    (at / "cutlass").mkdir(parents=True)
+    names = zip(("MAJOR", "MINOR", "PATCH"), version, strict=True)
+    (at / "cutlass" / "version.h").write_text("".join(f"#define CUTLASS_{name} {number}\n" for name, number in names))
+    return at
+
+
+def test_cutlass_is_for_hopper_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    headers = _headers(tmp_path / "include")
+    monkeypatch.setattr(build, "find_cutlass", lambda: headers)
+    commands = _commands(monkeypatch, tmp_path, "90a")
+    with_it = [each for each in commands if str(headers) in each]
+    assert len(with_it) == 1 and any(each.endswith(build.HOPPER_SOURCE) for each in with_it[0])
+    assert not any("compute_80" in each for each in with_it[0])
+    assert all("-DAK_CUTLASS" in each for each in commands[:-1])
+    for arch, found in (("80", headers), ("90a", None)):
+        monkeypatch.setattr(build, "find_cutlass", lambda found=found: found)
+        commands = _commands(monkeypatch, tmp_path, arch)
+        assert not any("AK_CUTLASS" in part or part.endswith(build.HOPPER_SOURCE) for each in commands for part in each)
+
+
+def test_finding_cutlass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    headers = _headers(tmp_path / "named" / "include")
+    for named in (headers, headers.parent):
+        monkeypatch.setenv("CUTLASS_PATH", str(named))
+        assert build.find_cutlass() == headers
+    assert build.cutlass_version(headers) == "4.2.0"
+    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
+    assert build.find_cutlass() is None
+    # The package is found without being imported, which would import a good deal.
+    monkeypatch.delenv("CUTLASS_PATH")
+    package = tmp_path / "site" / "cutlass_library"
+    _headers(package / "source" / "include")
+    (package / "__init__.py").write_text("raise RuntimeError\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert build.find_cutlass() == package / "source" / "include"
+
+
+def test_the_cache_key_depends_on_cutlass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    keys = {build.key("80")}
+    for headers in (None, _headers(tmp_path / "a"), _headers(tmp_path / "b", (4, 3, 0))):
+        monkeypatch.setattr(build, "find_cutlass", lambda headers=headers: headers)
+        keys |= {build.key("80"), build.key("90a")}
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize("headers", [True, False])
+def test_the_command_says_what_to_install(
+    headers: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = _headers(tmp_path / "include") if headers else None
+    monkeypatch.setattr(build, "find_cutlass", lambda: found)
+    monkeypatch.setattr(backends, "NAMES", ("cuda",))
+    assert command.main([]) == 0
+    printed = capsys.readouterr().out
+    assert ("CUTLASS 4.2.0" in printed) == headers and (f"pip install {build.CUTLASS}" in printed) != headers
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> torch.device:
+    """A GPU of this capability, as far as choosing a backend goes."""
+    for function in (cuda._builds, cuda._library, cuda_library.library):
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("has_hopper", [True, False])
+def test_hopper_without_its_own_kernel_says_so(has_hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = _pretend(monkeypatch, (9, 0))
+    monkeypatch.setattr(cuda, "_builds", lambda device: True)
+    monkeypatch.setattr(cuda, "_library", lambda device: type("Library", (), {"has_hopper": has_hopper}))
+    assert cuda.serves(device, torch.bfloat16)
+    remark = cuda.remark()
+    assert remark is None if has_hopper else remark is not None and f"pip install {build.CUTLASS}" in remark
+    _pretend(monkeypatch, (8, 0))
+    assert cuda.remark() is None
+
+
+def test_an_unsupported_card_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, (7, 5))
+    assert "needs compute capability 8.0 or newer, but this GPU has 7.5" in (cuda.unavailable_reason() or "")
+    assert "cuda" not in ak.available_backends()
+
+
+@NVCC
+def test_a_failed_build_is_shown_once_and_triton_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "library.h").write_text("")
+    (tmp_path / "csrc" / "broken.cu").write_text("this is not C++\n")
+    device = _pretend(monkeypatch, (8, 0))
+    monkeypatch.setattr(build, "sources", lambda: tmp_path / "csrc")
+    monkeypatch.setattr(build, "cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(backends, "NAMES", ("cuda", "triton", "chunked", "reference"))
+    monkeypatch.setattr(backends.load("triton"), "unavailable_reason", lambda: None)
+    monkeypatch.setattr(backends.load("triton"), "serves", lambda device, dtype: True)
+    with pytest.warns(UserWarning, match="(?s)the CUDA library cannot be had, other backends serve:.*broken.cu"):
+        assert backends.choose(None, device, torch.float16) == "triton"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(None, device, torch.float16) == "triton"
+    with pytest.raises(ValueError, match="backend 'cuda' does not serve"):
+        backends.choose("cuda", device, torch.float16)
+    cuda._builds.cache_clear()
+
+
+def test_a_case_by_either_kernel(hopper: None) -> None:
+    """Without chunks: tiles of 128 classes, several streams."""
+    case = BY_NAME["s64"]
+    check(case, ours(torch.bfloat16, *case.tensors(torch.float32), **case.options), oracle(case, torch.float32))
