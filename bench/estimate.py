@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from amsoftmax_kernels.backends import triton_configs
+from amsoftmax_kernels.backends.fused import streams_for
 from amsoftmax_kernels.backends.triton_configs import Config
 
 # (B, D, C): bfloat16 compute, float32 centres.
@@ -110,6 +111,39 @@ def _cosine_exp(card: Card, config: Config, B: int, D: int, C: int) -> dict[str,
         "epilogue": waves * epilogue / card.clock,
         "l2": tiles * operands / card.l2,
     }
+
+
+def hopper_cosine_exp(card: Card, B: int, D: int, C: int) -> dict[str, float]:
+    """Seconds of the C++ kernel for Hopper by what could bound it (csrc/cosine_sm90.cu); all of it overlaps but its ends."""
+    tile, cluster = 128, 2 if B > 128 else 1
+    rows, tiles = -(-B // tile), -(-C // tile)
+    blocks, slots = -(-rows // cluster), card.multiprocessors // cluster
+    streams = streams_for(slots, blocks, tiles)
+    rounds = -(-blocks * streams // slots)
+    # A tile takes what its products take at a library's rate, or its epilogue if that is longer: 16 exponentials a clock, or
+    # a warp's instructions, 800 in the machine code, one warp to each of an SM's schedulers. The ends: x̂ at 64 bytes a
+    # clock, and the last epilogue.
+    products = 2 * tile * tile * D / (card.products / card.multiprocessors / card.clock)
+    clocks = max(products, tile * tile / 16, 800)
+    ends = tile * D * 2 / 64 + 1500
+    x_again = 0 if D <= 512 else tile * D * 2
+    return {
+        "busy": rounds * (-(-tiles // streams) * clocks + ends) / card.clock,
+        "l2": rows * tiles * (tile * D * 2 / cluster + x_again + tile * tile * 2) / card.l2,
+        "memory": (2 * C * D + 2 * B * C) / card.copy,
+    }
+
+
+def printed_hopper(card: Card) -> str:
+    """The estimate of the C++ kernel beside that of Triton's, as text."""
+    lines = ["cosine_exp alone, E stored: estimated milliseconds, in C++ by what could bound it, and in Triton"]
+    lines.append(f"{'B':>5} {'D':>4} {'C':>11} {'busy':>8} {'l2':>8} {'memory':>8} {'C++':>8} {'Triton':>8}")
+    for B, D, C in SHAPES:
+        bounds = hopper_cosine_exp(card, B, D, C)
+        of_triton = step(card, B, D, C, True, 0)["pieces_s"]["cosine_exp"]
+        values = (*bounds.values(), max(bounds.values()), of_triton)
+        lines.append(f"{B:5} {D:4} {C:11,} " + " ".join(f"{1e3 * value:8.3f}" for value in values))
+    return "\n".join(lines)
 
 
 def table(arch: str) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """`python -m bench kernels`: compile every Triton kernel in every tuned configuration, without a GPU, and read the code.
 
-Writes the cubins, a table of registers, shared memory, spills and the instructions that matter, and an estimate of each
-shape's time. Fails if a kernel spills, lacks its tensor-core or copy instructions, or fits an SM fewer times than planned.
+Where nvcc is, the C++ library too (not with --quick). Writes the cubins, a table of registers, shared memory, spills and the
+instructions that matter, and an estimate of each shape's time. Fails if a kernel spills, lacks its tensor-core or copy
+instructions, or fits an SM fewer times than planned.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import estimate
+from amsoftmax_kernels import build
+
+from . import estimate, library
 
 if TYPE_CHECKING:
     from .launches import Launch
@@ -68,13 +71,18 @@ def run(args: argparse.Namespace) -> int:
             row["faults"] = faults(launch, row, card)
             rows.append(row)
             print(_line(row), flush=True)
+    cpp = [] if args.quick or build.find_nvcc() is None else library.rows(build.architecture(card.capability))
+    if cpp:
+        print("\nThe C++ library's:\n" + library.printed(cpp))
     shapes = estimate.table(args.arch)
     print("\n" + estimate.printed(shapes, card))
-    report = {"triton": triton.__version__, "arch": args.arch, "kernels": rows, "estimates": shapes}
+    if args.arch == "sm_90":
+        print("\n" + estimate.printed_hopper(card))
+    report = {"triton": triton.__version__, "arch": args.arch, "kernels": rows, "cpp_kernels": cpp, "estimates": shapes}
     with open(folder / "kernels.json", "w", encoding="utf-8") as file:
         json.dump(report, file, indent=1)
-    bad = [f"{row['kernel']} ({row['variant']}): {fault}" for row in rows for fault in row["faults"]]
-    print("\n" + ("\n".join(bad) if bad else f"all {len(rows)} as planned") + f"\nwritten to {folder}")
+    bad = [f"{row['kernel']} ({row['variant']}): {fault}" for row in [*rows, *cpp] for fault in row["faults"]]
+    print("\n" + ("\n".join(bad) if bad else f"all {len(rows) + len(cpp)} as planned") + f"\nwritten to {folder}")
     return int(bool(bad))
 
 

@@ -59,7 +59,7 @@ struct Shared {
     typename Order::SharedStorage order;
     cutlass::arch::ClusterTransactionBarrier x_arrived[STAYS ? kMostSteps : 1];
 };
-static_assert(sizeof(Shared<cutlass::half_t, true>) <= 227 << 10 && sizeof(Shared<cutlass::half_t, false>) <= 227 << 10);
+static_assert(sizeof(Shared<cutlass::half_t, true>) == 225 << 10 && sizeof(Shared<cutlass::half_t, false>) == 209 << 10);
 
 // Bulk copies of the classes' tiles, and of x̂, by one thread.
 template <class Memory>

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-from bench import estimate, kernels
+from amsoftmax_kernels import build
+from bench import estimate, kernels, library
 from bench.launches import Launch, of_a_step
 
 INSTRUCTIONS = {
@@ -92,3 +93,25 @@ def test_estimates_grow_with_the_work_and_never_beat_the_floor() -> None:
         assert totals == sorted(totals)
     hopper = estimate.step(estimate.CARDS["sm_90"], 1024, 512, 1_000_000, True, 0)
     assert hopper["flops"] == 6 * 1024 * 512 * 1_000_000 and hopper["bytes"] == 18 * 512 * 1_000_000
+
+
+@pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_the_cpp_kernels_are_read(arch: str) -> None:
+    found = library.rows(arch)
+    hopper = [row for row in found if "Hopper" in row["kernel"]]
+    assert len(hopper) == (8 if arch == "90a" and build.find_cutlass() else 0) and len(found) == 8 + len(hopper)
+    assert len({(row["kernel"], row["variant"]) for row in found}) == len(found)
+    assert not any(row["faults"] for row in found) and all(64 < row["registers"] <= 255 for row in found)
+    assert len(library.printed(found).splitlines()) == len(found) + 1
+    counts = hopper[0]["instructions"] if hopper else found[0]["instructions"]
+    assert library._faults(bool(hopper), 8, dict.fromkeys(counts, 0)) != []
+
+
+def test_estimates_of_the_cpp_kernel() -> None:
+    """Never faster than the card's products, nor than what it must store."""
+    card = estimate.CARDS["sm_90"]
+    for B, D, C in estimate.SHAPES:
+        bounds = estimate.hopper_cosine_exp(card, B, D, C)
+        assert bounds["busy"] >= 2 * B * D * C / card.products and bounds["memory"] >= 2 * B * C / card.copy
+    assert len(estimate.printed_hopper(card).splitlines()) == len(estimate.SHAPES) + 2

@@ -74,29 +74,32 @@ def test_the_cosine_kernel(B: int, N: int, width: int, dtype: torch.dtype, emula
     check_the_cosine_kernel(B, N, width, dtype, 2)
 
 
-def check_the_cosine_kernel(B: int, N: int, width: int, dtype: torch.dtype, partial_sums: int) -> None:
+def check_the_cosine_kernel(
+    B: int, N: int, width: int, dtype: torch.dtype, partial_sums: int | None, device: torch.device = CPU, rtol: float = 1e-5
+) -> None:
     """Products, exponentials, sums, masks and maxima from the very operands it was given."""
     generator = torch.Generator().manual_seed(B + width)
-    x_hat, w_hat = (torch.randn(n, width, generator=generator).mul_(width**-0.5).to(dtype) for n in (B, N))
+    x_hat, w_hat = (torch.randn(n, width, generator=generator).mul_(width**-0.5).to(device, dtype) for n in (B, N))
     labels = torch.randint(1000, 1000 + 2 * N, (B,), generator=generator)  # half of them in this chunk
     factor, shift = torch.rand(B, generator=generator) * 40 + 1, torch.randn(B, generator=generator)
+    labels, factor, shift = (each.to(device) for each in (labels, factor, shift))
     cosine = x_hat.double() @ w_hat.double().T
-    target = labels[:, None] == torch.arange(1000, 1000 + N)
+    target = labels[:, None] == torch.arange(1000, 1000 + N, device=device)
     kernels = cuda._Kernels()
     for with_shift, limit in itertools.product((True, False), (math.inf, 0.1)):
-        weight = torch.empty(N, width, dtype=dtype)
+        weight = torch.empty(N, width, dtype=dtype, device=device)
         problem = Problem(x_hat, weight, labels, torch.tensor(30.0), True, dtype, limit)
-        parts = (partial_sums, B)
-        terms = torch.empty(B, fused.padded(N), dtype=torch.bfloat16)
-        z, best = torch.empty(parts, dtype=torch.float64), torch.empty(parts)
-        best_class = torch.empty(parts, dtype=torch.int64)
+        parts = (partial_sums or kernels.streams(problem, N), B)
+        terms = x_hat.new_full((B, fused.padded(N)), math.nan, dtype=torch.bfloat16)
+        z, best = factor.new_full(parts, math.nan, dtype=torch.float64), factor.new_full(parts, math.nan)
+        best_class = labels.new_full(parts, -7)
         given = shift if with_shift else None
         kernels.cosine_exp(problem, 1000, x_hat, w_hat, factor, given, terms, z, best, best_class, False)
         exponent = cosine * factor.double()[:, None] - (shift.double()[:, None] if with_shift else 0)
         expected = exponent.exp2().masked_fill(target | (cosine > limit), 0)
         assert not terms[:, N:].any()
         assert relative(terms[:, :N].double(), expected) < 2**-8
-        assert torch.allclose(z.sum(0), expected.sum(1), rtol=1e-5, atol=1e-12)
+        assert torch.allclose(z.sum(0), expected.sum(1), rtol=rtol, atol=1e-12)
         negatives = cosine.masked_fill(target, -math.inf)
         values, where = best.max(0)
         assert torch.allclose(values.double(), negatives.max(1).values, atol=1e-6)
@@ -106,7 +109,7 @@ def check_the_cosine_kernel(B: int, N: int, width: int, dtype: torch.dtype, part
         at = negatives[found].gather(1, (chosen[found] - 1000)[:, None])[:, 0]
         assert torch.allclose(at, values[found].double(), atol=1e-6)
         # Nothing but the sums, and nothing but the maxima under the filter.
-        alone = torch.empty(parts, dtype=torch.float64)
+        alone = torch.full_like(z, math.nan)
         kernels.cosine_exp(problem, 1000, x_hat, w_hat, factor, given, None, alone, None, None, False)
         assert torch.equal(alone, z)
         kernels.cosine_exp(problem, 1000, x_hat, w_hat, factor * 100, None, None, None, best, best_class, True)
@@ -360,3 +363,24 @@ def test_on_a_gpu(case: Case, save_bytes: int | None) -> None:
     with torch.autocast("cuda", torch.float16):
         actual = evaluate(ak.am_softmax_loss, *tensors, backend="cuda", save_bytes=save_bytes, **case.options)
     check(case, tuple(each.cpu() for each in actual), oracle(case, torch.float32))
+
+
+@NVCC
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("B", "N", "width"),
+    [
+        (1, 1, 16),
+        (127, 129, 160),
+        (128, 2000, 512),
+        (129, 2000, 528),
+        (300, 5000, 512),
+        (1000, 30000, 512),
+        (257, 9000, 1024),
+    ],
+)
+def test_the_cosine_kernel_on_a_gpu(B: int, N: int, width: int, dtype: torch.dtype) -> None:
+    """Whichever is this GPU's: at the tiles' edges, rows that stay in shared memory and rows too wide, one block and two."""
+    for _ in range(3):  # a race would not show every time
+        check_the_cosine_kernel(B, N, width, dtype, None, torch.device("cuda", 0), rtol=1e-4)

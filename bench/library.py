@@ -1,0 +1,79 @@
+"""The C++ library's cosine kernels, read without a GPU: registers, stack and the instructions that matter."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from typing import Any
+
+from amsoftmax_kernels import build
+
+INSTRUCTIONS = {
+    "local": r"LDL|STL",
+    "HGMMA": r"HGMMA",
+    "HMMA": r"HMMA",
+    "UTMALDG": r"UTMALDG",
+    "multicast": r"UTMALDG\.2D\.MULTICAST",
+    "UTMASTG": r"UTMASTG",
+    "cp.async": r"LDGSTS",
+    "exp2": r"MUFU\.EX2",
+}
+
+
+def rows(arch: str) -> list[dict[str, Any]]:
+    """One row a kernel of the library built, with spills as errors, for an architecture as nvcc calls it: 80, 90a."""
+    import triton  # which brings a disassembler along
+
+    def dump(option: str) -> str:
+        command = [triton.knobs.nvidia.cuobjdump.path, option, "-arch", f"sm_{arch}", str(build.cached(arch, strict=True))]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = dict(re.findall(r"Function (\S+):\s*\n\s*(.*)", dump("--dump-resource-usage")))
+    found = []
+    for code in dump("-sass").split("Function : ")[1:]:
+        name = code.split(maxsplit=1)[0]
+        if "cosine_exp" not in name:
+            continue
+        resources = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[name])}
+        counts = {key: len(re.findall(rf"\b(?:{pattern})\b", code)) for key, pattern in INSTRUCTIONS.items()}
+        found.append(
+            {
+                "kernel": "cosine_exp, Hopper's" if "sm90" in name else "cosine_exp, portable",
+                "variant": _variant(name),
+                "registers": resources["REG"],
+                "stack": resources["STACK"],
+                "static_shared_memory": resources["SHARED"],
+                "instructions": counts,
+                "faults": _faults("sm90" in name, resources["STACK"], counts),
+            }
+        )
+    return sorted(found, key=lambda row: (row["kernel"], row["variant"]))
+
+
+def _variant(name: str) -> str:
+    dtype = "bf16" if "bfloat16" in name else "fp16"
+    first, second = re.findall(r"Lb([01])E", name)[:2]
+    if "sm90" in name:
+        words = ["maxima and filter" if first == "1" else "", "x̂ stays" if second == "1" else "x̂ comes again"]
+    else:
+        words = ["maxima" if first == "1" else "", "filter" if second == "1" else ""]
+    return ", ".join(word for word in (dtype, *words) if word)
+
+
+def _faults(hopper: bool, stack: int, counts: dict[str, int]) -> list[str]:
+    wanted = ("HGMMA", "UTMALDG", "multicast", "UTMASTG") if hopper else ("HMMA", "cp.async")
+    found = [f"no {name}" for name in wanted if not counts[name]]
+    if stack or counts["local"]:
+        found.append(f"{stack} bytes of stack, {counts['local']} local loads and stores")
+    return found
+
+
+def printed(found: list[dict[str, Any]]) -> str:
+    """The table as text."""
+    names = ("local", "HGMMA", "HMMA", "UTMALDG", "UTMASTG", "cp.async", "exp2")
+    lines = [f"{'kernel':21} {'variant':38} regs stack " + " ".join(f"{name:>8}" for name in names)]
+    for row in found:
+        counts = " ".join(f"{row['instructions'][name]:8}" for name in names)
+        fault = "  <- " + "; ".join(row["faults"]) if row["faults"] else ""
+        lines.append(f"{row['kernel']:21} {row['variant']:38} {row['registers']:4} {row['stack']:5} {counts}{fault}")
+    return "\n".join(lines)
