@@ -12,6 +12,6 @@ struct CosineKernel {
 };
 
 extern const CosineKernel portable_cosine;  // cosine_sm80.cu
-extern const CosineKernel hopper_cosine;    // cosine_sm90.cu; only where AK_CUTLASS is defined
+extern const CosineKernel hopper_cosine;    // cosine_sm90.cu, kernel_sm90.cuh; only where AK_CUTLASS is defined
 
 }  // namespace ak

@@ -9,6 +9,7 @@
 
 #include "epilogue.cuh"
 #include "library.h"
+#include "schedule_sm90.h"
 
 namespace ak {
 namespace sm90 {
@@ -17,8 +18,8 @@ using cute::_;
 using cute::Int;
 using cute::Shape;
 
-constexpr int kRows = 128, kClasses = 128, kDepth = 64;  // a warpgroup's tile, and one step of its products
-constexpr int kSquare = 64;                              // E leaves in squares: 128 bytes are the widest swizzled box
+constexpr int kDepth = 64;   // of one step of a tile's products
+constexpr int kSquare = 64;  // E leaves in squares: 128 bytes are the widest swizzled box
 using TileShape = Shape<Int<kRows>, Int<kClasses>, Int<kDepth>>;
 using Tile = Shape<Int<kRows>, Int<kClasses>>;
 
@@ -145,16 +146,6 @@ struct Totals {
         if (p.best) p.best[owned] = best, p.best_class[owned] = best_column < 0 ? -1 : p.class_start + best_column;
     }
 };
-
-// Which tiles of classes a stream's warpgroup takes: every second one of the stream's.
-struct Turn {
-    int stream, streams, tiles;
-
-    CUTE_HOST_DEVICE int count() const { return tiles > stream ? (tiles - stream - 1) / streams + 1 : 0; }
-    CUTE_HOST_DEVICE int first_class(int i) const { return (stream + i * streams) * kClasses; }
-};
-
-constexpr int kParts = 2;  // warpgroups that take turns
 
 // Two blocks share each tile of classes, unless the batch has rows for one only.
 CUTE_HOST_DEVICE int cluster_of(int64_t batch) { return batch > kRows ? 2 : 1; }

@@ -1,15 +1,19 @@
-"""Hopper's cosine kernel without a GPU: its epilogue on the CPU, thread by thread in its layouts, and its machine code."""
+"""Hopper's cosine kernel without a GPU: its schedule and its epilogue on the CPU, in its layouts; and its machine code."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -72,6 +76,39 @@ def test_one_block_of_few_rows_and_two_that_share_classes(hopper_library: cuda_l
     for batch, rows in ((1, 128), (128, 128), (129, 256), (4096, 256)):
         tiling = hopper_library.tiling(CPU, batch, 512)
         assert (tiling.rows, tiling.classes, tiling.parts) == (rows, 128, 2)
+
+
+@pytest.fixture(scope="session")
+def simulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes | None]:
+    """The kernel's loops on fibers: (seed, cluster, stages, steps, stays, tiles, streams, fault) -> what went wrong."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the schedule")
+    path = tmp_path_factory.mktemp("schedule") / "schedule.so"
+    source = Path(__file__).with_name("hopper_schedule.cpp")
+    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-I", str(build.sources())]
+    result = subprocess.run([*command, str(source), "-o", str(path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    function = ctypes.CDLL(str(path)).simulate
+    function.restype = ctypes.c_char_p
+    return cast("Callable[..., bytes | None]", function)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize(("stages", "stays"), [(5, 1), (6, 0)], ids=["x stays", "x comes again"])
+def test_the_schedule(cluster: int, stages: int, stays: int, simulate: Callable[..., bytes | None]) -> None:
+    """No order of events that barriers allow overwrites what is read, reads what is not there, or comes to a stop."""
+    for steps, (tiles, streams) in itertools.product((1, 3, 5, 8, 17), ((0, 1), (1, 1), (2, 1), (5, 1), (23, 3))):
+        for seed in range(40):
+            assert simulate(seed, cluster, stages, steps, stays, tiles, streams, 0) is None, (steps, tiles, seed)
+
+
+FAULTS = ["leaves early", "waits for no products", "releases to one block", "takes no turns", "waits for no x"]
+
+
+@pytest.mark.parametrize("fault", range(1, 6), ids=FAULTS)
+def test_a_faulty_schedule_would_be_seen(fault: int, simulate: Callable[..., bytes | None]) -> None:
+    assert any(simulate(seed, 2, 5, 8, 1, 5, 1, fault) for seed in range(50))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])

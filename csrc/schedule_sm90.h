@@ -1,0 +1,63 @@
+// The order in which Hopper's kernel loads, multiplies and takes turns, apart from what a copy and a product are: tests run
+// the same loops on a CPU, in whatever order barriers allow.
+#pragma once
+
+#include "arithmetic.h"
+
+namespace ak {
+namespace sm90 {
+
+constexpr int kRows = 128, kClasses = 128;  // a warpgroup's tile
+constexpr int kParts = 2;                   // warpgroups that take turns
+
+// A stream's tiles of classes: every so manieth.
+struct Turn {
+    int stream, streams, tiles;
+
+    __host__ __device__ int count() const { return tiles > stream ? (tiles - stream - 1) / streams + 1 : 0; }
+    __host__ __device__ int first_class(int i) const { return (stream + i * streams) * kClasses; }
+};
+
+// The thread that loads: the stages of every tile, in turn for either warpgroup.
+template <class Pipeline, class State, class Copies>
+__host__ __device__ inline void load_tiles(Pipeline& pipeline, State state, const Turn& turn, int steps,
+                                           const Copies& copies) {
+    const int count = turn.count();
+    for (int i = 0; i < count; ++i)
+        for (int step = 0; step < steps; ++step, ++state) {
+            if (i == 0) copies.once(step);
+            pipeline.producer_acquire(state);
+            copies.each(state, turn.first_class(i), step);
+        }
+    pipeline.producer_tail(state);  // the other block's copies and signals still come here
+}
+
+// A warpgroup: the products of every second tile, in its turn, then the epilogue while the other has its own.
+template <class Pipeline, class Order, class State, class Work>
+__host__ __device__ inline void multiply_tiles(Pipeline& pipeline, Order& order, State state, const Turn& turn, int steps,
+                                               int group, Work& work) {
+    state.advance(group * steps);
+    const int count = turn.count();
+    for (int i = group; i < count; i += kParts) {
+        order.wait();
+        work.begin();
+        State before = state;
+        for (int step = 0; step < steps; ++step) {
+            if (i == group) work.wait_once(step);
+            pipeline.consumer_wait(state);
+            work.multiply(step, int(state.index()));
+            work.wait_for_all_but_the_last();
+            if (step > 0) pipeline.consumer_release(before);
+            before = state;
+            ++state;
+        }
+        order.arrive();
+        work.wait_for_all();
+        pipeline.consumer_release(before);
+        state.advance((kParts - 1) * steps);
+        work.finish(turn.first_class(i));
+    }
+}
+
+}  // namespace sm90
+}  // namespace ak

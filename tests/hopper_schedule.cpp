@@ -1,0 +1,295 @@
+// Hopper's loops (schedule_sm90.h) on a CPU: two blocks of three roles as fibers, barriers as the hardware counts them, copies
+// and products that end whenever chance has it. Says what is wrong: a deadlock, a stage overwritten or read too early, a turn
+// out of order, a block that others still need gone.
+#include <ucontext.h>
+
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "schedule_sm90.h"
+
+namespace {
+
+using ak::sm90::Turn;
+
+enum Fault { kNone, kNoTail, kNoWaitForProducts, kReleaseToOneBlock, kNoTurns, kNoWaitForX };
+
+struct Barrier {
+    int count = 1, pending = 1, transactions = 0, phase = 0;
+
+    void settle() {
+        if (pending == 0 && transactions == 0) ++phase, pending = count;
+    }
+    void arrive() { --pending, settle(); }
+    void expect(int n) { transactions += n; }
+    void complete(int n) { transactions -= n, settle(); }
+    bool passed(int parity) const { return (phase & 1) != parity; }
+};
+
+struct Contents {
+    int tile = -1, step = -1;
+    bool operator==(const Contents& other) const { return tile == other.tile && step == other.step; }
+};
+
+struct Block {
+    std::vector<Barrier> full, empty, x_arrived;
+    Barrier order[2];
+    std::vector<Contents> w[2], x;  // halves of a stage of ŵ; x̂, by stage or by step
+    std::vector<int> readers;       // products under way, by stage
+    int running = 3, next_tile = 0;
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(64 << 10);
+    std::function<void()> body;
+    std::function<bool()> until;
+    bool done = false;
+};
+
+struct World {
+    int cluster, stages, steps;
+    bool stays;
+    Fault fault;
+    Turn turn;
+    std::mt19937 chance;
+    Block blocks[2];
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    std::vector<std::function<void()>> under_way;  // copies and products that may end at any time
+    std::string wrong;
+    ucontext_t scheduler;
+    Fiber* current = nullptr;
+
+    void fail(const std::string& what) {
+        if (wrong.empty()) wrong = what;
+    }
+    void wait(std::function<bool()> until) {
+        current->until = std::move(until);
+        swapcontext(&current->context, &scheduler);
+    }
+    // Others run now and then where nothing has to be waited for, too.
+    void pause() {
+        if (chance() % 4 == 0) wait([] { return true; });
+    }
+    Block& alive(int block) {
+        if (blocks[block].running == 0) fail("a block that is gone is written or signalled");
+        return blocks[block];
+    }
+};
+
+World* world;
+
+void enter() {
+    world->current->body();
+    world->current->done = true;
+    swapcontext(&world->current->context, &world->scheduler);
+}
+
+struct State {
+    int n = 0, stages = 1, producer = 0;
+    int index() const { return n % stages; }
+    int phase() const { return (n / stages & 1) ^ producer; }
+    void advance(int k) { n += k; }
+    State& operator++() { return ++n, *this; }
+};
+
+struct Pipeline {
+    int block;
+
+    void producer_acquire(const State& s) {
+        Block& mine = world->blocks[block];
+        world->wait([&mine, s] { return mine.empty[s.index()].passed(s.phase()); });
+        mine.full[s.index()].expect(world->stays ? 2 : 3);
+        mine.full[s.index()].arrive();
+        world->pause();
+    }
+    void producer_tail(State s) {
+        if (world->fault == kNoTail) return;
+        Block& mine = world->blocks[block];
+        for (int i = 0; i < world->stages; ++i, ++s) world->wait([&mine, s] { return mine.empty[s.index()].passed(s.phase()); });
+    }
+    void consumer_wait(const State& s) {
+        Block& mine = world->blocks[block];
+        world->wait([&mine, s] { return mine.full[s.index()].passed(s.phase()); });
+    }
+    void consumer_release(const State& s) {
+        const bool one = world->fault == kReleaseToOneBlock;
+        for (int to = 0; to < world->cluster; ++to)
+            if (!one || to == block) world->alive(to).empty[s.index()].arrive();
+        world->pause();
+    }
+};
+
+// What a bulk copy does to its place: not to be read from now on, there once it has ended.
+void copy(std::vector<Contents> Block::* place, int half, int block, int at, int stage, Contents contents,
+          std::function<void()> signal) {
+    auto& where = place ? (world->alive(block).*place)[at] : world->alive(block).w[half][at];
+    if (stage >= 0 && world->blocks[block].readers[stage]) world->fail("a copy into a stage that products still read");
+    where = {};
+    world->under_way.push_back([&where, contents, block, stage, signal] {
+        world->alive(block);
+        if (stage >= 0 && world->blocks[block].readers[stage]) world->fail("a copy into a stage that products read");
+        where = contents;
+        signal();
+    });
+}
+
+struct Copies {
+    int block;
+
+    void once(int step) const {
+        if (!world->stays) return;
+        Barrier& arrived = world->blocks[block].x_arrived[step];
+        arrived.expect(1), arrived.arrive();
+        copy(&Block::x, 0, block, step, -1, {-1, step}, [&arrived] { arrived.complete(1); });
+    }
+    void each(const State& s, int first_class, int step) const {
+        const int stage = s.index();
+        const Contents contents = {first_class, step};
+        if (!world->stays)
+            copy(&Block::x, 0, block, stage, stage, {-1, step}, [b = block, stage] { world->blocks[b].full[stage].complete(1); });
+        for (int half = block; half < 2; half += world->cluster)
+            for (int to = 0; to < world->cluster; ++to)
+                copy(nullptr, half, to, stage, stage, contents, [to, stage] { world->alive(to).full[stage].complete(1); });
+        world->pause();
+    }
+};
+
+struct Order {
+    int block, group, turns = 0;
+
+    void wait() {
+        Barrier& mine = world->blocks[block].order[group];
+        const int parity = (turns & 1) ^ (group == 0);
+        if (world->fault != kNoTurns) world->wait([&mine, parity] { return mine.passed(parity); });
+    }
+    void arrive() {
+        world->blocks[block].order[1 - group].arrive();
+        ++turns;
+        world->pause();
+    }
+};
+
+struct Work {
+    int block, group, begun = 0, steps_done = 0, under_way = 0;
+    std::deque<std::function<void()>> ends = {};
+
+    void begin() {
+        Block& mine = world->blocks[block];
+        if (mine.next_tile++ != 2 * begun + group) world->fail("a turn out of order");
+        ++begun, steps_done = 0;
+    }
+    void wait_once(int step) {
+        Block& mine = world->blocks[block];
+        if (world->stays && world->fault != kNoWaitForX) world->wait([&mine, step] { return mine.x_arrived[step].passed(0); });
+    }
+    void multiply(int step, int stage) {
+        Block& mine = world->blocks[block];
+        const Contents w = {world->turn.first_class(2 * (begun - 1) + group), step}, x = {-1, step};
+        const int at = world->stays ? step : stage;
+        const auto there = [&mine, w, x, at, stage] { return mine.w[0][stage] == w && mine.w[1][stage] == w && mine.x[at] == x; };
+        if (step != steps_done++ || !there()) world->fail("products of what is not there");
+        ++mine.readers[stage], ++under_way;
+        ends.push_back([this, &mine, stage, there] {
+            if (!there()) world->fail("a stage changed under its products");
+            --mine.readers[stage], --under_way;
+        });
+        world->under_way.push_back([this] {  // a warpgroup's products end in their order
+            const auto end = std::move(ends.front());
+            ends.pop_front();
+            end();
+        });
+        world->pause();
+    }
+    void wait_for_all_but_the_last() {
+        if (world->fault != kNoWaitForProducts) world->wait([this] { return under_way <= 1; });
+    }
+    void wait_for_all() {
+        world->wait([this] { return under_way == 0; });
+        if (steps_done != world->steps) world->fail("a tile without all of its steps");
+    }
+    void finish(int first_class) {
+        if (first_class != world->turn.first_class(2 * (begun - 1) + group)) world->fail("another tile's epilogue");
+        for (int i = 0; i < 3; ++i) world->pause();
+    }
+};
+
+void start(std::function<void()> body) {
+    auto fiber = std::make_unique<Fiber>();
+    fiber->body = std::move(body);
+    fiber->until = [] { return true; };
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = fiber->stack.data();
+    fiber->context.uc_stack.ss_size = fiber->stack.size();
+    fiber->context.uc_link = nullptr;
+    makecontext(&fiber->context, enter, 0);
+    world->fibers.push_back(std::move(fiber));
+}
+
+void run() {
+    for (int b = 0; b < world->cluster; ++b) {
+        start([b] {
+            Pipeline pipeline = {b};
+            load_tiles(pipeline, State{0, world->stages, 1}, world->turn, world->steps, Copies{b});
+            --world->blocks[b].running;
+        });
+        for (int group = 0; group < 2; ++group)
+            start([b, group] {
+                Pipeline pipeline = {b};
+                Order order = {b, group};
+                Work work = {b, group};
+                multiply_tiles(pipeline, order, State{0, world->stages, 0}, world->turn, world->steps, group, work);
+                --world->blocks[b].running;
+            });
+    }
+    while (world->wrong.empty()) {
+        std::vector<int> ready;
+        size_t done = 0;
+        for (size_t i = 0; i < world->fibers.size(); ++i) {
+            done += world->fibers[i]->done;
+            if (!world->fibers[i]->done && world->fibers[i]->until()) ready.push_back(int(i));
+        }
+        const size_t choices = ready.size() + world->under_way.size();
+        if (choices == 0 && done == world->fibers.size()) break;
+        if (choices == 0) return world->fail("a deadlock");
+        const size_t choice = world->chance() % choices;
+        if (choice < ready.size()) {
+            world->current = world->fibers[ready[choice]].get();
+            swapcontext(&world->scheduler, &world->current->context);
+        } else {
+            auto& chosen = world->under_way[choice - ready.size()];
+            const auto end = std::move(chosen);
+            chosen = std::move(world->under_way.back());
+            world->under_way.pop_back();
+            end();
+        }
+    }
+    for (int b = 0; b < world->cluster && world->wrong.empty(); ++b)
+        if (world->blocks[b].next_tile != world->turn.count()) world->fail("a tile left out");
+}
+
+}  // namespace
+
+// Null, or what went wrong in one run of a cluster's stream.
+extern "C" const char* simulate(int seed, int cluster, int stages, int steps, int stays, int tiles, int streams, int fault) {
+    static std::string message;
+    World here;
+    world = &here;
+    here.cluster = cluster, here.stages = stages, here.steps = steps, here.stays = stays, here.fault = Fault(fault);
+    here.turn = {0, streams, tiles};
+    here.chance.seed(unsigned(seed));
+    for (Block& block : here.blocks) {
+        block.full.resize(stages), block.empty.resize(stages), block.x_arrived.resize(steps), block.readers.resize(stages);
+        for (Barrier& barrier : block.empty)
+            barrier.count = barrier.pending = here.fault == kReleaseToOneBlock ? 1 : cluster;
+        for (auto& half : block.w) half.resize(stages);
+        block.x.resize(stays ? steps : stages);
+    }
+    run();
+    message = here.wrong;
+    return message.empty() ? nullptr : message.c_str();
+}
