@@ -114,7 +114,7 @@ def _cosine_exp(card: Card, config: Config, B: int, D: int, C: int) -> dict[str,
 
 
 def hopper_cosine_exp(card: Card, B: int, D: int, C: int) -> dict[str, float]:
-    """Seconds of the C++ kernel for Hopper by what could bound it (csrc/kernel_sm90.cuh); all of it overlaps but its ends."""
+    """Seconds of the C++ kernel for Hopper (csrc/kernel_sm90.cuh) by what could bound it; all overlaps but its ends."""
     tile, cluster = 128, 2 if B > 128 else 1
     rows, tiles = -(-B // tile), -(-C // tile)
     blocks, slots = -(-rows // cluster), card.multiprocessors // cluster
