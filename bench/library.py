@@ -51,7 +51,7 @@ def rows(arch: str) -> list[dict[str, Any]]:
 
 
 def _variant(name: str) -> str:
-    dtype = "bf16" if "bfloat16" in name else "fp16"
+    dtype = "bf16" if "bfloat16" in name else "tf32" if "tfloat32" in name else "fp16"
     first, second = re.findall(r"Lb([01])E", name)[:2]
     if "sm90" in name:
         words = ["maxima and filter" if first == "1" else "", "x̂ stays" if second == "1" else "x̂ comes again"]

@@ -88,9 +88,10 @@ const char* ak_prepare_centres(const AkCentres* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     [[maybe_unused]] cudaStream_t stream = static_cast<cudaStream_t>(where->stream);
     const unsigned blocks = unsigned((p->weight.rows + ak::kWarps - 1) / ak::kWarps);
-    if (!ak::aligned_rows(p->w_hat, 2)) return "rows of normalized centres must start at multiples of 16 bytes";
+    if (!ak::aligned_rows(p->w_hat, ak::operand_bytes(p->w_hat.type)))
+        return "rows of normalized centres must start at multiples of 16 bytes";
     return ak::with_type(p->weight.type, [&](auto w) {
-        return ak::with_type(p->w_hat.type, [&](auto o) {
+        return ak::with_operand_type(p->w_hat.type, [&](auto o) {
             using W = typename decltype(w)::type;
             using O = typename decltype(o)::type;
             if (ak::aligned_rows(p->weight, sizeof(W)) && p->weight.columns == p->w_hat.columns)

@@ -1,5 +1,5 @@
 // Piece 2 of a step: its arguments' checks, and the choice of a kernel: Hopper's own on that GPU if the library was built
-// with CUTLASS's headers, else the portable one.
+// with CUTLASS's headers, else, and for TF32, the portable one.
 #include "cosine.h"
 
 #include "launch.cuh"
@@ -7,27 +7,33 @@
 namespace ak {
 namespace {
 
-#ifndef AK_CUTLASS
-const CosineKernel& kernel_on(int) { return portable_cosine; }
-#elif defined(AK_EMULATE)
-const CosineKernel& kernel_on(int) { return hopper_cosine; }
-#else
+#ifdef AK_CUTLASS
 // Its instructions are those of 9.0a alone: neither 8.x nor 10.x has them.
-const CosineKernel& kernel_on(int device) {
-    int major = 0;
+bool is_hopper([[maybe_unused]] int device) {
+    int major = 9;
+#ifndef AK_EMULATE
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    return major == 9 ? hopper_cosine : portable_cosine;
+#endif
+    return major == 9;
 }
+
+const CosineKernel& kernel_for(int device, int32_t type) {
+    return is_hopper(device) && type != AK_TFLOAT32 ? hopper_cosine : portable_cosine;
+}
+#else
+const CosineKernel& kernel_for(int, int32_t) { return portable_cosine; }
 #endif
 
 const char* wrong(const AkCosine& p) {
-    if (p.terms.data && p.terms.type != AK_BFLOAT16) return "E must be bfloat16";
     if (p.x_hat.type != p.w_hat.type) return "features and centres must have one operand type";
-    if (p.x_hat.type != AK_FLOAT16 && p.x_hat.type != AK_BFLOAT16) return "operands must be float16 or bfloat16";
+    if (const char* error = with_operand_type(p.x_hat.type, [](auto) -> const char* { return nullptr; })) return error;
+    const size_t bytes = operand_bytes(p.x_hat.type);
+    if (p.terms.data && p.terms.type != (bytes == 2 ? AK_BFLOAT16 : AK_FLOAT32))
+        return "E must be bfloat16, or float32 beside TF32 operands";
     if (p.x_hat.columns != p.w_hat.columns) return "features and centres must have one width";
     if (p.w_hat.rows > INT32_MAX - 256) return "too many classes at once";
     for (const AkMatrix* matrix : {&p.x_hat, &p.w_hat, &p.terms})
-        if (matrix->data && !aligned_rows(*matrix, 2)) return "rows must start at multiples of 16 bytes";
+        if (matrix->data && !aligned_rows(*matrix, bytes)) return "rows must start at multiples of 16 bytes";
     return nullptr;
 }
 
@@ -49,18 +55,18 @@ int32_t ak_has_hopper() {
 const char* ak_check(const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     const char* error = ak::portable_cosine.check();
-    const ak::CosineKernel& kernel = ak::kernel_on(where->device);
+    const ak::CosineKernel& kernel = ak::kernel_for(where->device, AK_BFLOAT16);
     return error || &kernel == &ak::portable_cosine ? error : kernel.check();
 }
 
 const char* ak_tiling(AkTiling* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
-    return ak::kernel_on(where->device).tiling(*p);
+    return ak::kernel_for(where->device, p->type).tiling(*p);
 }
 
 const char* ak_cosine_exp(const AkCosine* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     const char* error = ak::wrong(*p);
-    return error ? error : ak::kernel_on(where->device).launch(*p, *where);
+    return error ? error : ak::kernel_for(where->device, p->x_hat.type).launch(*p, *where);
 }
 }

@@ -3,7 +3,7 @@
 //
 // A block owns 128 rows and its own stream of tiles of 128 classes, every p.parts-th, so that its rows' sums never leave it.
 // Two blocks share an SM where its shared memory has room (not on 8.6, 8.9 and 12.0): one's epilogue runs under the other's
-// products. Operands lie in shared memory in rows of 64 bytes whose four 16-byte parts are permuted, so that the eight rows
+// products. Operands, of two bytes or TF32 in four, lie in shared memory in rows of 64 bytes whose four 16-byte parts are permuted, so that the eight rows
 // of a matrix that is loaded at once fall into different banks.
 #include "cosine.h"
 #include "epilogue.cuh"
@@ -12,12 +12,17 @@
 namespace ak {
 namespace {
 
-constexpr int kRows = 128, kClasses = 128, kDepth = 32, kStages = 4, kThreads = 256;
+constexpr int kRows = 128, kClasses = 128, kStages = 4, kThreads = 256;
 constexpr int kWarpRows = 64, kWarpClasses = 32;  // two warps down, four across
-constexpr int kTile = kRows * kDepth * 2;         // bytes of one operand's tile
+constexpr int kDepthBytes = 64;                   // of a row in one step
+constexpr int kTile = kRows * kDepthBytes;        // bytes of one operand's tile
 constexpr int kPitch = kClasses * 2 + 16;         // bytes of a row of E on its way out
 constexpr int kShared = kStages * 2 * kTile;
 static_assert(kRows == 128 && kClasses == 128 && kThreads == 256 && kRows * kPitch <= kShared);
+
+struct alignas(8) Two {
+    float first, second;
+};
 
 __device__ inline int place(int row, int part) { return row * 64 + (part ^ (row >> 1 & 3)) * 16; }
 
@@ -28,19 +33,23 @@ struct Source {
 };
 
 template <class T>
+constexpr int kDepth = kDepthBytes / int(sizeof(T));
+
+template <class T>
 __device__ inline Source source(const AkMatrix& matrix, int64_t first_row) {
     const int row = threadIdx.x / 4, part = threadIdx.x % 4;
     const int64_t rows_left = matrix.rows - first_row - row;
     return {reinterpret_cast<const unsigned char*>(row_of<T>(matrix, first_row + row)) + part * 16,
-            int(rows_left > kRows ? kRows : rows_left), int(matrix.columns) - part * 8};
+            int(rows_left > kRows ? kRows : rows_left), int(matrix.columns) - part * int(16 / sizeof(T))};
 }
 
+template <class T>
 __device__ inline void load_tile(unsigned char* to, const Source& source, const AkMatrix& matrix, int step) {
     to += place(threadIdx.x / 4, threadIdx.x % 4);  // 64 rows on, the parts are permuted alike
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const bool inside = i * 64 < source.rows_left && step * kDepth < source.columns_left;
-        const unsigned char* from = source.from + i * 64 * matrix.row_stride * 2 + step * kDepth * 2;
+        const bool inside = i * 64 < source.rows_left && step * kDepth<T> < source.columns_left;
+        const unsigned char* from = source.from + i * 64 * matrix.row_stride * int(sizeof(T)) + step * kDepthBytes;
         copy_async(to + i * 64 * 64, inside ? from : static_cast<const unsigned char*>(matrix.data), inside);
     }
 }
@@ -85,15 +94,15 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
     if (p.only_unbounded && !__syncthreads_or(unbounded)) tiles = 0;  // a pass that rows of a moderate scale do without
 
     const Source x_source = source<T>(p.x_hat, first_row);
-    const int steps = int((p.x_hat.columns + kDepth - 1) / kDepth);
+    const int steps = int((p.x_hat.columns + kDepth<T> - 1) / kDepth<T>);
     for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
         const int first = tile * kClasses;
         const Source w_source = source<T>(p.w_hat, first);
         auto load = [&](int step) {
             unsigned char* to = shared + step % kStages * 2 * kTile;
             if (step < steps) {
-                load_tile(to, x_source, p.x_hat, step);
-                load_tile(to + kTile, w_source, p.w_hat, step);
+                load_tile<T>(to, x_source, p.x_hat, step);
+                load_tile<T>(to + kTile, w_source, p.w_hat, step);
             }
             commit_copies();
         };
@@ -108,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
             const unsigned char* x = shared + step % kStages * 2 * kTile;
             const unsigned char* w = x + kTile;
 #pragma unroll
-            for (int k = 0; k < kDepth / 16; ++k) {
+            for (int k = 0; k < kDepthBytes / 32; ++k) {
                 uint32_t a[4][4], b[4][2];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) load_matrices(a[i], x + place(warp_row + i * 16 + lane % 16, k * 2 + lane / 16));
@@ -147,7 +156,11 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
                     e[side] = term<BEST, FILTER>(cosine, column, masked, mine, p.filter, p.only_unbounded, most);
                     sum += e[side];
                 }
-                if (p.terms.data) {
+                if (sizeof(T) == 4) {  // float32: a quad writes 32 bytes of a row at once
+                    const int column = first + warp_class + j * 8 + lane % 4 * 2;
+                    if (p.terms.data && first_row + row < batch && column < p.terms.columns)
+                        *reinterpret_cast<Two*>(writable_row<float>(p.terms, first_row + row) + column) = {e[0], e[1]};
+                } else if (p.terms.data) {
                     bfloat16* to = reinterpret_cast<bfloat16*>(shared + row * kPitch) + warp_class + j * 8 + lane % 4 * 2;
                     const uint32_t pair = pack(e);
                     memcpy(to, &pair, 4);
@@ -170,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
                 if (BEST && bests[i][row] > best[row]) best[row] = bests[i][row], best_column[row] = columns[i][row];
             }
         }
-        if (p.terms.data) {
+        if (p.terms.data && sizeof(T) == 2) {
 #pragma unroll
             for (int i = threadIdx.x; i < kRows * kClasses / 8; i += kThreads) {
                 const int row = i / (kClasses / 8), part = i % (kClasses / 8);
@@ -227,8 +240,9 @@ const char* launch(const AkCosine& p, const AkWhere& where) {
 }
 
 const char* check() {
-    const char* error = prepare<half>();
-    return error ? error : prepare<bfloat16>();
+    for (const char* error : {prepare<half>(), prepare<bfloat16>(), prepare<tfloat32>()})
+        if (error) return error;
+    return nullptr;
 }
 
 const char* tiling(AkTiling& p) {
@@ -250,7 +264,7 @@ const char* tiling(AkTiling& p) {
 }
 
 const char* launch_any(const AkCosine& p, const AkWhere& where) {
-    return p.x_hat.type == AK_FLOAT16 ? launch<half>(p, where) : launch<bfloat16>(p, where);
+    return with_operand_type(p.x_hat.type, [&](auto tag) { return launch<typename decltype(tag)::type>(p, where); });
 }
 
 }  // namespace

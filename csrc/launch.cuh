@@ -52,6 +52,19 @@ const char* with_type(int32_t type, Function function) {
     }
 }
 
+// The same for what is multiplied.
+template <class Function>
+const char* with_operand_type(int32_t type, Function function) {
+    switch (type) {
+        case AK_TFLOAT32: return function(Tag<tfloat32>());
+        case AK_FLOAT16: return function(Tag<half>());
+        case AK_BFLOAT16: return function(Tag<bfloat16>());
+        default: return "operands must be float16, bfloat16 or, rounded to TF32, float32";
+    }
+}
+
+inline size_t operand_bytes(int32_t type) { return type == AK_TFLOAT32 ? 4 : 2; }
+
 inline bool aligned_rows(const AkMatrix& matrix, size_t element) {
     return matrix.column_stride == 1 && matrix.columns % 8 == 0 && matrix.row_stride * element % 16 == 0 &&
            reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0;

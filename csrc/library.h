@@ -15,7 +15,8 @@ enum AkType {
     AK_INT32 = 4,
     AK_INT16 = 5,
     AK_INT8 = 6,
-    AK_UINT8 = 7
+    AK_UINT8 = 7,
+    AK_TFLOAT32 = 8  // float32 in memory, an operand rounded to ten bits of fraction
 };
 
 struct AkMatrix {
@@ -74,6 +75,7 @@ struct AkCosine {
 struct AkTiling {
     int64_t batch, width;                  // given
     int32_t rows, classes, parts, blocks;  // the answer
+    int32_t type, reserved;                // given: of the operands
 };
 
 struct AkReduce {

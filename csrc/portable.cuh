@@ -20,6 +20,9 @@ struct half {
 struct bfloat16 {
     uint16_t bits;
 };
+struct tfloat32 {
+    float value;
+};
 
 __host__ __device__ inline float bits_to_float(uint32_t bits) {
     float value;
@@ -58,6 +61,12 @@ __host__ __device__ inline float from_float<float>(float value) {
     return value;
 }
 
+// To the nearest: the tensor cores drop the low 13 bits, and left to them every cosine would be too small.
+template <>
+__host__ __device__ inline tfloat32 from_float<tfloat32>(float value) {
+    return {value - value == 0 ? bits_to_float((float_to_bits(value) + 0x1000u) & 0xFFFFE000u) : value};
+}
+
 // To the nearest, ties to even; a NaN stays one.
 template <>
 __host__ __device__ inline bfloat16 from_float<bfloat16>(float value) {
@@ -87,19 +96,30 @@ __host__ __device__ inline half from_float<half>([[maybe_unused]] float value) {
 
 #ifdef AK_EMULATE
 template <class T>
+inline float multiply_element(uint32_t pair, int which) {
+    return to_float(T{uint16_t(pair >> 16 * which)});
+}
+
+template <>
+inline float multiply_element<tfloat32>(uint32_t bits, int) {
+    return bits_to_float(bits & 0xFFFFE000u);
+}
+
+template <class T>
 inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     Operands mine;
     memcpy(mine.a, a, sizeof(a));
     memcpy(mine.b, b, sizeof(b));
     const emulate::Warp& warp = emulate::exchange(mine);
-    auto element = [](uint32_t pair, int which) { return to_float(T{uint16_t(pair >> 16 * which)}); };
+    constexpr int each = int(4 / sizeof(T));  // elements a register
     const int lane = emulate::current % 32;
     for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        for (int k = 0; k < 16; ++k) {
-            const Operands left = emulate::from_lane<Operands>(warp, row % 8 * 4 + k % 8 / 2);
-            const Operands right = emulate::from_lane<Operands>(warp, column * 4 + k % 8 / 2);
-            c[i] += element(left.a[row / 8 + k / 8 * 2], k % 2) * element(right.b[k / 8], k % 2);
+        for (int k = 0; k < 8 * each; ++k) {
+            const int register_of_row = k / each % 4, far = k / each / 4;
+            const Operands left = emulate::from_lane<Operands>(warp, row % 8 * 4 + register_of_row);
+            const Operands right = emulate::from_lane<Operands>(warp, column * 4 + register_of_row);
+            c[i] += multiply_element<T>(left.a[row / 8 + far * 2], k % each) * multiply_element<T>(right.b[far], k % each);
         }
     }
 }
@@ -135,20 +155,21 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
                  : "r"(address));
 }
 
-// c[16, 8] += a[16, 16] b[16, 8]: PTX's mma.m16n8k16 fragments. T: half or bfloat16.
+// c[16, 8] += a[16, K] b[K, 8]: PTX's mma fragments, K 16 for half and bfloat16, 8 for tfloat32; 32 bytes of a row either way.
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
-#define AK_MULTIPLY_ADD(type, name)                                                                                    \
+#define AK_MULTIPLY_ADD(type, name, shape)                                                                             \
     template <>                                                                                                        \
     __device__ __forceinline__ void multiply_add<type>(float(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {   \
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 "                                    \
+        asm volatile("mma.sync.aligned." shape ".row.col.f32." name "." name ".f32 "                                   \
                      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                 \
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                  \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                              \
     }
-AK_MULTIPLY_ADD(half, "f16")
-AK_MULTIPLY_ADD(bfloat16, "bf16")
+AK_MULTIPLY_ADD(half, "f16", "m16n8k16")
+AK_MULTIPLY_ADD(bfloat16, "bf16", "m16n8k16")
+AK_MULTIPLY_ADD(tfloat32, "tf32", "m16n8k8")
 #undef AK_MULTIPLY_ADD
 #endif
 

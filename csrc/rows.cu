@@ -221,7 +221,7 @@ const char* ak_prepare_rows(const AkRows* p, const AkWhere* where) {
     [[maybe_unused]] cudaStream_t stream = static_cast<cudaStream_t>(where->stream);
     return ak::with_type(p->features.type, [&](auto x) {
         return ak::with_type(p->weight.type, [&](auto w) {
-            return ak::with_type(p->x_hat.type, [&](auto o) {
+            return ak::with_operand_type(p->x_hat.type, [&](auto o) {
                 using X = typename decltype(x)::type;
                 using W = typename decltype(w)::type;
                 using O = typename decltype(o)::type;
@@ -236,8 +236,8 @@ const char* ak_factor_rows(const AkFactor* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     [[maybe_unused]] cudaStream_t stream = static_cast<cudaStream_t>(where->stream);
     return ak::with_type(p->features.type, [&](auto x) {
-        return ak::with_type(p->x_factored.type, [&](auto o) {
-            return ak::with_type(p->x_hat.type, [&](auto h) {
+        return ak::with_operand_type(p->x_factored.type, [&](auto o) {
+            return ak::with_operand_type(p->x_hat.type, [&](auto h) {
                 using X = typename decltype(x)::type;
                 using O = typename decltype(o)::type;
                 using H = typename decltype(h)::type;

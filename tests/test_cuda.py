@@ -44,7 +44,7 @@ def serve(library: cuda_library.Library, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cuda, "_library", lambda device: library)
     monkeypatch.setattr(cuda, "_tiling", library.tiling)
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(cuda, "serves", lambda device, dtype: dtype in DTYPES)
+    monkeypatch.setattr(cuda, "serves", lambda device, dtype: dtype in (*DTYPES, torch.float32))
 
 
 @pytest.fixture(scope="session")
@@ -63,15 +63,21 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ours(dtype: torch.dtype, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast("cpu", dtype):
+    """In float32 as where TF32 is allowed: there is nothing else to multiply float32 with."""
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         return evaluate(ak.am_softmax_loss, *tensors, backend="cuda", **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=["fp16", "bf16", "tf32"])
 @pytest.mark.parametrize("width", [16, 48, 160])
 @pytest.mark.parametrize(("B", "N"), [(1, 1), (127, 129), (130, 300)])
 def test_the_cosine_kernel(B: int, N: int, width: int, dtype: torch.dtype, emulated: None) -> None:
     check_the_cosine_kernel(B, N, width, dtype, 2)
+
+
+def rounded_to_tf32(values: Tensor) -> Tensor:
+    """Ten bits of fraction, to the nearest."""
+    return ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
 
 def check_the_cosine_kernel(
@@ -80,6 +86,8 @@ def check_the_cosine_kernel(
     """Products, exponentials, sums, masks and maxima from the very operands it was given."""
     generator = torch.Generator().manual_seed(B + width)
     x_hat, w_hat = (torch.randn(n, width, generator=generator).mul_(width**-0.5).to(device, dtype) for n in (B, N))
+    if dtype == torch.float32:
+        x_hat, w_hat = (rounded_to_tf32(each) for each in (x_hat, w_hat))
     labels = torch.randint(1000, 1000 + 2 * N, (B,), generator=generator)  # half of them in this chunk
     factor, shift = torch.rand(B, generator=generator) * 40 + 1, torch.randn(B, generator=generator)
     labels, factor, shift = (each.to(device) for each in (labels, factor, shift))
@@ -90,7 +98,7 @@ def check_the_cosine_kernel(
         weight = torch.empty(N, width, dtype=dtype, device=device)
         problem = Problem(x_hat, weight, labels, torch.tensor(30.0), True, dtype, limit)
         parts = (partial_sums or kernels.streams(problem, N), B)
-        terms = x_hat.new_full((B, fused.padded(N)), math.nan, dtype=torch.bfloat16)
+        terms = x_hat.new_full((B, fused.padded(N)), math.nan, dtype=fused.panel_dtype(dtype))
         z, best = factor.new_full(parts, math.nan, dtype=torch.float64), factor.new_full(parts, math.nan)
         best_class = labels.new_full(parts, -7)
         given = shift if with_shift else None
@@ -98,7 +106,7 @@ def check_the_cosine_kernel(
         exponent = cosine * factor.double()[:, None] - (shift.double()[:, None] if with_shift else 0)
         expected = exponent.exp2().masked_fill(target | (cosine > limit), 0)
         assert not terms[:, N:].any()
-        assert relative(terms[:, :N].double(), expected) < 2**-8
+        assert relative(terms[:, :N].double(), expected) < (rtol if dtype == torch.float32 else 2**-8)
         assert torch.allclose(z.sum(0), expected.sum(1), rtol=rtol, atol=1e-12)
         negatives = cosine.masked_fill(target, -math.inf)
         values, where = best.max(0)
@@ -134,6 +142,39 @@ def check(case: Case, actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> 
 def test_against_the_reference(case: Case, save_bytes: int | None, emulated: None, short_chunks: None) -> None:
     actual = ours(torch.float16, *case.tensors(torch.float32), save_bytes=save_bytes, **case.options)
     check(case, actual, oracle(case, torch.float32))
+
+
+@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", ["plain", "s64-wrong", "s1000", "no-fn", "filter", "one-dimension"])
+def test_tf32_against_the_reference(name: str, save_bytes: int | None, emulated: None, short_chunks: None) -> None:
+    case = BY_NAME[name]
+    actual = ours(torch.float32, *case.tensors(torch.float32), save_bytes=save_bytes, **case.options)
+    check(case, actual, oracle(case, torch.float32))
+
+
+def test_operands_are_rounded_to_tf32(emulated: None) -> None:
+    """To the nearest; dropping bits would make each of them, and every cosine, too small. Not what is no number."""
+    weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    weight[3, 4] = math.inf
+    w_hat, inverse_norm = torch.empty(5, 32), torch.empty(5)
+    cuda._Kernels().prepare_centres(weight, w_hat, inverse_norm, None)
+    rows = [0, 1, 2, 4]
+    expected = weight[rows] * inverse_norm[rows, None]
+    assert torch.equal(w_hat[rows], rounded_to_tf32(expected)) and not torch.equal(w_hat[rows], expected)
+    assert w_hat[3].isnan().all()
+
+
+def test_float32_is_served_where_pytorch_allows_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_builds", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, served in (("highest", False), ("high", True)):
+            torch.set_float32_matmul_precision(precision)
+            assert cuda.serves(torch.device("cuda", 0), torch.float32) == served
+            assert cuda.serves(torch.device("cuda", 0), torch.bfloat16)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_wrong_result_would_be_seen(emulated: None) -> None:
@@ -240,24 +281,17 @@ def test_errors_come_back_as_exceptions(emulated: None) -> None:
     problem = Problem(odd, odd, torch.zeros(4).long(), torch.tensor(30.0), True, torch.float16, math.inf)
     with pytest.raises(RuntimeError, match="multiples of 16 bytes"):
         cuda._Kernels().cosine_exp(problem, 0, odd, odd, torch.ones(4), None, None, None, None, None, False)
-    x = torch.empty(4, 16, dtype=torch.float64)
     with pytest.raises(KeyError):
-        cuda_library.matrix(x)
-    problem = Problem(x.float(), x.float(), torch.zeros(4).long(), torch.tensor(30.0), True, torch.float32, math.inf)
-    with pytest.raises(RuntimeError, match="ak_cosine_exp: operands must be float16 or bfloat16"):
-        cuda._Kernels().cosine_exp(
-            problem,
-            0,
-            x.float(),
-            x.float(),
-            torch.ones(4),
-            None,
-            None,
-            torch.empty(1, 4, dtype=torch.float64),
-            None,
-            None,
-            False,
-        )
+        cuda_library.matrix(torch.empty(4, 16, dtype=torch.float64))
+    x = torch.empty(4, 16, dtype=torch.int16)
+    problem = Problem(x, x, torch.zeros(4).long(), torch.tensor(30.0), True, torch.float16, math.inf)
+    with pytest.raises(RuntimeError, match="ak_cosine_exp: operands must be float16, bfloat16 or, rounded to TF32, float32"):
+        z = torch.empty(1, 4, dtype=torch.float64)
+        cuda._Kernels().cosine_exp(problem, 0, x, x, torch.ones(4), None, None, z, None, None, False)
+    x = torch.empty(4, 16)
+    problem = Problem(x, x, torch.zeros(4).long(), torch.tensor(30.0), True, torch.float32, math.inf)
+    with pytest.raises(RuntimeError, match="E must be bfloat16, or float32 beside TF32"):
+        cuda._Kernels().cosine_exp(problem, 0, x, x, torch.ones(4), None, x.bfloat16(), None, None, None, False)
 
 
 NVCC = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
@@ -274,7 +308,14 @@ def test_it_builds_without_a_spill_and_exports_the_contract(arch: str) -> None:
     triton = pytest.importorskip("triton")  # which brings a disassembler along
     command = [triton.knobs.nvidia.cuobjdump.path, "-sass", library.path]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for instruction in (r"HMMA\.16816\.F32\.BF16", r"LDSM", r"LDGSTS\.E\.BYPASS\.128", r"LDG\.E\.128", r"STG\.E\.128"):
+    for instruction in (
+        r"HMMA\.16816\.F32\.BF16",
+        r"HMMA\.1688\.F32\.TF32",
+        r"LDSM",
+        r"LDGSTS\.E\.BYPASS\.128",
+        r"LDG\.E\.128",
+        r"STG\.E\.128",
+    ):
         assert re.search(rf"\b{instruction}\b", code), instruction
     assert not re.search(r"\b(LDL|STL)\b", code)
 
@@ -367,7 +408,7 @@ def test_on_a_gpu(case: Case, save_bytes: int | None) -> None:
 
 @NVCC
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=["fp16", "bf16", "tf32"])
 @pytest.mark.parametrize(
     ("B", "N", "width"),
     [

@@ -74,8 +74,9 @@ def test_the_layouts(hopper_library: cuda_library.Library) -> None:
 
 def test_one_block_of_few_rows_and_two_that_share_classes(hopper_library: cuda_library.Library) -> None:
     for batch, rows in ((1, 128), (128, 128), (129, 256), (4096, 256)):
-        tiling = hopper_library.tiling(CPU, batch, 512)
+        tiling = hopper_library.tiling(CPU, batch, 512, torch.bfloat16)
         assert (tiling.rows, tiling.classes, tiling.parts) == (rows, 128, 2)
+    assert hopper_library.tiling(CPU, 4096, 512, torch.float32).parts == 1  # TF32 is the portable kernel's
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""The fused decomposition on the C++ kernels of csrc: CUDA GPUs from compute capability 8.0 on, float16 and bfloat16.
+"""The fused decomposition on the C++ kernels of csrc: CUDA GPUs from compute capability 8.0 on; float16, bfloat16 and TF32,
+which is float32 where PyTorch's setting allows it.
 
 There are two fused kernels: Hopper's own (wgmma, bulk copies and clusters, under CUTLASS's pipeline), which is built where
 CUTLASS's headers are, and the portable one (mma.sync, cp.async) for the rest. nvcc builds the library when it is first
@@ -19,6 +20,7 @@ from .. import build
 from . import Forward, Problem
 from . import cuda_library as c
 from .fused import Fused, padded, streams_for
+from .triton_configs import kind
 
 _MIN_CAPABILITY = (8, 0)
 
@@ -35,7 +37,7 @@ def unavailable_reason() -> str | None:
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16, torch.float32) or kind(dtype) == "float32":
         return False
     return torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY and _builds(device)
 
@@ -64,8 +66,8 @@ def _library(device: torch.device) -> c.Library:
 
 
 @functools.lru_cache(1024)
-def _tiling(device: torch.device, batch: int, width: int) -> Any:
-    return _library(device).tiling(device, batch, width)
+def _tiling(device: torch.device, batch: int, width: int, dtype: torch.dtype) -> Any:
+    return _library(device).tiling(device, batch, width, dtype)
 
 
 class _Kernels:
@@ -73,7 +75,7 @@ class _Kernels:
 
     def streams(self, problem: Problem, classes: int) -> int:
         batch, dim = problem.features.shape
-        tiling = _tiling(problem.weight.device, batch, padded(dim))
+        tiling = _tiling(problem.weight.device, batch, padded(dim), problem.compute_dtype)
         blocks, tiles = -(-batch // tiling.rows), -(-classes // tiling.classes)
         return int(tiling.parts) * streams_for(tiling.blocks, blocks, tiles)
 
@@ -88,13 +90,13 @@ class _Kernels:
         self, problem: Problem, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor, factor: Tensor
     ) -> None:
         parameters = c.Rows(
-            c.matrix(problem.features), c.matrix(problem.weight), c.matrix(x_hat), c.pointer(problem.labels),
+            c.matrix(problem.features), c.matrix(problem.weight), c.operand(x_hat), c.pointer(problem.labels),
             c.pointer(cosine), c.pointer(norm), c.pointer(factor), c.scale(s, problem.normalize_features),
         )  # fmt: skip
         _library(x_hat.device).call("ak_prepare_rows", parameters, x_hat.device)
 
     def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None) -> None:
-        parameters = c.Centres(c.matrix(weight), c.matrix(w_hat), c.pointer(inverse_norm), c.pointer(unless_bounded))
+        parameters = c.Centres(c.matrix(weight), c.operand(w_hat), c.pointer(inverse_norm), c.pointer(unless_bounded))
         _library(w_hat.device).call("ak_prepare_centres", parameters, w_hat.device)
 
     def cosine_exp(
@@ -103,7 +105,7 @@ class _Kernels:
     ) -> None:  # fmt: skip
         parts = z if z is not None else best
         parameters = c.Cosine(
-            c.matrix(x_hat), c.matrix(w_hat), c.matrix(terms), c.pointer(problem.labels), c.pointer(factor),
+            c.operand(x_hat), c.operand(w_hat), c.matrix(terms), c.pointer(problem.labels), c.pointer(factor),
             c.pointer(shift), c.pointer(z), c.pointer(best), c.pointer(best_class), start, problem.interclass_filter,
             self.streams(problem, len(w_hat)) if parts is None else len(parts), int(only_unbounded), 0,
         )  # fmt: skip
@@ -139,11 +141,11 @@ class _Kernels:
         self, problem: Problem, norm: Tensor, row_factor: Tensor, s: float | Tensor, x_factored: Tensor,
         x_hat: Tensor | None, factor: Tensor | None,
     ) -> None:  # fmt: skip
-        unused = c.matrix(x_factored) if x_hat is None else c.matrix(x_hat)
+        unused = c.operand(x_factored) if x_hat is None else c.operand(x_hat)
         if x_hat is None:
             unused.data = None
         parameters = c.Factor(
-            c.matrix(problem.features), c.matrix(x_factored), unused, c.pointer(problem.labels), c.pointer(norm),
+            c.matrix(problem.features), c.operand(x_factored), unused, c.pointer(problem.labels), c.pointer(norm),
             c.pointer(row_factor), c.pointer(factor), c.scale(s, problem.normalize_features),
         )  # fmt: skip
         _library(norm.device).call("ak_factor_rows", parameters, norm.device)

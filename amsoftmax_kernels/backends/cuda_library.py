@@ -20,6 +20,9 @@ _TYPES = {
 }  # fmt: skip
 
 
+_OPERANDS = _TYPES | {torch.float32: 8}  # multiplied as TF32
+
+
 def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
@@ -45,7 +48,9 @@ Cosine = _structure(
     "AkCosine", **_named(Matrix, "x_hat w_hat terms"), **_named(c_void_p, "labels factor shift z best best_class"),
     class_start=c_int64, filter=c_float, **_named(c_int32, "parts only_unbounded reserved"),
 )  # fmt: skip
-Tiling = _structure("AkTiling", **_named(c_int64, "batch width"), **_named(c_int32, "rows classes parts blocks"))
+Tiling = _structure(
+    "AkTiling", **_named(c_int64, "batch width"), **_named(c_int32, "rows classes parts blocks type reserved")
+)
 Reduce = _structure(
     "AkReduce", **_named(c_void_p, "z_parts best_parts class_parts labels factor z best shift best_class"),
     **_named(c_int64, "batch parts"),
@@ -107,9 +112,9 @@ class Library:
         if error is not None:
             raise RuntimeError(f"the kernels of {self.path} do not run on {device}: {error.decode()}")
 
-    def tiling(self, device: torch.device, batch: int, width: int) -> ctypes.Structure:
+    def tiling(self, device: torch.device, batch: int, width: int, dtype: torch.dtype) -> ctypes.Structure:
         """How the cosine kernel divides a batch of rows of this width."""
-        tiling = Tiling(batch, width)
+        tiling = Tiling(batch, width, type=_OPERANDS[dtype])
         self.call("ak_tiling", tiling, device)
         return tiling
 
@@ -125,6 +130,14 @@ def matrix(tensor: Tensor | None) -> ctypes.Structure:
     if tensor is None:
         return Matrix()
     return Matrix(tensor.data_ptr(), *tensor.shape, *tensor.stride(), _TYPES[tensor.dtype], 0)
+
+
+def operand(tensor: Tensor | None) -> ctypes.Structure:
+    """A matrix that is multiplied, or will be."""
+    result = matrix(tensor)
+    if tensor is not None:
+        result.type = _OPERANDS[tensor.dtype]
+    return result
 
 
 def pointer(tensor: Tensor | None) -> int | None:
