@@ -1,4 +1,5 @@
-// The margin's and the softmax's arithmetic, one row at a time, for the device and for the host (Wang et al. 2018, equation 6).
+// The margin's and the softmax's arithmetic, one row at a time, for the device and for the host (Wang et al. 2018, equation
+// 6).
 #pragma once
 
 #include <cmath>

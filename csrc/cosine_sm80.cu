@@ -3,8 +3,8 @@
 //
 // A block owns 128 rows and its own stream of tiles of 128 classes, every p.parts-th, so that its rows' sums never leave it.
 // Two blocks share an SM where its shared memory has room (not on 8.6, 8.9 and 12.0): one's epilogue runs under the other's
-// products. Operands, of two bytes or TF32 in four, lie in shared memory in rows of 64 bytes whose four 16-byte parts are permuted, so that the eight rows
-// of a matrix that is loaded at once fall into different banks.
+// products. Operands, of two bytes or TF32 in four, lie in shared memory in rows of 64 bytes whose four 16-byte parts are
+// permuted, so that the eight rows of a matrix that is loaded at once fall into different banks.
 #include "cosine.h"
 #include "epilogue.cuh"
 #include "launch.cuh"

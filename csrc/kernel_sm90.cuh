@@ -105,6 +105,9 @@ __device__ inline void reduce_quad(Sum (&sums)[4], bool best) {
         }
 }
 
+// CUTLASS's barriers and fences leave it to the compiler whether stores in C++ stay on their side.
+__device__ inline void keep_stores_here() { asm volatile("" ::: "memory"); }
+
 // What a warpgroup does with its tiles.
 template <class T, bool GENERAL, class Memory>
 struct Work {
@@ -178,7 +181,9 @@ struct Work {
         bfloat16* const square = shared.squares[group];
         if (thread == 0) cute::tma_store_wait<0>();  // the square before has been read
         cutlass::arch::NamedBarrier::sync(kGroup, uint32_t(group));
+        keep_stores_here();
         place_square(where, pairs, square);
+        keep_stores_here();
         cute::tma_store_fence();
         cutlass::arch::NamedBarrier::sync(kGroup, uint32_t(group));
         const int column = first + right * kSquare, row = first_row + half * kSquare;

@@ -113,7 +113,7 @@ struct AkFinishCentres {
 };
 
 struct AkFinishRows {
-    AkMatrix features, weight, unit_rows, grad_features, grad_weight;  // unit_rows [B, width] float32; grads: null if not wanted
+    AkMatrix features, weight, unit_rows, grad_features, grad_weight;  // unit_rows [B, width] float32; null grads: unwanted
     const int64_t* labels;
     const float *norm, *cosine, *row_factor, *grad_cosine, *grad_norm;  // [B]; grad_norm may be null
     double* grad_scale;                                                 // [B], null if not wanted

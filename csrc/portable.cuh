@@ -155,7 +155,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
                  : "r"(address));
 }
 
-// c[16, 8] += a[16, K] b[K, 8]: PTX's mma fragments, K 16 for half and bfloat16, 8 for tfloat32; 32 bytes of a row either way.
+// c[16, 8] += a[16, K] b[K, 8]: PTX's mma fragments, 32 bytes of a row: K is 16 for half and bfloat16, 8 for tfloat32.
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 

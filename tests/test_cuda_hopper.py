@@ -207,6 +207,10 @@ def test_the_machine_code() -> None:
         for instruction in (products, *copies, *registers, r"MUFU\.EX2"):
             assert re.search(rf"\b{instruction}(?![\w.])", code), instruction
         assert not re.search(r"\b(LDL|STL)\b", code)
+        # A square of E: all have come, stores, made visible to bulk copies, all have come, off it goes.
+        order = re.findall(r"\b(?:(STS)|(FENCE\.VIEW)|(BAR\.SYNC)|(UTMASTG))", code)
+        letters = "".join("SFBU"[[bool(each) for each in found].index(True)] for found in order)
+        assert re.fullmatch(r"[FB]*(BS{16}FBU){8}[FB]*", letters), letters
 
 
 def _commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arch: str) -> list[list[str]]:
