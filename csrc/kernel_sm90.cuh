@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_exp(const __grid_constant_
     using Role = typename Memory::Pipeline::ThreadCategory;
     roles.transaction_bytes = STAYS ? kTileBytes : 2 * kTileBytes;
     roles.role = group < 0 ? Role::Producer : Role::Consumer;
-    roles.is_leader = threadIdx.x == 0;
+    roles.is_leader = group < 0;  // whichever of them loads
     roles.num_consumers = kGroup;  // a stage is for one of the two
     typename Memory::Pipeline pipeline(shared.pipeline, roles, cute::make_shape(cluster, cute::_1{}, cute::_1{}));
     typename Memory::Order order(shared.order, {uint32_t(group == 1), kGroup});  // fences the barriers' initialization too
@@ -236,7 +236,8 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_exp(const __grid_constant_
 
     if (group < 0) {
         cutlass::arch::warpgroup_reg_dealloc<40>();
-        if (threadIdx.x == 0)
+        // Elected, the compiler knows it to be one thread, as copies want.
+        if (cutlass::canonical_warp_idx_sync() == 0 && cute::elect_one_sync())
             load_tiles(pipeline, cutlass::make_producer_start_state<typename Memory::Pipeline>(), turn, steps,
                        Copies<Memory>{parameters, shared, pipeline, cluster, rank});
     } else {
