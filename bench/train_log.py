@@ -72,7 +72,8 @@ def progress(step: int, steps: int | None, left: float, **values: float) -> str:
     minutes, seconds = divmod(math.ceil(left), 60)
     return (
         f"step {step}{of}  loss {values['loss']:.3f}  accuracy {values['accuracy']:.3f}"
-        f"  {values['samples_per_s']:,.0f} samples/s  {values['memory_bytes'] / 1e6:,.0f} MB a rank  {minutes}:{seconds:02d} left"
+        f"  {values['samples_per_s']:,.0f} samples/s  {values['memory_bytes'] / 1e6:,.0f} MB a rank"
+        f"  {minutes}:{seconds:02d} left"
     )
 
 
