@@ -21,8 +21,8 @@ from torch import Tensor
 
 LATENT, NUISANCE, HIDDEN, INPUTS = 24, 24, 256, 128
 NOISE = 0.25  # standard deviation around the identity's point, whose coordinates have a root mean square of 1
-NUISANCE_SIZE = 1.5  # standard deviation of each nuisance coordinate
-GAIN = 0.5  # how far the map is from linear
+NUISANCE_SIZE = 2.0  # standard deviation of each nuisance coordinate
+GAIN = 0.4  # how far the map is from linear
 FREQUENT = 1000.0  # classes that make up half of the samples
 MAX_IDENTITIES = 1 << 50  # coordinates are numbered in 64 bits
 

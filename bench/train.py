@@ -155,7 +155,9 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> None:
     start, first = training.step, ranks.rank == 0
     if first:
         print(_title(args, source, ranks, start), flush=True)
-    loop = _Loop(args, training, checkpoints, train_log.Log(args.out, start, args.log == "tensorboard") if first else None)
+    due = verification_due(args, start)
+    log = train_log.Log(args.out, start, due, args.log == "tensorboard") if first else None
+    loop = _Loop(args, training, checkpoints, log)
     throughput = loop.run()
     memory = {"peak_bytes": train_log.peak_memory(ranks.device), "before_training_bytes": before}
     everyone = ranks.gather(memory)
@@ -173,6 +175,11 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> None:
         print(f"written to {args.out}: log.csv, train.json", flush=True)
 
 
+def verification_due(args: argparse.Namespace, step: int) -> bool:
+    """Whether held-out identities are to be verified after ``step`` steps; at the end they always are."""
+    return step == 0 or (args.eval_every > 0 and step % args.eval_every == 0)
+
+
 class _Loop:
     """Steps, and what is done between them."""
 
@@ -182,13 +189,14 @@ class _Loop:
         self.args, self.training, self.checkpoints, self.log = args, training, checkpoints, log
         self.held_out = None if log is None else training.source.held_out()
         self.verification: dict[str, float] = {}
+        self.verified_step = -1
 
     def run(self) -> dict[str, Any]:
         """Train to the end; steps and seconds of this run, and samples a second without verification and checkpoints."""
         args, training, ranks = self.args, self.training, self.training.ranks
         first, begin = training.step, time.perf_counter()
         spent, window, since = 0.0, 0.0, training.step  # seconds of steps: of all, of those since the last line
-        if training.step == 0:
+        if verification_due(args, training.step):
             self.verify()
         while not self.ended(begin):
             started, step = time.perf_counter(), training.step + 1
@@ -210,12 +218,13 @@ class _Loop:
                 window, since = 0.0, step
             if args.checkpoint_every and step % args.checkpoint_every == 0:
                 self.checkpoints.save(training)
-            if args.eval_every and step % args.eval_every == 0 and step != args.steps:
+            if verification_due(args, step):
                 self.verify()
         done = training.step - first
         if done and args.checkpoint_every and training.step % args.checkpoint_every:
             self.checkpoints.save(training)
-        self.verify()
+        if self.verified_step != training.step:
+            self.verify()
         if self.log is not None:
             self.log.close()
         return {
@@ -239,6 +248,7 @@ class _Loop:
         print(train_log.progress(step, steps, max(left, 0), **values), flush=True)
 
     def verify(self) -> None:
+        self.verified_step = self.training.step
         if self.log is None or self.held_out is None:
             return
         self.verification = rates = self.training.verify(self.held_out)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,8 @@ class Checkpoints:
         temporary = final.with_name(f".{final.name}")
         # Of what all ranks hold alike the first rank's is written: a batch norm's statistics are not quite alike.
         planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-        save_state(_state(training), checkpoint_id=temporary, planner=planner, no_dist=not dist.is_initialized())
+        with _alone() as no_dist:
+            save_state(_state(training), checkpoint_id=temporary, planner=planner, no_dist=no_dist)
         if self.ranks.rank == 0:
             (temporary / _ARGUMENTS).write_text(json.dumps(self.arguments, indent=1), encoding="utf-8")
             if final.exists():
@@ -70,7 +74,8 @@ class Checkpoints:
             if theirs.get(name) != value:
                 raise ValueError(f"--{name}: the checkpoint {self.path(step)} has {theirs.get(name)}, not {value}")
         state = _state(training)
-        load_state(state, checkpoint_id=self.path(step), no_dist=not dist.is_initialized())
+        with _alone() as no_dist:
+            load_state(state, checkpoint_id=self.path(step), no_dist=no_dist)
         for name in ("backbone", "head"):
             set_state_dict(
                 getattr(training, name), getattr(training, f"{name}_optimizer"),
@@ -79,6 +84,14 @@ class Checkpoints:
         training.step = state["progress"]["step"]
         if training.scaler.is_enabled():
             training.scaler.load_state_dict(state["progress"]["scaler"])
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[bool]:
+    """Whether there is no process group, which PyTorch need not warn of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield not dist.is_initialized()
 
 
 def _state(training: Any) -> dict[str, Any]:

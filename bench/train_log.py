@@ -21,16 +21,17 @@ class Log:
     Args:
         folder: where to write.
         start: the step a run goes on from: rows past it, of a run that was cut off, are dropped. 0 starts anew.
+        verify_again: drop an evaluation at ``start`` too: it may or may not have been reached, and is made again.
         tensorboard: also write TensorBoard's event files into ``folder/tensorboard``.
     """
 
-    def __init__(self, folder: Path, start: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, start: int, verify_again: bool, tensorboard: bool) -> None:
         path, kept = folder / "log.csv", []
         if start and path.exists():
             with open(path, newline="", encoding="utf-8") as file:
                 # A row that was being written when the process died has no last column.
                 rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
-            kept = [row for row in rows if int(row[0]) <= start]
+            kept = [row for row in rows if int(row[0]) < start or (int(row[0]) == start and (row[1] or not verify_again))]
         temporary = path.with_name(f".{path.name}")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *kept])

