@@ -38,11 +38,9 @@ class Training:
         self.network = source.network(args.dim).to(device)
         self.backbone: nn.Module = self.network
         if ranks.size > 1:
-            # find_unused_parameters keeps the gradients' buckets as they are at the start. They would be laid out anew after
-            # the first step, and sums over three ranks or more then round differently: a resumed run would not be the same.
-            self.backbone = DistributedDataParallel(
-                self.network, device_ids=None if device.type == "cpu" else [device.index], find_unused_parameters=True
-            )
+            devices = None if device.type == "cpu" else [device.index]
+            self.backbone = DistributedDataParallel(self.network, device_ids=devices)
+            self._settle_buckets()
         self.head = ShardedAMSoftmaxLoss(
             args.dim, source.num_classes, args.scale, args.margin, backend=args.backend, save_bytes=args.save_bytes,
             sample_rate=args.sample_rate, sampling_correction=args.sampling_correction,
@@ -54,6 +52,18 @@ class Training:
         self.autocast = AUTOCAST[args.autocast]
         # The backbone's gradients alone can be too small for float16: the head makes its own in float32.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast == torch.float16)
+
+    def _settle_buckets(self) -> None:
+        """A backward pass that is thrown away, after which gradients are put together in the order in which they come.
+
+        DistributedDataParallel does so after its first step, and sums over three ranks or more may then round differently:
+        the first step of a resumed run would not be what it is in one that was not interrupted.
+        """
+        self.network.eval()  # leaves a batch norm's statistics alone
+        inputs, _ = self.source.batch(2, self.ranks.rank, 0)
+        self.backbone(inputs).sum().backward()
+        self.network.zero_grad()
+        self.network.train()
 
     def train_step(self, predict: bool) -> tuple[Tensor, Tensor | None]:
         """One step; the loss over all ranks' rows, and how many of this rank's rows were predicted right if asked."""
@@ -70,8 +80,8 @@ class Training:
             features = self.backbone(inputs)
             if self.scaler.is_enabled():
                 features = self._scaled_backward(features.float())
-            loss, predictions = self.head(features, labels, return_predictions=True) if predict else (
-                self.head(features, labels), None)  # fmt: skip
+            result = self.head(features, labels, return_predictions=predict)
+            loss, predictions = result if predict else (result, None)
         loss.backward()
         self.scaler.step(self.backbone_optimizer)
         self.head_optimizer.step()
