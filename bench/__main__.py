@@ -12,6 +12,8 @@ COMMANDS = {
     "loss": "time the loss beside its peers and the floor, with peak memory",
     "kernels": "compile every Triton kernel without a GPU, read the machine code, estimate times",
     "gpu": "everything that needs a GPU: checks, times beside the peers and the floor, a profile",
+    "train": "train end to end, classes sharded over the ranks that torchrun starts, verify on identities never seen",
+    "plan": "what a run needs before it is paid for: memory a rank, bytes on the wire, time a step",
     "tune": "time candidate tiles of the Triton kernel on this GPU, print the table",
 }
 

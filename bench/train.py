@@ -1,0 +1,267 @@
+"""`torchrun --nproc-per-node N -m bench train`: a training from end to end, its classes sharded over N processes.
+
+Synthetic identities, any number of them, or real faces; verified on identities that are in no batch. Without torchrun it
+is one process. A run that goes on from a checkpoint (--resume) on as many ranks has the same batches and the same losses,
+to the bit; on another number of ranks it has the same state, and other batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from . import machine, synthetic, train_log
+from .train_checkpoint import Checkpoints
+from .train_data import Faces, Source, Synthetic
+from .train_loop import AUTOCAST, DTYPES, Training
+from .train_ranks import Ranks, joined
+
+STEPS = 300
+# A run that goes on must agree in these; its number of steps, and what it writes, may differ.
+_FIXED = (
+    "data", "classes", "dim", "batch", "optimizer", "momentum", "rowwise_gradient", "sample_rate",
+    "sampling_correction", "dtype", "autocast", "seed", "frequent",
+)  # fmt: skip
+_LR = {"sgd": (0.05, 5.0), "adamw": (1e-3, 1e-2)}  # of the backbone and of the head
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m bench train`."""
+    add, default = parser.add_argument, "default: %(default)s"
+    add("--out", type=Path, default=Path("out/train"), metavar="DIR", help=f"log, checkpoints, result; {default}")
+    add("--data", default="synthetic", help="synthetic, faces (ORL), or a folder with one sub-folder a person; " + default)
+    add("--classes", type=int, metavar="C", help="synthetic identities to train on; default: 100,000")
+    add("--frequent", type=float, default=synthetic.FREQUENT, metavar="Q", help=f"of them make half the samples; {default}")
+    add("--dim", type=int, default=64, metavar="D", help=f"of the embedding; {default}")
+    add("--batch", type=int, default=256, metavar="B", help=f"samples a rank and step; {default}")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, metavar="N", help=f"default: {STEPS}")
+    length.add_argument("--seconds", type=float, metavar="S", help="train for so long instead")
+    add("--optimizer", choices=list(_LR), default="sgd", help=default)
+    add("--lr", type=float, help="of the backbone; default: 0.05 with sgd, 0.001 with adamw")
+    add("--head-lr", type=float, help="of the class centres; default: 5 with sgd, 0.01 with adamw")
+    add("--momentum", type=float, default=0.9, help=default)
+    add("--weight-decay", type=float, default=0.0, help=default)
+    add("--scale", type=float, default=30.0, help=default)
+    add("--margin", type=float, default=0.35, help=default)
+    add("--sample-rate", type=float, default=1.0, help=f"share of the classes to compute with a step; {default}")
+    add("--sampling-correction", action="store_true", help="the drawn negatives stand for all")
+    add("--rowwise-gradient", action="store_true", help="leave the rows of classes that were not drawn as they are")
+    add("--backend", help="of the head; default: the fastest that can run")
+    add("--save-bytes", type=int, default=0, metavar="N", help=f"of the B×C terms kept on each rank; {default}")
+    add("--dtype", choices=list(DTYPES), default="float32", help=f"of the class centres; {default}")
+    add("--autocast", choices=list(AUTOCAST), default="none", help=default)
+    add("--seed", type=int, default=0, help=default)
+    add("--log", choices=["csv", "tensorboard"], default="csv", help=f"tensorboard: beside the CSV; {default}")
+    add("--log-every", type=int, default=10, metavar="K", help=f"steps; {default}")
+    add("--eval-every", type=int, default=50, metavar="K", help=f"steps; 0: at the end; {default}")
+    add("--checkpoint-every", type=int, default=100, metavar="K", help=f"steps, and at the end; 0: none; {default}")
+    add("--keep", type=int, default=2, metavar="N", help=f"checkpoints; {default}")
+    add("--resume", action="store_true", help="go on from the latest checkpoint in --out, if there is one")
+    add("--timeout", type=float, default=300.0, metavar="S", help=f"seconds to wait for another rank; {default}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; exit status 0, 1 if it fails or another rank does, 2 for bad arguments, 130 if interrupted."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        _complete(args)
+        with joined(args.timeout) as ranks:
+            _train(args, ranks)
+    except ValueError as error:  # on every rank alike
+        if rank == "0":
+            print(f"train: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not dist.is_initialized():
+            raise
+        print(f"train: rank {rank} ends, as it or another rank has failed: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        # The other ranks may never answer again: threads that wait for them are not waited for.
+        os._exit(1)
+    return 0
+
+
+def _complete(args: argparse.Namespace) -> None:
+    """Fill in defaults that depend on other arguments, and refuse what cannot be.
+
+    Raises:
+        ValueError: a wrong argument.
+    """
+    synthetic_data = args.data == "synthetic"
+    if args.classes is not None and not synthetic_data:
+        raise ValueError(f"--classes is for synthetic data; --data {args.data} has the classes it has")
+    if synthetic_data and args.classes is None:
+        args.classes = 100_000
+    if args.steps is None and args.seconds is None:
+        args.steps = STEPS
+    for name in ("classes", "dim", "batch", "steps", "log_every", "keep"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, but it is {value}")
+    for name in ("seconds", "timeout", "lr", "head_lr", "scale", "frequent"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, but it is {value}")
+    for name in ("eval_every", "checkpoint_every", "momentum", "weight_decay", "save_bytes"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, but it is {getattr(args, name)}")
+    if args.rowwise_gradient and args.sample_rate == 1:
+        raise ValueError("--rowwise-gradient is for a --sample-rate below 1")
+    if args.classes is not None and args.classes > synthetic.MAX_IDENTITIES:
+        raise ValueError(f"--classes must be at most {synthetic.MAX_IDENTITIES:,}, but it is {args.classes:,}")
+    lr, head_lr = _LR[args.optimizer]
+    args.lr, args.head_lr = args.lr or lr, args.head_lr or head_lr
+    if args.log == "tensorboard":
+        train_log.summary_writer()
+
+
+def _source(args: argparse.Namespace, ranks: Ranks) -> Source:
+    if args.data == "synthetic":
+        return Synthetic(args.classes, args.seed, args.frequent, ranks.device)
+    try:
+        return Faces(None if args.data == "faces" else Path(args.data), args.seed, ranks.device)
+    except (ImportError, OSError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _train(args: argparse.Namespace, ranks: Ranks) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    fixed = {name: getattr(args, name) for name in _FIXED}
+    checkpoints = Checkpoints(args.out / "checkpoints", args.keep, fixed, ranks)
+    if ranks.rank == 0:
+        checkpoints.clean()
+    steps = ranks.first(checkpoints.steps())
+    if steps and not args.resume:
+        raise ValueError(f"--out {args.out} has checkpoints of a run: give --resume to go on from it, or another --out")
+    source = _source(args, ranks)
+    before = train_log.memory(ranks.device)
+    training = Training(args, source, ranks)
+    if steps:
+        checkpoints.load(training, steps[-1])
+    start, first = training.step, ranks.rank == 0
+    if first:
+        print(_title(args, source, ranks, start), flush=True)
+    due = verification_due(args, start)
+    log = train_log.Log(args.out, start, due, args.log == "tensorboard") if first else None
+    loop = _Loop(args, training, checkpoints, log)
+    throughput = loop.run()
+    memory = {"peak_bytes": train_log.peak_memory(ranks.device), "before_training_bytes": before}
+    everyone = ranks.gather(memory)
+    if first:
+        report = {
+            "machine": machine.describe(ranks.device), "ranks": ranks.size, "device": ranks.device.type,
+            "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+            "classes": source.num_classes, "resumed_from": start, "steps": training.step, **throughput,
+            "memory": everyone, "verification": loop.verification,
+        }  # fmt: skip
+        text = json.dumps(report, indent=1) + "\n"
+        temporary = args.out / ".train.json"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(args.out / "train.json")
+        print(f"written to {args.out}: log.csv, train.json", flush=True)
+
+
+def verification_due(args: argparse.Namespace, step: int) -> bool:
+    """Whether held-out identities are to be verified after ``step`` steps; at the end they always are."""
+    return step == 0 or (args.eval_every > 0 and step % args.eval_every == 0)
+
+
+class _Loop:
+    """Steps, and what is done between them."""
+
+    def __init__(
+        self, args: argparse.Namespace, training: Training, checkpoints: Checkpoints, log: train_log.Log | None
+    ) -> None:
+        self.args, self.training, self.checkpoints, self.log = args, training, checkpoints, log
+        self.held_out = None if log is None else training.source.held_out()
+        self.verification: dict[str, float] = {}
+        self.verified_step = -1
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; steps and seconds of this run, and samples a second without verification and checkpoints."""
+        args, training, ranks = self.args, self.training, self.training.ranks
+        first, begin = training.step, time.perf_counter()
+        spent, window, since = 0.0, 0.0, training.step  # seconds of steps: of all, of those since the last line
+        if verification_due(args, training.step):
+            self.verify()
+        while not self.ended(begin):
+            started, step = time.perf_counter(), training.step + 1
+            logged = step % args.log_every == 0 or step == args.steps
+            loss, right = training.train_step(predict=logged)
+            if right is not None:
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"the loss is {value} at step {step}")
+                accuracy = ranks.sum(right.item())[0] / (args.batch * ranks.size)
+            seconds = time.perf_counter() - started
+            spent, window = spent + seconds, window + seconds
+            if logged:
+                peak = ranks.max(train_log.peak_memory(ranks.device))[0]
+                rate = (step - since) * args.batch * ranks.size / window
+                elapsed = time.perf_counter() - begin
+                self.write(step, elapsed, window / (step - since), loss=value, accuracy=accuracy, samples_per_s=rate,
+                           memory_bytes=int(peak))  # fmt: skip
+                window, since = 0.0, step
+            if args.checkpoint_every and step % args.checkpoint_every == 0:
+                self.checkpoints.save(training)
+            if verification_due(args, step):
+                self.verify()
+        done = training.step - first
+        if done and args.checkpoint_every and training.step % args.checkpoint_every:
+            self.checkpoints.save(training)
+        if self.verified_step != training.step:
+            self.verify()
+        if self.log is not None:
+            self.log.close()
+        return {
+            "steps_of_this_run": done, "seconds": time.perf_counter() - begin, "seconds_of_steps": spent,
+            "samples_per_s": done * args.batch * ranks.size / spent if done else None,
+        }  # fmt: skip
+
+    def ended(self, begin: float) -> bool:
+        steps: int | None = self.args.steps
+        if steps is not None:
+            return self.training.step >= steps
+        # The first rank's clock decides for all.
+        return self.training.ranks.max(float(time.perf_counter() - begin >= self.args.seconds))[0] > 0
+
+    def write(self, step: int, elapsed: float, seconds_a_step: float, **values: float) -> None:
+        if self.log is None:
+            return
+        self.log.row(step, **values, seconds=round(elapsed, 3))
+        steps = self.args.steps
+        left = self.args.seconds - elapsed if steps is None else (steps - step) * seconds_a_step
+        print(train_log.progress(step, steps, max(left, 0), **values), flush=True)
+
+    def verify(self) -> None:
+        self.verified_step = self.training.step
+        if self.log is None or self.held_out is None:
+            return
+        self.verification = rates = self.training.verify(self.held_out)
+        self.log.row(self.training.step, **rates)
+        print(
+            f"step {self.training.step}: verification of held-out identities: EER {100 * rates['eer']:.2f}%, VR at FAR 1% "
+            f"{100 * rates['vr@far=1e-2']:.1f}%, at FAR 0.1% {100 * rates['vr@far=1e-3']:.1f}%",
+            flush=True,
+        )
+
+
+def _title(args: argparse.Namespace, source: Source, ranks: Ranks, start: int) -> str:
+    facts = machine.describe(ranks.device)
+    where = f"{facts.get('gpu', facts['cpu'])}, {ranks.size} rank{'s' if ranks.size > 1 else ''}"
+    going_on = f"; going on after step {start}" if start else "; no checkpoint to resume from" if args.resume else ""
+    return f"{where}: {source.num_classes:,} classes of {args.dim}, batch {args.batch} a rank{going_on}"

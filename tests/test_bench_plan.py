@@ -1,0 +1,164 @@
+"""The plan of a run: its memory against what training steps really take, its bytes and its time against counts by hand."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from amsoftmax_kernels import ShardedAMSoftmaxLoss
+from amsoftmax_kernels.optim import RowwiseAdamW, RowwiseSGD
+from bench import plan_time, train_log
+from bench.__main__ import main
+from bench.plan_memory import Memory, Run, memory, smallest_ranks
+
+from .ranks import Ranks
+
+# Real tensors, 100 MB and more, decide; half a gigabyte and more in all.
+C, D, B = 400_000, 128, 128
+
+
+@pytest.fixture(scope="module")
+def fresh_ranks() -> Iterator[Ranks]:
+    """Processes that no other test has left anything in."""
+    started = Ranks(2)
+    yield started
+    started.close()
+
+
+CASES = {
+    "momentum": {},
+    "momentum and weight decay, nothing kept": {"weight_decay": True, "save_bytes": 0},
+    "adamw": {"optimizer": "adamw"},
+    "adamw, nothing kept": {"optimizer": "adamw", "save_bytes": 0},
+    "sgd, half kept": {"optimizer": "sgd", "save_bytes": 50 << 20},
+    "sampled": {"sample_rate": 0.1},
+    "sampled, a third, corrected": {"sample_rate": 0.33, "sampling_correction": True},
+    "rowwise momentum": {"sample_rate": 0.1, "rowwise_gradient": True, "weight_decay": True},
+    "rowwise adamw, half": {"sample_rate": 0.5, "rowwise_gradient": True, "optimizer": "adamw"},
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks of resident memory are Linux's")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_memory_is_what_training_takes(fresh_ranks: Ranks, size: int, case: str) -> None:
+    options: dict[str, Any] = CASES[case]
+    run = Run(C, D, B // size, size, **options)
+    predicted = memory(run).total
+    for measured in fresh_ranks.run(size, measure, run):
+        assert abs(predicted - measured) <= 0.1 * measured, (
+            f"{predicted / 1e6:.0f} MB predicted, {measured / 1e6:.0f} measured"
+        )
+
+
+def measure(run: Run) -> int:
+    """Bytes at the peak of two steps of training, above what the process had before there was a head."""
+    train(Run(**{**run.__dict__, "num_classes": 64, "dim": 8}))  # whatever libraries set up once
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = train_log.memory(torch.device("cpu"))
+    train(run)
+    return train_log.peak_memory(torch.device("cpu")) - before
+
+
+def train(run: Run) -> None:
+    head = ShardedAMSoftmaxLoss(
+        run.dim, run.num_classes, save_bytes=run.save_bytes, sample_rate=run.sample_rate,
+        sampling_correction=run.sampling_correction, rowwise_gradient=run.rowwise_gradient, seed=0,
+    )  # fmt: skip
+    decay = 1e-4 if run.weight_decay else 0.0
+    optimizer: torch.optim.Optimizer
+    if run.optimizer == "adamw":
+        optimizer = (RowwiseAdamW if run.rowwise_gradient else torch.optim.AdamW)(head.parameters(), weight_decay=decay)
+    else:
+        momentum = 0.9 if run.optimizer == "momentum" else 0.0
+        sgd = RowwiseSGD if run.rowwise_gradient else torch.optim.SGD
+        optimizer = sgd(head.parameters(), lr=0.1, momentum=momentum, weight_decay=decay)
+    for _ in range(2):
+        features = torch.randn(run.batch, run.dim, requires_grad=True)
+        optimizer.zero_grad()
+        head(features, torch.randint(run.num_classes, (run.batch,))).backward()
+        optimizer.step()
+
+
+def test_memory_by_hand_on_an_h200() -> None:
+    run = Run(1_000_000, 512, 128, 8, compute_dtype=torch.bfloat16, device="cuda")
+    needed = memory(run)
+    shard = 125_000 * 512 * 4
+    assert needed.held == {"centres": shard, "optimizer state (momentum)": shard}
+    assert needed.backward["gradient"] == shard and needed.backward["kept terms E"] == 2 * 1024 * 125_008
+    assert needed.update["gradient"] == shard and sum(needed.update.values()) == shard
+    assert needed.total == 2 * shard + sum(needed.backward.values())
+    assert sum(needed.backward.values()) < shard + 2 * 1024 * 125_008 + 60e6  # the rest is small
+    none = memory(Run(1_000_000, 512, 128, 8, compute_dtype=torch.bfloat16, device="cuda", save_bytes=0))
+    assert none.backward["kept terms E"] == 0 and none.backward["chunks"] > needed.backward["chunks"]
+    assert Memory({"a": 1}, {"b": 5}, {"c": 7}).total == 8
+
+
+def test_the_smallest_number_of_ranks() -> None:
+    run = Run(10_000_000, 512, 64, 1, save_bytes=0)
+    limit = 10**10
+    ranks = smallest_ranks(run, limit)
+    assert ranks is not None and 6 <= ranks <= 8  # 61.4 GB of centres, momentum and gradient
+    totals = [memory(Run(10_000_000, 512, 64, each, save_bytes=0)).total for each in (ranks - 1, ranks)]
+    assert totals[0] > limit >= totals[1]
+    assert smallest_ranks(run, 10**6, most=100) is None
+
+
+def test_bytes_on_the_wire() -> None:
+    wire = plan_time.wire_bytes(Run(1000, 64, 32, 4, compute_dtype=torch.bfloat16))
+    assert wire["all-gather of features and labels"] == 3 * 32 * (64 * 2 + 8)
+    assert wire["all-reduce of z and t"] == 2 * 3 * 8 * 128 // 4
+    assert wire["reduce-scatter of the features' gradient"] == 3 * 128 * 64 * 4 // 4
+    assert wire["sizes of the batches"] == 3 * 16
+    assert not any(plan_time.wire_bytes(Run(1000, 64, 32, 1)).values())
+
+
+def test_time_of_a_card_and_of_a_cpu() -> None:
+    run = Run(8_000_000, 512, 128, 8, compute_dtype=torch.bfloat16, device="cuda", save_bytes=1 << 40)
+    rates = plan_time.of_card(None, None)
+    times = plan_time.step(run, rates, 4e11)
+    floor = 6 * 1024 * 1_000_000 * 512 / 790e12 + 12 * 1_000_000 * 512 / 4.3e12
+    assert times["floor_s"] == pytest.approx(floor) and 0.6 < floor / times["head_s"] < 1
+    assert times["update_s"] == pytest.approx(20 * 1_000_000 * 512 / 4.3e12)
+    assert times["step_s"] == pytest.approx(times["head_s"] + times["update_s"] + times["wire_s"])
+    recomputed = plan_time.step(Run(**{**run.__dict__, "save_bytes": 0}), rates, 4e11)
+    assert recomputed["head_s"] > 1.2 * times["head_s"]
+    sampled = plan_time.step(Run(**{**run.__dict__, "sample_rate": 0.1}), rates, 4e11)
+    assert 0.09 < sampled["head_s"] / times["head_s"] < 0.12
+
+    recorded = ({"peer": "ours", "B": 256, "D": 512, "C": 10_000, "of_floor": 2.0},
+                {"peer": "ours", "B": 256, "D": 512, "C": 900_000, "of_floor": 1.5})  # fmt: skip
+    cpu = plan_time.Rates(1e11, 1e10, "", recorded)
+    times = plan_time.step(Run(1_000_000, 512, 256, 1), cpu, 1e9)
+    assert times["head_s"] == pytest.approx(1.5 * 6 * 256 * 512 * 1_000_000 / 1e11)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--classes", "10000", "1000000000", "--ranks", "8", "64", "--json", str(tmp_path / "plan.json")]
+    assert main(["plan", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "estimated, not measured" in printed and "assumed" in printed
+    plans = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    assert [(each["classes"], each["ranks"]) for each in plans] == [(C, W) for C in (10_000, 10**9) for W in (8, 64)]
+    assert [each["fits"] for each in plans] == [True, True, False, True]
+    assert printed.count(" NO ") == 1 and plans[2]["smallest_ranks"] == plans[3]["smallest_ranks"] <= 64
+    assert main(["plan", "--classes", "1000", "--ranks", "2"]) == 0
+    assert "in the optimizer's step" in capsys.readouterr().out
+    assert main(["plan", "--ranks", "0"]) == 2 and "--ranks must be at least 1" in capsys.readouterr().err
+
+
+def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(plan_time.measure, "product_rates", lambda *_: {"any": 1e11})
+    assert main(["plan", "--classes", "5000", "--ranks", "1", "--device", "cpu", "--memory-gb", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "measured now" in printed and "loss-amd-epyc-2026-11-25.json" in printed and "0.1 TFLOP/s" in printed
