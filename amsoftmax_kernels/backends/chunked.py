@@ -129,9 +129,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     problem, (save_bytes, predict) = Problem(*arguments[:7]), arguments[7:]
     features, weight, labels, scale = problem[:4]
     with no_autocast(features.device):
+        short = None
         if not predict and _is_one_chunk(problem):
-            dtype = accumulate_dtype(problem.compute_dtype)
-            z, cosine, norm, inverse_norm, kept = one_chunk.forward(features, weight, labels, scale.item(), dtype)
+            short = one_chunk.forward(features, weight, labels, scale.item(), accumulate_dtype(problem.compute_dtype))
+        if short is not None:
+            z, cosine, norm, inverse_norm, kept = short
             if kept.numel() * kept.element_size() > save_bytes:
                 kept = kept.new_empty(0, len(z))
             kept_shift = kept.new_zeros(min(len(kept), 1), len(z))
@@ -195,7 +197,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     row_factor, grad_cosine, grad_norm = grads
     need_features, need_weight, need_scale = needs
     with no_autocast(features.device):
-        if _is_one_chunk(problem):
+        if _is_one_chunk(problem) and one_chunk.regular(norm, inverse_norm):
             results = one_chunk.backward(
                 features, weight, labels, scale.item(), norm, inverse_norm, cosine, kept,
                 row_factor, grad_cosine, grad_norm, need_scale,
