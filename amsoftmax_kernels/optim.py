@@ -16,23 +16,31 @@ from torch import Tensor
 from .sharding import local_part
 
 _ROWS = "amsoftmax_kernels_rows"  # on a parameter: its gradient, and the rows of it that were written
+_HOOKED = "amsoftmax_kernels_hooked"
+_ELEMENTS = 1 << 22  # of the drawn rows that are updated at once
+
+
+def _forget(parameter: Tensor) -> None:
+    setattr(parameter, _ROWS, (None, []))
 
 
 @torch.no_grad()
 def accumulate_rows(parameter: Tensor, rows: Tensor, grad: Tensor) -> None:
     """Add ``grad [n, D]`` to the distinct ``rows [n]`` of this rank's part of ``parameter.grad``, and remember which."""
-    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    parameter.grad = gradient
-    whole: Tensor | None
-    written: list[Tensor]
-    whole, written = getattr(parameter, _ROWS, (None, []))
-    if whole is not gradient:
-        # Another's gradient, or a new one: what was written before is gone.
-        written = []
-        setattr(parameter, _ROWS, (gradient, written))
+    if not hasattr(parameter, _HOOKED):
+        # A gradient that autograd adds makes it an ordinary one.
+        parameter.register_post_accumulate_grad_hook(_forget)
+        setattr(parameter, _HOOKED, True)
+    gradient = parameter.grad
+    if gradient is None:
+        _forget(parameter)  # before there is another of its size
+        parameter.grad = gradient = torch.zeros_like(parameter)
+        setattr(parameter, _ROWS, (gradient, []))
     local = local_part(gradient)
     local.index_copy_(0, rows, local.index_select(0, rows) + grad.to(local.dtype))
-    written.append(rows)
+    record: Any = getattr(parameter, _ROWS, (None, []))
+    if record[0] is gradient:
+        record[1].append(rows)
 
 
 def written_rows(parameter: Tensor) -> Tensor | None:
@@ -50,7 +58,9 @@ class _Rowwise(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient. Cannot be captured in a CUDA graph, whose rows would stay the same."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{type(self).__name__}.step cannot be captured in a CUDA graph")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -69,10 +79,11 @@ class _Rowwise(torch.optim.Optimizer):
                 if rows is None:
                     self._update(group, int(state["step"]), *tensors)
                     continue
-                taken = [each.index_select(0, rows) for each in tensors]
-                self._update(group, int(state["step"]), *taken)
-                for whole, part in zip([tensors[0], *tensors[2:]], [taken[0], *taken[2:]], strict=True):
-                    whole.index_copy_(0, rows, part)
+                for some in rows.split(max(_ELEMENTS // max(tensors[0].shape[-1], 1), 1)):
+                    taken = [each.index_select(0, some) for each in tensors]
+                    self._update(group, int(state["step"]), *taken)
+                    for whole, part in zip([tensors[0], *tensors[2:]], [taken[0], *taken[2:]], strict=True):
+                        whole.index_copy_(0, some, part)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

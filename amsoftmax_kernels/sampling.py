@@ -25,9 +25,15 @@ class Draw(NamedTuple):
     weight: float  # how many classes each of the others stands for
 
 
-def draw_size(rate: float, num_classes: int, batch: int) -> int:
-    """How many of ``num_classes`` to draw: the rate's share, and at least one beside every class that a batch may have."""
-    return min(num_classes, max(math.ceil(rate * num_classes), min(batch, num_classes) + 1))
+def draw_size(rate: float, num_classes: int, batch: int, corrected: bool = False) -> int:
+    """How many of ``num_classes`` to draw: the rate's share, and at least one beside every class that a batch may have.
+
+    If ``corrected``, the rate's share beside those: that of few others would weigh too much.
+    """
+    own = min(batch, num_classes)
+    if corrected:
+        return own + math.ceil(rate * (num_classes - own))
+    return min(num_classes, max(math.ceil(rate * num_classes), own + 1))
 
 
 def draw_classes(labels: Tensor, num_classes: int, size: int, seed: Tensor, step: Tensor) -> Draw:

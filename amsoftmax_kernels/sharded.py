@@ -25,7 +25,7 @@ class Sampling:
 
     size: int  # less than the shard's classes
     seed: Tensor  # 0-d int64 on the features' device
-    step: Tensor  # 0-d int64 there, counted up by the backward pass: a forward pass run twice draws the same
+    step: Tensor  # 0-d int64 there
     corrected: bool  # whether those drawn stand for all the others in the softmax's denominator
     accumulate: Callable[[Tensor, Tensor], None] | None  # takes classes and their gradients; None: a dense gradient
 
@@ -43,6 +43,7 @@ class Plan:
     predict: bool
     backend: str
     sampling: Sampling | None
+    differentiated: Callable[[], None]  # called by the backward pass
 
     def problem(self, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> backends.Problem:
         return backends.Problem(
@@ -78,9 +79,7 @@ class ShardedFunction(torch.autograd.Function):
         ctx: Any, features: Tensor, labels: Tensor, weight: Tensor, scale: Tensor, anchor: Tensor | None, plan: Plan
     ) -> tuple[Tensor, ...]:
         shards, dtype = plan.shards, accumulate_dtype(plan.compute_dtype)
-        own = features if shards.shards == 1 else features.to(plan.compute_dtype)
-        x, labels = shards.gather_rows(own, labels, plan.rows)
-        x = x if shards.shards == 1 else x.to(dtype)
+        x, labels = _gather(features, labels, plan, dtype)
         all_labels = shards.gather_replicas(labels[None], plan.rows)[0]
         panels = _panels(shards.local_labels(labels), shards.local_labels(all_labels), weight, plan)
         need_rows = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
@@ -103,7 +102,7 @@ class ShardedFunction(torch.autograd.Function):
             z = z + _out(panel).z * factor
             t = t + _out(panel).cosine
         z, t = shards.sum_(torch.stack([z, t]))
-        norm = _out(panels[0]).norm if panels else row_norms(x.to(dtype))[0].masked_fill(labels < 0, 1)
+        norm = _out(panels[0]).norm if panels else row_norms(x.double())[0].to(dtype).masked_fill(labels < 0, 1)
         log_z = torch.add(z.log(), top, alpha=math.log(2))
         best, best_class = _best(panels, plan, x)
         vectors = shards.gather_replicas(torch.stack([log_z, t, norm]), plan.rows)
@@ -162,14 +161,15 @@ class ShardedFunction(torch.autograd.Function):
         if apart:
             run((False, True, False))
         grad_weight = _grad_weight(plan, weight, [call[3] for call in calls], grads_weight) if need_weight else None
-        if plan.sampling is not None:
-            plan.sampling.step.add_(1)
+        plan.differentiated()
         if need_scale:
             grad_scale = shards.sum_replicas_(shards.sum_(grad_scale.to(x.device))).to(scale.device)
         grad_features = None
         if scattered is not None:
             grad_features = (scattered.wait() * shards.world_size).to(features.dtype)
-        return grad_features, None, grad_weight, grad_scale if need_scale else None, None, None
+        # Whoever waits for the anchor's gradient takes in what accumulates.
+        grad_anchor = x.new_zeros(()) if ctx.needs_input_grad[4] else None
+        return grad_features, None, grad_weight, grad_scale if need_scale else None, grad_anchor, None
 
 
 class LocalRows(torch.autograd.Function):
@@ -186,6 +186,23 @@ class LocalRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.shards.gather_local(grad, ctx.rows) / ctx.shards.world_size, None, None
+
+
+def _gather(features: Tensor, labels: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Features of this replica's rows in the accumulate dtype, and their labels."""
+    shards, compute = plan.shards, plan.compute_dtype
+    if shards.shards == 1:
+        return features, labels
+    if compute != torch.float16 or features.dtype == torch.float16:
+        narrow = compute if compute.itemsize < features.dtype.itemsize else features.dtype
+        x, labels = shards.gather_rows(features.to(narrow), labels, plan.rows)
+        return x.to(dtype), labels
+    # Past float16's range: rows go as halves of a power of two, which travels in the labels' low bits.
+    largest = features.abs().amax(1) if features.shape[1] else features.new_zeros(len(features))
+    exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 0).clamp_(-120, 120)
+    scaled = torch.ldexp(features, -exponent[:, None]).to(torch.float16)
+    x, packed = shards.gather_rows(scaled, labels * 256 + (exponent + 128), plan.rows)
+    return torch.ldexp(x.to(dtype), (packed & 255)[:, None] - 128), packed >> 8
 
 
 def _panels(labels: Tensor, all_labels: Tensor, weight: Tensor, plan: Plan) -> list[_Panel]:

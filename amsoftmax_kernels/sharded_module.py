@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
 
     The loss is that of all ranks' rows, the same number on every rank (``reduction="none"``: this rank's own rows). Every
     rank must call it, and backpropagate the same function of it. The gradients are such that a backbone under
-    DistributedDataParallel or FSDP, which average over ranks, trains as one process on the whole batch would; the head's own
-    parameters have their whole gradient, and must not be wrapped. Batches may differ in size between ranks, or be empty.
+    DistributedDataParallel or FSDP, which average over ranks, trains as one process on the whole batch would; the head's
+    own parameters have their whole gradient, and must not be wrapped. A margin object is evaluated on every rank for all
+    rows: it must not draw random numbers. Batches may differ in size between ranks, or be empty.
 
     One all-gather of features (in the compute dtype) and labels, one all-reduce of two numbers a row, one
     reduce-scatter of the features' gradient: see the README for the bytes.
@@ -48,8 +50,8 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         rowwise_gradient: with a ``sample_rate`` below 1, write only the drawn rows of ``weight.grad``, which is kept between
             steps, for :class:`amsoftmax_kernels.optim.RowwiseSGD` or :class:`~amsoftmax_kernels.optim.RowwiseAdamW`: these
             leave rows alone that were not drawn, which momentum and weight decay would move.
-        equal_batches: promise that all ranks' batches are of one size. Sizes are then not exchanged, which on a GPU spares
-            the host waiting for it (unless the process group also has a CPU backend).
+        equal_batches: promise that all ranks' batches are of one size. Sizes are then not exchanged after the first call,
+            which on a GPU spares the host waiting for it (unless the process group also has a CPU backend).
         seed: of the centres' first values and of the draws; None takes it from PyTorch's generator on the first rank. The
             same centres are drawn whatever the number of ranks.
         device, dtype: of the centres.
@@ -59,8 +61,8 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             plain Parameter.
 
     Raises:
-        TypeError, ValueError: as :class:`AMSoftmaxLoss`. An argument that is wrong on one rank raises there and on
-            all others, unless ``equal_batches`` is set.
+        TypeError, ValueError: as :class:`AMSoftmaxLoss`. An argument that is wrong on one rank, or an option that is not
+            alike on all, raises on all of them; with ``equal_batches`` in the first call alone, after which the others wait.
         RuntimeError: in a collective operation, when another rank has died or is late.
     """
 
@@ -91,20 +93,17 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         for name, flag in (*flags.items(), ("equal_batches", equal_batches)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be a bool, but it is {type(flag).__name__}")
-        self._mesh, self._seed = mesh, seed
+        self._mesh, self._seed, self._agreed_once = mesh, seed, False
+        self._counted_in = -1  # the backward pass in which the last step was counted
+        self.sample_rate = sample_rate
         super().__init__(
             embedding_dim, num_classes, scale, margin,
             normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
             interclass_filter=interclass_filter, backend=backend, save_bytes=save_bytes,
             device=device if mesh is None or device is not None else mesh.device_type, dtype=dtype,
         )  # fmt: skip
-        self.sample_rate, self.sampling_correction = sample_rate, sampling_correction
+        self.sampling_correction = sampling_correction
         self.rowwise_gradient, self.equal_batches = rowwise_gradient, equal_batches
-        self.sampling_state: Tensor
-        if sample_rate < 1:
-            # Seed and steps taken: in the checkpoint, so that a run that is resumed draws what it would have drawn.
-            state = torch.tensor([self._seed or 0, 0], device=self.weight.device)
-            self.register_buffer("sampling_state", state)
 
     def _empty_weight(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
         where = torch.get_default_device() if device is None else torch.device(device)
@@ -112,6 +111,10 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         if mesh is None and sharding.is_initialized():
             mesh = sharding.default_mesh(where)
         self.shards = sharding.ClassShards(self.num_classes, mesh)
+        self.sampling_state: Tensor
+        if self.sample_rate < 1:
+            # Seed and steps taken: in the checkpoint, so that a run that is resumed draws what it would have drawn.
+            self.register_buffer("sampling_state", torch.zeros(2, dtype=torch.int64, device=where))
         return self.shards.distribute(torch.empty(self.shards.classes, self.embedding_dim, device=where, dtype=dtype))
 
     @torch.no_grad()
@@ -120,9 +123,11 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         local = sharding.local_part(self.weight)
         if self._seed is None:
             seed = int(torch.randint(1 << 62, (), device="cpu"))
-            self._seed = self.shards.broadcast_int(seed, torch.device("cpu") if local.is_meta else local.device)
+            self._seed = self.shards.broadcast_int(seed, local.device)
         if local.is_meta:
             return
+        if self.sample_rate < 1:
+            self.sampling_state.copy_(torch.tensor([self._seed, 0]))
         generator = torch.Generator(local.device)
         for first in range(self.shards.start // _BLOCK * _BLOCK, self.shards.stop, _BLOCK):
             digest = hashlib.blake2b(f"{self._seed} {first}".encode(), digest_size=7).digest()
@@ -149,17 +154,22 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
     # Collectives and what they wait for are no part of a compiled graph.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _sharded(self, features: Tensor, labels: Tensor, return_predictions: bool) -> Any:
-        shards, error = self.shards, None
+        shards = self.shards
+        error: Exception | None = None
+        batch, agreed = 0, ()
         try:
             backend, canonical = self._checked(features, labels)
-        except (TypeError, ValueError) as caught:
+            batch, agreed = len(features), self._agreed(features, backend, return_predictions)
+        except Exception as caught:  # of any kind: the other ranks must not wait for this one
             error = caught
-        if error is not None or not self.equal_batches:
-            batch = 0 if error is not None else len(features)
-            agreed = () if error is not None else self._agreed(features, backend, return_predictions)
+        # Once even where batches are equal: the ranks' options could differ.
+        if not (self.equal_batches and self._agreed_once):
             rows = shards.agree_on_rows(batch, agreed, error, self.weight.device)
-        else:
-            rows = shards.equal_rows(len(features))
+            self._agreed_once = True
+        elif error is not None:
+            raise error
+        if self.equal_batches:
+            rows = shards.equal_rows(batch)
 
         scale, s = scale_tensor(self.scale, features.device)
         local = sharding.local_part(self.weight)
@@ -168,13 +178,17 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         sampling = self._sampling(rows, grad and local.requires_grad)
         anchor = None
         if sampling is not None and sampling.accumulate is not None:
-            # The gradient does not come through autograd: a loss must still need one.
+            # The gradient does not come through autograd: a loss must still need one, and a caller who does not ask for
+            # the centres' must not be given it.
             anchor, local = torch.zeros((), device=local.device, requires_grad=True), local.detach()
+            made: list[tuple[Tensor, Tensor]] = []
+            sampling = replace(sampling, accumulate=lambda drawn, grad: made.append((drawn, grad)))
+            anchor.register_hook(lambda _: accumulate_all(self.weight, made))
         save_bytes = DEFAULT_SAVE_BYTES if self.save_bytes is None else min(self.save_bytes, (1 << 63) - 1)
         plan = Plan(
             shards, rows, self.normalize_features, compute_dtype(features, self.weight),
             math.inf if self.interclass_filter is None else float(self.interclass_filter),
-            save_bytes if differentiated else 0, return_predictions, backend, sampling,
+            save_bytes if differentiated else 0, return_predictions, backend, sampling, self._count_step,
         )  # fmt: skip
         log_z, cosine, norm, everyone, best, best_class = ShardedFunction.apply(  # type: ignore[no-untyped-call]
             features, canonical, local, scale, anchor, plan
@@ -208,9 +222,11 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
     def _agreed(self, features: Tensor, backend: str, predict: bool) -> tuple[Any, ...]:
         """What must be alike on all ranks for their collectives to fit together."""
         return (
+            self.num_classes, (self.shards.replicas, self.shards.shards), self._seed, backend, self.equal_batches,
             features.shape[1], features.dtype, compute_dtype(features, self.weight), self.reduction, self.ignore_index,
-            self.normalize_features, predict, torch.is_grad_enabled() and features.requires_grad,
-            *(each if isinstance(each, (int, float)) else type(each).__name__ for each in (self.scale, self.margin)),
+            self.normalize_features, self.interclass_filter, predict,
+            torch.is_grad_enabled() and (features.requires_grad, self.weight.requires_grad),
+            *(_comparable(each) for each in (self.scale, self.margin)),
             (self.sample_rate, self.sampling_correction, self.training) if self.sample_rate < 1 else (),
         )  # fmt: skip
 
@@ -218,16 +234,25 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         classes = self.shards.classes
         if self.sample_rate == 1 or not self.training or classes == 0:
             return None
-        size = draw_size(self.sample_rate, classes, sum(rows.per_replica))
-        if size == classes:
+        if _backward_pass() == self._counted_in != -1:
+            raise RuntimeError(
+                "sample_rate: this call is recomputed in a backward pass (activation checkpointing) that has already been "
+                "through another call of the head, and would not draw the same: call a sampled head once a backward pass"
+            )
+        size = draw_size(self.sample_rate, classes, sum(rows.per_replica), self.sampling_correction)
+        if size >= classes:
             return None
         seed, step = self.sampling_state.unbind()
         # Each shard draws its own, and its replicas the same.
         seed = seed + self.shards.start
-        weight = self.weight
-        rowwise = self.rowwise_gradient and need_weight
-        accumulate = (lambda drawn, grad: accumulate_rows(weight, drawn, grad)) if rowwise else None
+        accumulate = (lambda drawn, grad: None) if self.rowwise_gradient and need_weight else None
         return Sampling(size, seed, step, self.sampling_correction, accumulate)
+
+    def _count_step(self) -> None:
+        """A backward pass has been made: the next forward pass draws anew, and one that is run again does not."""
+        if self.sample_rate < 1 and self.training:
+            self.sampling_state[1] += 1
+            self._counted_in = _backward_pass()
 
     def cosine(self, features: Tensor) -> Tensor:
         """Cosines ``[b, C]`` of this rank's ``features [b, D]`` to every centre; every rank must call it.
@@ -244,6 +269,26 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             parts.append(f"classes {self.shards.start} to {self.shards.stop} of {self.num_classes} on this rank")
         parts += [] if self.sample_rate == 1 else [f"sample_rate={self.sample_rate}"]
         return ", ".join(parts)
+
+
+def accumulate_all(weight: Tensor, made: list[tuple[Tensor, Tensor]]) -> None:
+    """Hand over row gradients that a backward pass has made."""
+    while made:
+        accumulate_rows(weight, *made.pop(0))
+
+
+def _comparable(option: Any) -> Any:
+    """What can be said of a scale or a margin without waiting for a GPU."""
+    if isinstance(option, Tensor):
+        known = option.device.type == "cpu" and option.dim() == 0
+        return option.item() if known else tuple(option.shape), option.device.type, option.requires_grad
+    return option if isinstance(option, (int, float)) else type(option).__name__
+
+
+def _backward_pass() -> int:
+    """The number of the backward pass that this is called in; -1 for none."""
+    number: int = torch._C._current_graph_task_id()
+    return number
 
 
 def _check(mesh: Any, sample_rate: Any, seed: Any, backend: Any, device: Any) -> None:

@@ -22,6 +22,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 # A batch's size says in the exchange of sizes that its rank was given wrong arguments.
 _REFUSED = -1
 
+# PyTorch 2.13 names them anew and warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def is_initialized() -> bool:
     """Whether there is a process group to shard over."""
@@ -63,6 +67,8 @@ class ClassShards:
 
     def __init__(self, num_classes: int, mesh: DeviceMesh | None) -> None:
         self.num_classes, self.mesh = num_classes, mesh
+        if mesh is not None and mesh.get_coordinate() is None:
+            raise ValueError("mesh must contain every rank that makes the head, but this rank is not in it")
         self._group = None if mesh is None else mesh.get_group(mesh.ndim - 1)
         self._replicas = None if mesh is None or mesh.ndim == 1 else mesh.get_group(0)
         self.shard, self.shards = _rank_and_size(self._group)
@@ -118,8 +124,7 @@ class ClassShards:
             return Rows(((batch,),), 0, 0)
         digest = hashlib.blake2b(repr(agreed).encode(), digest_size=7).digest()
         mine = torch.tensor([_REFUSED if error else batch, int.from_bytes(digest, "big")])
-        on_cpu = all(_has_cpu(group) for group in (self._group, self._replicas) if group is not None)
-        mine = mine if on_cpu else mine.to(device)
+        mine = mine.to(self._host_device(device))
         with _explained("exchanging the batches' sizes"):
             everyone = _gather(mine[None], self._group)
             everyone = _gather(everyone[None], self._replicas)
@@ -195,14 +200,21 @@ class ClassShards:
             tensor = padded.flatten(0, 1)
         result = tensor.new_empty(largest, *tensor.shape[1:])
         with _explained("scattering the features' gradient"):
-            work = dist.reduce_scatter_tensor(result, tensor.contiguous(), group=self._group, async_op=True)
+            work = _reduce_scatter(result, tensor.contiguous(), group=self._group, async_op=True)
         return Scattered(result[: sizes[self.shard]], work, tensor)
+
+    def _host_device(self, device: torch.device) -> torch.device:
+        """Where numbers of the host travel: on the CPU if the groups serve it, so that no GPU is waited for."""
+        on_cpu = all(_has_cpu(group) for group in (self._group, self._replicas) if group is not None)
+        assert self.mesh is not None
+        kind = device.type if device.type not in ("cpu", "meta") else self.mesh.device_type
+        return torch.device("cpu") if on_cpu or kind == "cpu" else torch.device(kind, torch.cuda.current_device())
 
     def broadcast_int(self, value: int, device: torch.device) -> int:
         """The first rank's value."""
         if self.world_size == 1:
             return value
-        values = torch.tensor([value], device=device)
+        values = torch.tensor([value], device=self._host_device(device))
         with _explained("agreeing on a seed"):
             values = _gather(values, self._group)[:1]
             return int(_gather(values, self._replicas)[0])
@@ -264,7 +276,7 @@ def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None or dist.get_world_size(group) == 1:
         return tensor
     result = tensor.new_empty(dist.get_world_size(group) * tensor.shape[0], *tensor.shape[1:])
-    dist.all_gather_into_tensor(result, tensor.contiguous(), group)
+    _all_gather(result, tensor.contiguous(), group)
     return result
 
 
@@ -288,6 +300,6 @@ def _explained(doing: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"ShardedAMSoftmaxLoss: {doing} failed: another rank has died, is late beyond the process group's timeout, or "
-            f"does not take part ({error})"
+            f"ShardedAMSoftmaxLoss: {doing} failed: {error} (has another rank died, is it late beyond the process group's "
+            "timeout, or was it given something else?)"
         ) from error

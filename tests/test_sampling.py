@@ -119,7 +119,7 @@ def test_only_drawn_rows_are_read_and_only_they_have_a_gradient(corrected: bool)
     loss = head(x, labels)
     loss.backward()
     rows = drawn_rows(head)
-    assert len(rows) == 40 and set(labels.tolist()) <= set(rows.tolist())
+    assert len(rows) == (50 if corrected else 40) and set(labels.tolist()) <= set(rows.tolist())
     # The same draw again (a step is counted when it is differentiated), with NaN in every other row.
     other = make_head(sampling_correction=corrected)
     with torch.no_grad():
@@ -248,6 +248,65 @@ def test_rowwise_and_dense_gradients_are_the_same() -> None:
     assert rows is not None and torch.equal(rows.sort().values, drawn_rows(rowwise))
 
 
+def test_an_ordinary_gradient_beside_the_drawn_rows() -> None:
+    """Another loss on the same centres, evaluation, or a step that takes all classes: every row counts."""
+    x, labels = problem()
+    for order in (0, 1):
+        head, dense = make_head(rowwise_gradient=True), make_head()
+        for each in (head, dense):
+            parts = [lambda each=each: each(x, labels), lambda each=each: 0.01 * each.weight.square().sum()]
+            parts[order]().backward()
+            parts[1 - order]().backward()
+        torch.testing.assert_close(head.weight.grad, dense.weight.grad, rtol=1e-12, atol=0)
+        assert written_rows(head.weight) is None
+    head = make_head(rowwise_gradient=True)
+    optimizer = RowwiseSGD(head.parameters(), lr=0.1, momentum=0.9)
+    for step in range(5):
+        head.train(step != 2)  # all classes, by autograd
+        before = head.weight.detach().clone()
+        head(x, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = (head.weight.detach() != before).any(1).sum().item()
+        assert moved == (200 if step == 2 else 40), step
+        assert head.weight.grad is None or not head.weight.grad.any()
+
+
+def test_a_gradient_that_is_not_asked_for_is_not_written() -> None:
+    head = make_head(rowwise_gradient=True)
+    x, labels = problem()
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(head(leaf, labels), leaf)
+    assert grad.any() and head.weight.grad is None
+    head(leaf, labels).backward(inputs=[leaf])
+    assert head.weight.grad is None
+
+
+def test_two_checkpointed_calls_in_one_backward_pass_are_an_error() -> None:
+    head = make_head()
+    x, labels = problem()
+    run = torch.utils.checkpoint.checkpoint
+    both = run(head, x.clone().requires_grad_(), labels, use_reentrant=False)
+    both = both + run(head, x.clone().requires_grad_(), labels, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="once a backward pass"):
+        both.backward()
+
+
+def test_made_on_meta_it_still_has_its_seed() -> None:
+    head = ak.ShardedAMSoftmaxLoss(D, 50, sample_rate=0.2, seed=9, device="meta")
+    head.to_empty(device="cpu")
+    head.sampling_state.fill_(-7)
+    head.reset_parameters()
+    assert head.sampling_state.tolist() == [9, 0]
+
+
+def test_a_correction_weighs_no_class_beyond_the_rate() -> None:
+    """Also where the batch has as many rows as the rate has classes."""
+    for C, B, rate in ((11_677, 1024, 0.1), (20_000, 1990, 0.1), (20_000, 2048, 0.1), (125_000, 1024, 0.1)):
+        draw = draw_classes(torch.full((B,), C), C, draw_size(rate, C, B, corrected=True), SEED, torch.tensor(0))
+        assert 1 < draw.weight <= 1 / rate
+
+
 def test_rows_drawn_in_one_step_twice_are_updated_once() -> None:
     parameter = torch.nn.Parameter(torch.zeros(6, 2))
     optimizer = RowwiseSGD([parameter], lr=1.0, momentum=0.5)
@@ -312,7 +371,24 @@ def sampled_step(replicas: int, corrected: bool) -> tuple[Tensor, ...]:
     optimizer = RowwiseSGD(head.parameters(), lr=1.0, momentum=0.9, weight_decay=0.01)
     optimizer.step()
     grad = whole(head.weight.grad)
-    return loss.detach(), leaf.grad, grad.clone(), whole(head.weight).detach()
+    return loss.detach(), leaf.grad, grad.clone(), whole(head.weight).detach(), whole_weights(head, labels)
+
+
+def whole_weights(head: ak.ShardedAMSoftmaxLoss, labels: Tensor) -> Tensor:
+    """How many classes each stands for in the denominator, 0 if it was not drawn, of all shards."""
+    import torch.distributed as dist
+
+    shards, weights = head.shards, torch.zeros(head.num_classes, dtype=torch.float64)
+    size = draw_size(head.sample_rate, shards.classes, len(labels), head.sampling_correction)
+    local = weights[shards.start : shards.stop]
+    draw = draw_classes(
+        shards.local_labels(labels).cpu(), shards.classes, size, torch.tensor(5 + shards.start), torch.tensor(0)
+    )
+    local[draw.classes] = draw.weight if head.sampling_correction else 1.0
+    local[draw.classes[: draw.certain]] = 1.0
+    weights = weights.to(device())
+    dist.all_reduce(weights)
+    return weights / shards.replicas
 
 
 def drawn_without_targets() -> Tensor:
@@ -335,18 +411,19 @@ def test_shards_draw_apart(ranks: Ranks) -> None:
 def test_sharded_draws_are_consistent(ranks: Ranks, world: int, replicas: int, corrected: bool) -> None:
     """The gradients are those of the loss over the drawn classes, whichever rank drew them, in one process."""
     results = ranks.run(world, sampled_step, replicas, corrected)
-    loss, _, grad, weight = results[0]
+    loss, _, grad, weight, weights = results[0]
     assert all(torch.equal(each[0], loss) and torch.equal(each[2], grad) for each in results)
     x, labels = problem(B=4 * world)
     start = ak.ShardedAMSoftmaxLoss(D, 200, seed=5, dtype=torch.float64).weight.detach()
     rows = (grad != 0).any(1).nonzero()[:, 0]
     assert set(labels.tolist()) <= set(rows.tolist()) and len(rows) < 200
     assert torch.equal((weight != start).any(1), (grad != 0).any(1))
-    if corrected:
-        return
+    assert torch.equal((weights > 0).nonzero()[:, 0], rows) and (weights.max() > 2) == corrected
     position = torch.full((200,), -1).scatter_(0, rows, torch.arange(len(rows)))
     leaf, centres = x.clone().requires_grad_(), start[rows].requires_grad_()
-    expected = ak.reference.am_softmax_loss(leaf, centres, position[labels], scale=8.0)
+    logits = 8.0 * torch.nn.functional.normalize(leaf) @ torch.nn.functional.normalize(centres).T
+    logits = logits - 8.0 * 0.35 * torch.nn.functional.one_hot(position[labels], len(rows)).double()
+    expected = torch.nn.functional.cross_entropy(logits + weights[rows].log(), position[labels])
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
     assert relative(grad[rows], centres.grad) < 1e-10

@@ -92,6 +92,9 @@ SCENARIOS = [
     Scenario("scale 1000, a rank with no class", options={"scale": 1000.0}, C=5, sizes=(4, 4, 4, 4)),
     Scenario("without feature normalization", options={"normalize_features": False}, norm=8.0),
     Scenario("without feature normalization, long", options={"normalize_features": False}, norm=500.0),
+    Scenario(
+        "no normalization, a rank with no class", options={"normalize_features": False}, C=5, sizes=(4, 4, 4, 4), norm=8.0
+    ),
     Scenario("margin of norm", options={"margin": NormMargin}),
     Scenario("margin of norm, no normalization", options={"margin": NormMargin, "normalize_features": False}, norm=4.0),
     Scenario("filter", options={"interclass_filter": 0.2}),

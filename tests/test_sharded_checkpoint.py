@@ -201,6 +201,6 @@ def test_a_killed_rank_fails_the_others_with_a_clear_error(tmp_path: Path) -> No
     assert process.returncode != 0, process.stdout
     for rank in (0, 2):
         message = (tmp_path / f"failed{rank}").read_text()
-        assert re.search("ShardedAMSoftmaxLoss: .* failed: another rank has died", message)
+        assert re.search("ShardedAMSoftmaxLoss: .* failed: .*has another rank died", message)
     assert f"Signal {signal.SIGKILL.value}" in process.stderr or "SIGKILL" in process.stderr
     assert time.monotonic() - start < 90

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -67,8 +67,9 @@ def train(kind: str) -> dict[str, Tensor]:
         net = DistributedDataParallel(net)
     if kind == "compiled":
         net = torch.compile(net, backend="aot_eager")
-    groups = [{"params": net.parameters()}, {"params": head.parameters()}]
-    optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=1e-3)
+    # DTensors apart from plain parameters: PyTorch's foreach, its way on a GPU, does not take them together.
+    groups = [{"params": net.parameters()}, {"params": [head.weight]}, {"params": [head.scale]}]
+    optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=1e-3, foreach=True)
     accumulate = 2 if kind == "accumulated" else 1
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -171,6 +172,27 @@ def test_autocast_and_a_scaled_loss(ranks: Ranks, dtype: torch.dtype) -> None:
             assert relative(actual, expected.cpu()) < 0.03
 
 
+def far_features(size: float) -> tuple[Tensor, Tensor]:
+    head = ak.ShardedAMSoftmaxLoss(D, C, seed=5, device=device())
+    x, labels = (mine(each, (16, 16)) for each in batch(0, (16, 16), torch.float32))
+    x = (torch.cat([x, x[:, :2]], 1) * size).requires_grad_()
+    with torch.autocast(device().type, torch.float16):
+        loss = head(x, labels)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+@pytest.mark.parametrize("size", [1e5, 1e-6])
+def test_features_past_the_range_of_float16(ranks: Ranks, size: float) -> None:
+    x, labels = batch(0, (32,), torch.float32)
+    x = (torch.cat([x, x[:, :2]], 1) * size).requires_grad_()
+    exact = ak.ShardedAMSoftmaxLoss(D, C, seed=5, device=device())(x, labels)
+    exact.backward()
+    results = ranks.run(2, far_features, size)
+    assert relative(results[0][0], exact.detach()) < 1e-3
+    assert relative(torch.cat([each[1] for each in results]) / 2, x.grad) < 3e-3
+
+
 def overflowing_step() -> tuple[Tensor, Tensor, float]:
     head = ak.ShardedAMSoftmaxLoss(D, C, seed=5, device=device())
     optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
@@ -210,6 +232,7 @@ def counted(dtype: torch.dtype, options: dict[str, Any]) -> tuple[list[tuple[str
     labels = torch.randint(C, (6,), device=device())
     x = torch.randn(6, D, device=device(), requires_grad=True)
     with torch.autocast(device().type, dtype, enabled=dtype != torch.float32):
+        head(x, labels)  # in the first call, sizes and options are exchanged in any case
         with Collectives() as forward:
             loss = head(x, labels)
         with Collectives() as backward:
@@ -258,16 +281,28 @@ def test_the_features_gradient_travels_while_the_centres_is_made(ranks: Ranks) -
 
 def wrong_on_one_rank(what: str) -> tuple[str, str]:
     reduction = "sum" if what == "options" and dist.get_rank() == 1 else "mean"
-    head = ak.ShardedAMSoftmaxLoss(D, C, seed=5, device=device(), reduction=reduction)
+    odd = what if dist.get_rank() == 1 else None
+    head = ak.ShardedAMSoftmaxLoss(
+        D, C + (odd == "classes"), seed=5 + (odd == "seed"), device=device(), reduction=reduction,
+        interclass_filter=0.5 if odd == "filter" else None, equal_batches=what == "filter",
+    )  # fmt: skip
+    if odd == "frozen":
+        head.requires_grad_(False)
+    if odd == "failure":
+        head._agreed = failing  # type: ignore[method-assign]
     x, labels = torch.randn(3, D, device=device()), torch.tensor([0, 1, 2], device=device())
     if dist.get_rank() == 1:
         x = {"shape": x[:, 1:], "dtype": x.int(), "other dtype": x.double()}.get(what, x)
         labels = labels + C if what == "label" else labels
     try:
         head(x, labels)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         return type(error).__name__, str(error)
     return "none", ""
+
+
+def failing(*arguments: Any) -> Any:
+    raise MemoryError("out of memory, say")
 
 
 @pytest.mark.parametrize(
@@ -278,6 +313,11 @@ def wrong_on_one_rank(what: str) -> tuple[str, str]:
         ("label", "ValueError", "labels must lie in", "rank 1 of the mesh"),
         ("other dtype", "ValueError", "dtype", "rank 1"),
         ("options", "ValueError", "options", "rank 1"),
+        ("classes", "ValueError", "options", "rank 1"),
+        ("seed", "ValueError", "options", "rank 1"),
+        ("filter", "ValueError", "options", "rank 1"),
+        ("frozen", "ValueError", "options", "rank 1"),
+        ("failure", "MemoryError", "out of memory", "rank 1 of the mesh"),
     ],
 )
 def test_a_wrong_argument_on_one_rank_raises_on_all(ranks: Ranks, what: str, kind: str, own: str, other: str) -> None:
@@ -415,6 +455,10 @@ def wrong_meshes() -> None:
         ak.ShardedAMSoftmaxLoss(D, C, mesh=init_device_mesh(device().type, (2,)), device="xpu")
     with pytest.raises(ValueError, match="cannot be sharded"):
         ak.ShardedAMSoftmaxLoss(D, C, backend="reference")
+    first = DeviceMesh(device().type, [0])
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="mesh must contain every rank"):
+            ak.ShardedAMSoftmaxLoss(D, C, mesh=first)
 
 
 def test_wrong_meshes(ranks: Ranks) -> None:
