@@ -17,7 +17,7 @@ from .sharding import local_part
 
 _ROWS = "amsoftmax_kernels_rows"  # on a parameter: its gradient, and the rows of it that were written
 _HOOKED = "amsoftmax_kernels_hooked"
-_ELEMENTS = 1 << 22  # of the drawn rows that are updated at once
+UPDATE_ELEMENTS = 1 << 22  # of the drawn rows that are updated at once
 
 
 def _forget(parameter: Tensor) -> None:
@@ -37,7 +37,7 @@ def accumulate_rows(parameter: Tensor, rows: Tensor, grad: Tensor) -> None:
         parameter.grad = gradient = torch.zeros_like(parameter)
         setattr(parameter, _ROWS, (gradient, []))
     local = local_part(gradient)
-    local.index_copy_(0, rows, local.index_select(0, rows) + grad.to(local.dtype))
+    local.index_add_(0, rows, grad.to(local.dtype))  # in any order: the rows are distinct
     record: Any = getattr(parameter, _ROWS, (None, []))
     if record[0] is gradient:
         record[1].append(rows)
@@ -79,7 +79,7 @@ class _Rowwise(torch.optim.Optimizer):
                 if rows is None:
                     self._update(group, int(state["step"]), *tensors)
                     continue
-                for some in rows.split(max(_ELEMENTS // max(tensors[0].shape[-1], 1), 1)):
+                for some in rows.split(max(UPDATE_ELEMENTS // max(tensors[0].shape[-1], 1), 1)):
                     taken = [each.index_select(0, some) for each in tensors]
                     self._update(group, int(state["step"]), *taken)
                     for whole, part in zip([tensors[0], *tensors[2:]], [taken[0], *taken[2:]], strict=True):

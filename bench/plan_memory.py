@@ -13,6 +13,7 @@ import torch
 from amsoftmax_kernels.backends import chunked, fused
 from amsoftmax_kernels.backends.budget import kept_classes
 from amsoftmax_kernels.functional import DEFAULT_SAVE_BYTES
+from amsoftmax_kernels.optim import UPDATE_ELEMENTS
 from amsoftmax_kernels.sampling import draw_size
 
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adamw": 2}  # states of a centre's size
@@ -52,7 +53,11 @@ class Run:
     @property
     def drawn(self) -> int:
         """Classes a step computes with."""
-        return self.classes if self.sample_rate == 1 else draw_size(self.sample_rate, self.classes, self.rows)
+        return self.classes if self.sample_rate == 1 else self._draw_size
+
+    @property
+    def _draw_size(self) -> int:
+        return draw_size(self.sample_rate, self.classes, self.rows, self.sampling_correction)
 
     @property
     def sampled(self) -> bool:
@@ -90,18 +95,18 @@ def memory(run: Run) -> Memory:
     backward, update = {}, {}
     if rowwise:
         held["gradient, kept between steps"] = whole
-        # What was drawn of centres, gradient and state is updated in copies.
-        update["drawn rows of centres, gradient, state"] = (2 + states) * drawn
+        # What was drawn of centres, gradient and state is updated in copies, a part at a time.
+        part = min(drawn, UPDATE_ELEMENTS * run.dtype.itemsize)
+        update["drawn rows of centres, gradient, state"] = (2 + states) * part
         if run.optimizer == "adamw" or run.weight_decay:
-            update["optimizer's temporaries"] = drawn
+            update["optimizer's temporaries"] = part
     else:
         backward["gradient"] = update["gradient"] = whole
         update["optimizer's temporaries"] = 2 * whole if run.optimizer == "adamw" else whole if run.weight_decay else 0
     if run.sampled:
         backward["drawn rows of centres"] = drawn
         copies = 2 if run.sampling_correction else 1  # certain and drawn classes come apart and are put together
-        # Added to what the rows' gradient held, in a copy, before it is written back.
-        backward["gradient of the drawn rows"] = (copies + (2 if rowwise else 0)) * drawn
+        backward["gradient of the drawn rows"] = copies * drawn
     backward |= _workspace(run)
     return Memory(held, backward, update)
 
