@@ -300,6 +300,25 @@ def test_made_on_meta_it_still_has_its_seed() -> None:
     assert head.sampling_state.tolist() == [9, 0]
 
 
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("rowwise", [False, True])
+def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch, corrected: bool, rowwise: bool) -> None:
+    """On "meta" tensors, which have no values: reading one, as would make the host wait for a GPU, raises."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # it does not know the device
+    head = ak.ShardedAMSoftmaxLoss(
+        D, 5000, sample_rate=0.1, sampling_correction=corrected, rowwise_gradient=rowwise, backend="chunked", device="meta"
+    )
+    optimizer = RowwiseSGD(head.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        x, labels = torch.empty(12, D, device="meta", requires_grad=True), torch.empty(12, device="meta", dtype=torch.int64)
+        loss, predictions = head(x, labels, return_predictions=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert x.grad is not None and predictions.shape == (12,)
+        assert (written_rows(head.weight) is not None) == rowwise
+
+
 def test_a_correction_weighs_no_class_beyond_the_rate() -> None:
     """Also where the batch has as many rows as the rate has classes."""
     for C, B, rate in ((11_677, 1024, 0.1), (20_000, 1990, 0.1), (20_000, 2048, 0.1), (125_000, 1024, 0.1)):
