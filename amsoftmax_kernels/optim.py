@@ -17,7 +17,7 @@ from .sharding import local_part
 
 _ROWS = "amsoftmax_kernels_rows"  # on a parameter: its gradient, and the rows of it that were written
 _HOOKED = "amsoftmax_kernels_hooked"
-UPDATE_ELEMENTS = 1 << 22  # of the drawn rows that are updated at once
+UPDATE_ELEMENTS = 1 << 24  # of the drawn rows that are updated at once: memory of this size goes back to the system
 
 
 def _forget(parameter: Tensor) -> None:

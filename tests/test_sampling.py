@@ -237,6 +237,21 @@ def test_rows_not_drawn_do_not_move(kind: str) -> None:
     assert (dense.weight.detach() != before).any(1).all()
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_rows_are_updated_part_by_part(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    x, labels = problem()
+    heads = []
+    for elements in (1 << 24, 7 * D):
+        monkeypatch.setattr(ak.optim, "UPDATE_ELEMENTS", elements)
+        heads.append(head := make_head(rowwise_gradient=True))
+        optimizer = optimizer_pair(kind, head.weight)[0]
+        for _ in range(3):
+            head(x, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(heads[0].weight, heads[1].weight)
+
+
 def test_rowwise_and_dense_gradients_are_the_same() -> None:
     x, labels = problem()
     rowwise, dense = make_head(rowwise_gradient=True), make_head()
