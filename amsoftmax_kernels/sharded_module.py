@@ -165,6 +165,8 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         # Once even where batches are equal: the ranks' options could differ.
         if not (self.equal_batches and self._agreed_once):
             rows = shards.agree_on_rows(batch, agreed, error, self.weight.device)
+            if self.equal_batches and len({size for sizes in rows.sizes for size in sizes}) > 1:
+                raise ValueError(f"equal_batches promises batches of one size on every rank, but they are {rows.sizes}")
             self._agreed_once = True
         elif error is not None:
             raise error

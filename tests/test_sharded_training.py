@@ -286,12 +286,15 @@ def wrong_on_one_rank(what: str) -> tuple[str, str]:
         D, C + (odd == "classes"), seed=5 + (odd == "seed"), device=device(), reduction=reduction,
         interclass_filter=0.5 if odd == "filter" else None, equal_batches=what == "filter",
     )  # fmt: skip
+    if what == "sizes":
+        head.equal_batches = True
     if odd == "frozen":
         head.requires_grad_(False)
     if odd == "failure":
         head._agreed = failing  # type: ignore[method-assign]
     x, labels = torch.randn(3, D, device=device()), torch.tensor([0, 1, 2], device=device())
     if dist.get_rank() == 1:
+        x, labels = (x[1:], labels[1:]) if what == "sizes" else (x, labels)
         x = {"shape": x[:, 1:], "dtype": x.int(), "other dtype": x.double()}.get(what, x)
         labels = labels + C if what == "label" else labels
     try:
@@ -317,6 +320,7 @@ def failing(*arguments: Any) -> Any:
         ("seed", "ValueError", "options", "rank 1"),
         ("filter", "ValueError", "options", "rank 1"),
         ("frozen", "ValueError", "options", "rank 1"),
+        ("sizes", "ValueError", "equal_batches promises", "((3, 2, 3),)"),
         ("failure", "MemoryError", "out of memory", "rank 1 of the mesh"),
     ],
 )
