@@ -44,9 +44,10 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             dimension and the rows spread over both. None: all ranks of the default group; where there is none, one process
             has all classes, as in :class:`AMSoftmaxLoss`.
         sample_rate: the share of each rank's classes to compute with in training (PartialFC, An et al. 2021): every class of
-            the batch, and others drawn anew each step, equally likely. 1 takes all.
+            the batch among them, and others drawn anew each step, equally likely. 1 takes all.
         sampling_correction: multiply the drawn negatives' terms so that the softmax's denominator estimates that over
-            all classes without bias; otherwise it is that of the drawn classes, as in PartialFC.
+            all classes without bias (the rate is then that of the classes beside the batch's own); otherwise it is
+            that of the drawn classes, as in PartialFC.
         rowwise_gradient: with a ``sample_rate`` below 1, write only the drawn rows of ``weight.grad``, which is kept between
             steps, for :class:`amsoftmax_kernels.optim.RowwiseSGD` or :class:`~amsoftmax_kernels.optim.RowwiseAdamW`: these
             leave rows alone that were not drawn, which momentum and weight decay would move.
@@ -62,7 +63,8 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
 
     Raises:
         TypeError, ValueError: as :class:`AMSoftmaxLoss`. An argument that is wrong on one rank, or an option that is not
-            alike on all, raises on all of them; with ``equal_batches`` in the first call alone, after which the others wait.
+            alike on all, raises on all of them in a call, with ``equal_batches`` in the first one; in a later one, and
+            at construction, it raises on that rank alone, and the others wait.
         RuntimeError: in a collective operation, when another rank has died or is late.
     """
 
