@@ -138,7 +138,7 @@ class ShardedFunction(torch.autograd.Function):
             problem, forward = plan.problem(x, panel_weight, labels, scale), backends.Forward(*out)
             calls.append((problem, forward, row_factor * factor, classes, grad_norm if i == 0 else None))
 
-        grad_x = torch.zeros_like(x) if need_features else x.new_empty(0)
+        grads_x: list[Tensor] = []
         grad_scale = scale.new_zeros(())
         grads_weight: list[Tensor] = []
         # The features' gradient first, and on its way while the centres' is made: where E need not be made twice for it.
@@ -146,18 +146,21 @@ class ShardedFunction(torch.autograd.Function):
         backend = backends.load(plan.backend)
 
         def run(needs: tuple[bool, bool, bool]) -> None:
-            nonlocal grad_x, grad_scale
+            nonlocal grad_scale
             for problem, forward, factor, _, of_norm in calls:
                 of_x, of_weight, of_scale = backend.backward(problem, forward, factor, grad_cosine, of_norm, needs)
                 if needs[0]:
-                    grad_x = grad_x + of_x
+                    grads_x.append(of_x)
                 if needs[1]:
                     grads_weight.append(of_weight)
                 if needs[2]:
                     grad_scale = grad_scale + of_scale
 
         run((need_features, need_weight and not apart, need_scale))
-        scattered = shards.scatter_rows(grad_x, plan.rows) if need_features else None
+        scattered = None
+        if need_features:
+            grad_x = sum(grads_x[1:], grads_x[0]) if grads_x else torch.zeros_like(x)
+            scattered = shards.scatter_rows(grad_x, plan.rows)
         if apart:
             run((False, True, False))
         grad_weight = _grad_weight(plan, weight, [call[3] for call in calls], grads_weight) if need_weight else None

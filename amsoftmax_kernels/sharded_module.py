@@ -179,15 +179,15 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         local = sharding.local_part(self.weight)
         grad = torch.is_grad_enabled()
         differentiated = grad and (features.requires_grad or local.requires_grad or scale.requires_grad)
-        sampling = self._sampling(rows, grad and local.requires_grad)
+        sampling = self._sampling(rows)
         anchor = None
-        if sampling is not None and sampling.accumulate is not None:
+        if sampling is not None and self.rowwise_gradient and grad and local.requires_grad:
             # The gradient does not come through autograd: a loss must still need one, and a caller who does not ask for
             # the centres' must not be given it.
             anchor, local = torch.zeros((), device=local.device, requires_grad=True), local.detach()
             made: list[tuple[Tensor, Tensor]] = []
             sampling = replace(sampling, accumulate=lambda drawn, grad: made.append((drawn, grad)))
-            anchor.register_hook(lambda _: accumulate_all(self.weight, made))
+            anchor.register_hook(lambda _: _accumulate_all(self.weight, made))
         save_bytes = DEFAULT_SAVE_BYTES if self.save_bytes is None else min(self.save_bytes, (1 << 63) - 1)
         plan = Plan(
             shards, rows, self.normalize_features, compute_dtype(features, self.weight),
@@ -234,7 +234,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             (self.sample_rate, self.sampling_correction, self.training) if self.sample_rate < 1 else (),
         )  # fmt: skip
 
-    def _sampling(self, rows: sharding.Rows, need_weight: bool) -> Sampling | None:
+    def _sampling(self, rows: sharding.Rows) -> Sampling | None:
         classes = self.shards.classes
         if self.sample_rate == 1 or not self.training or classes == 0:
             return None
@@ -249,8 +249,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         seed, step = self.sampling_state.unbind()
         # Each shard draws its own, and its replicas the same.
         seed = seed + self.shards.start
-        accumulate = (lambda drawn, grad: None) if self.rowwise_gradient and need_weight else None
-        return Sampling(size, seed, step, self.sampling_correction, accumulate)
+        return Sampling(size, seed, step, self.sampling_correction, None)
 
     def _count_step(self) -> None:
         """A backward pass has been made: the next forward pass draws anew, and one that is run again does not."""
@@ -275,7 +274,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         return ", ".join(parts)
 
 
-def accumulate_all(weight: Tensor, made: list[tuple[Tensor, Tensor]]) -> None:
+def _accumulate_all(weight: Tensor, made: list[tuple[Tensor, Tensor]]) -> None:
     """Hand over row gradients that a backward pass has made."""
     while made:
         accumulate_rows(weight, *made.pop(0))
