@@ -120,6 +120,15 @@ def am_softmax_loss(
         loss = reduce_rows(rows, labels, num_rows, reduction)
         return (loss, predictions) if return_predictions else loss
 
+    constant = margin.margin if type(margin) is AdditiveMargin else margin
+    plain = normalize_features and interclass_filter is None and reduction != "none"
+    if isinstance(constant, (int, float)) and plain:
+        at_once = backends.load(backend).loss_at_once(
+            features, weight, labels, num_rows, scale, float(constant), reduction == "mean", dtype, return_predictions
+        )
+        if at_once is not None:
+            loss = _LossAtOnce.apply(features, weight, scale, at_once)  # type: ignore[no-untyped-call]
+            return loss if at_once.predictions is None else (loss, at_once.predictions)
     scale, s = scale_tensor(scale, features.device)
     differentiated = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad or scale.requires_grad)
     if not differentiated:
@@ -132,7 +141,6 @@ def am_softmax_loss(
     )  # fmt: skip
     need_rows = torch.is_grad_enabled() and (features.requires_grad or scale.requires_grad)
     how = (min(save_bytes, (1 << 63) - 1), return_predictions, need_rows, backend)
-    constant = margin.margin if type(margin) is AdditiveMargin else margin
     if isinstance(constant, (int, float)):
         need_scale = not normalize_features or scale.requires_grad
         loss, cosine, best, best_class = _ConstantMarginLoss.apply(  # type: ignore[no-untyped-call]
@@ -233,6 +241,27 @@ class AMSoftmaxFunction(torch.autograd.Function):
         row_factor = zero if grad_log_z is None else (grad_log_z / saved.z).masked_fill_(saved.z == 0, 0)
         grad_cosine = zero if grad_cosine is None else grad_cosine
         return _backward(ctx, problem, saved, row_factor, grad_cosine, grad_norm)
+
+
+class _LossAtOnce(torch.autograd.Function):
+    """A loss whose gradients are known: ``apply(features, weight, scale, backends.LossAtOnce)``."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, scale: float | Tensor, at_once: backends.LossAtOnce) -> Tensor:
+        # The inputs too: a second derivative is an error of theirs.
+        ctx.save_for_backward(features, weight, scale if isinstance(scale, Tensor) else None, *at_once[2:])
+        return at_once.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        # The product first, as a loss scale for float16 needs.
+        grads = (
+            (grad * upstream).to(each.dtype) if grad is not None else None
+            for each, grad in zip(saved[:3], saved[3:], strict=True)
+        )
+        return *grads, None
 
 
 class _ConstantMarginLoss(torch.autograd.Function):

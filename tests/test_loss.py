@@ -83,11 +83,85 @@ def test_against_the_reference(case: Case, dtype: torch.dtype, save_bytes: int |
     check(case, dtype, actual, oracle(case, dtype))
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_in_one_chunk(case: Case, dtype: torch.dtype) -> None:
-    """The same without small chunks: most cases take the short way for one chunk."""
-    check(case, dtype, evaluate(ak.am_softmax_loss, *case.tensors(dtype), **case.options), oracle(case, dtype))
+def test_in_one_chunk(case: Case, dtype: torch.dtype, reduction: str) -> None:
+    """The same without small chunks: most cases take the short ways for one chunk."""
+    options = {**case.options, "reduction": reduction}
+    check(
+        case, dtype, evaluate(ak.am_softmax_loss, *case.tensors(dtype), **options), oracle(case, dtype, reduction=reduction)
+    )
+
+
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call from here on took the short way whose gradients are made in the forward pass."""
+    taken: list[bool] = []
+    loss_at_once = chunked.loss_at_once
+
+    def spied(*arguments: Any) -> Any:
+        result = loss_at_once(*arguments)
+        taken.append(result is not None)
+        return result
+
+    monkeypatch.setattr(chunked, "loss_at_once", spied)
+    return taken
+
+
+def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = at_once(monkeypatch)
+    features, weight, labels, _ = BY_NAME["plain"].tensors()
+    ignored, zero, overflowing = labels.clone(), features.clone(), weight.clone()
+    ignored[1], zero[1], overflowing[1, 0] = -100, 0.0, 1e200
+    ak.am_softmax_loss(features, weight, labels)
+    ak.am_softmax_loss(features, weight, labels, scale=torch.tensor(64.0), return_predictions=True)
+    assert taken == [True, True]
+    ak.am_softmax_loss(features, weight, ignored)
+    ak.am_softmax_loss(zero, weight, labels)
+    ak.am_softmax_loss(features, overflowing, labels)
+    ak.am_softmax_loss(features, weight, labels, scale=64.1)
+    ak.am_softmax_loss(features, weight[:1], torch.zeros_like(labels))
+    ak.am_softmax_loss(features[:0], weight, labels[:0])
+    assert taken == [True, True, *[False] * 6]
+    ak.am_softmax_loss(features, weight, labels, normalize_features=False)
+    ak.am_softmax_loss(features, weight, labels, interclass_filter=0.5)
+    ak.am_softmax_loss(features, weight, labels, reduction="none")
+    ak.am_softmax_loss(features, weight, labels, margin=lambda t, labels, norm: t)
+    assert len(taken) == 8
+
+
+@pytest.mark.parametrize("margin", [-2.0, 0.0, 2.0])
+@pytest.mark.parametrize("needed", ["features", "weight", "scale", "all"])
+def test_gradients_made_in_the_forward_pass(needed: str, margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each alone and all together, for the extreme margins at the largest scale, twice, times an upstream gradient."""
+    taken = at_once(monkeypatch)
+    case = Case("", "", B=7, C=13, D=5, own=0.9)
+    features, weight, labels, _ = case.tensors()
+    weight[labels[0]] = -features[0]  # a target at the far side
+    grads = []
+    for backend in ("chunked", "reference"):
+        tensors = {"features": features, "weight": weight, "scale": torch.tensor(64.0, dtype=torch.float64)}
+        tensors = {name: each.clone().requires_grad_(needed in (name, "all")) for name, each in tensors.items()}
+        loss = ak.am_softmax_loss(tensors["features"], tensors["weight"], labels, scale=tensors["scale"], margin=margin,
+                                  backend=backend)  # fmt: skip
+        loss.backward(torch.tensor(-3.0, dtype=torch.float64), retain_graph=True)
+        (2 * loss).backward()
+        grads.append({name: each.grad for name, each in tensors.items() if each.requires_grad})
+        assert all(each.grad is None for each in tensors.values() if not each.requires_grad)
+    assert taken == [True]
+    for name, exact in grads[1].items():
+        assert relative(grads[0][name], exact) < FLOAT64, name
+
+
+def test_a_loss_scale_saves_float16_gradients() -> None:
+    """What float16 cannot hold is multiplied by the upstream gradient before it is rounded."""
+    features, weight, labels, _ = Case("", "", B=8, C=20, D=6).tensors(torch.float64)
+    scaled = []
+    for dtype in (torch.float16, torch.float64):
+        w = (weight * 1e3).half().to(dtype).requires_grad_()
+        (ak.am_softmax_loss(features.half().to(dtype), w, labels, scale=1e-3) * 2.0**20).backward()
+        scaled.append(w.grad)
+    assert relative(scaled[0].double(), scaled[1]) < 2e-3
 
 
 @pytest.mark.gpu

@@ -45,6 +45,16 @@ class Forward(NamedTuple):
     best_class: Tensor  # [B] int64, the class it belongs to
 
 
+class LossAtOnce(NamedTuple):
+    """The whole loss for a constant margin, with its gradients for an upstream gradient of 1, in the accumulate dtype."""
+
+    loss: Tensor
+    predictions: Tensor | None  # [B] int64, if asked for
+    grad_features: Tensor | None  # [B, D], and the others, where they will be needed
+    grad_weight: Tensor | None  # [C, D]
+    grad_scale: Tensor | None
+
+
 class Backend(Protocol):
     def unavailable_reason(self) -> str | None:
         """Why this backend cannot run on this machine; None if it can."""
@@ -57,6 +67,20 @@ class Backend(Protocol):
 
     def forward(self, problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:
         """``predict``: find the best negative. ``need_rows``: the gradient of features or scale will be asked for."""
+
+    def loss_at_once(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        num_rows: Tensor,
+        scale: float | Tensor,
+        margin: float,
+        mean: bool,
+        compute_dtype: torch.dtype,
+        predict: bool,
+    ) -> LossAtOnce | None:
+        """The sum or mean of the loss for normalized features without a filter, if it is quicker in one go; else None."""
 
     def constant_margin(
         self, problem: Problem, saved: Forward, num_rows: Tensor, margin: float, reduction: str, need_scale: bool

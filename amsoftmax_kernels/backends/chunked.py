@@ -21,7 +21,7 @@ from torch import Tensor
 from ..arguments import accumulate_dtype, no_autocast
 from ..arguments import canonical_labels as canonical_labels
 from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced, register
-from . import Forward, Problem, one_chunk
+from . import Forward, LossAtOnce, Problem, one_chunk
 from .budget import BOUNDED_SCALE, kept_classes
 from .host_memory import advise_huge_pages
 from .margin import constant_margin as constant_margin
@@ -42,6 +42,30 @@ def unavailable_reason() -> str | None:
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "mps"  # no float64 there
+
+
+def loss_at_once(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    num_rows: Tensor,
+    scale: float | Tensor,
+    margin: float,
+    mean: bool,
+    compute_dtype: torch.dtype,
+    predict: bool,
+) -> LossAtOnce | None:
+    """Small problems on a CPU: see :mod:`.one_chunk`."""
+    (B, D), C, device = features.shape, weight.shape[0], features.device
+    if device.type != "cpu" or is_traced(features) or B == 0 or not 1 < C <= _chunk_size(B, D, device):
+        return None
+    s, learned = (scale.item(), scale.requires_grad) if isinstance(scale, Tensor) else (scale, False)
+    if s > BOUNDED_SCALE or num_rows.item() != B:
+        return None
+    enabled = torch.is_grad_enabled()
+    needs = (enabled and features.requires_grad, enabled and weight.requires_grad, enabled and learned)
+    with torch.no_grad(), no_autocast(device):
+        return one_chunk.loss(features, weight, labels, s, margin, mean, accumulate_dtype(compute_dtype), predict, needs)
 
 
 def forward(problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:

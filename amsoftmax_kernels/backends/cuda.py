@@ -169,5 +169,5 @@ class _Kernels:
 
 
 fused = Fused("cuda", _Kernels())
-canonical_labels, forward = fused.canonical_labels, fused.forward
-constant_margin, backward = fused.constant_margin, fused.backward
+canonical_labels, loss_at_once = fused.canonical_labels, fused.loss_at_once
+forward, constant_margin, backward = fused.forward, fused.constant_margin, fused.backward

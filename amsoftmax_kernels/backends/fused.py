@@ -95,7 +95,7 @@ class Kernels(Protocol):
 
 
 class Fused:
-    """A backend's ``canonical_labels``, ``forward``, ``constant_margin`` and ``backward``, as operators named after it."""
+    """A backend's functions (:class:`amsoftmax_kernels.backends.Backend`), as operators named after it."""
 
     def __init__(self, name: str, kernels: Kernels) -> None:
         self.name, self.kernels = name, kernels
@@ -135,6 +135,9 @@ class Fused:
     def forward(self, problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:
         call = self._call("forward", self._forward, problem.features)
         return Forward(*call(*problem, save_bytes, predict, need_rows))
+
+    def loss_at_once(self, *unused: Any) -> None:
+        """Not here: multiplying the finished gradients by the upstream one would read and write them once more."""
 
     def constant_margin(
         self, problem: Problem, saved: Forward, num_rows: Tensor, margin: float, reduction: str, need_scale: bool

@@ -5,33 +5,109 @@ maximum, no ignored row, no filter, no row without a direction. PyTorch's weight
 derivative) is one operation each way where norms, their inverses and the Jacobian are a dozen. The targets' gradient is put
 into the panel, so that the two products carry it; its projections then round as float32 does, where the general path has
 them in float64.
+
+With a constant margin and a loss that is one number, the upstream gradient is one number too: :func:`loss` makes the
+gradients in the forward pass, while everything is at hand. :func:`forward` and :func:`backward` serve any margin.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
+from . import LossAtOnce
 from .norms import EPS
 from .products import product_nt
+
+_LOG2E = math.log2(math.e)
+
+
+class _Terms(NamedTuple):
+    """What both ways begin with, in the accumulate dtype but for the dot products."""
+
+    x: Tensor  # [B, D]
+    x_norm: Tensor  # [B, 1]
+    x_hat: Tensor  # [B, D]
+    w: Tensor  # [C, D]
+    w_norm: Tensor  # [C, 1]
+    w_scaled: Tensor  # [C, D] ŵ times ``length``
+    length: Tensor  # [C, 1] log2(e)·s, which makes a dot product a logit to the base 2
+    dots: Tensor  # [B] float64, log2(e)·s·t
+    terms: Tensor  # [C, B] E, the targets masked
+    z: Tensor  # [B]
+
+    @classmethod
+    def of(cls, features: Tensor, weight: Tensor, labels: Tensor, scale: float, dtype: torch.dtype) -> _Terms | None:
+        """None if a row has no direction."""
+        x, w = features.to(dtype).contiguous(), weight.to(dtype).contiguous()
+        length = w.new_full((len(w), 1), scale * _LOG2E)
+        x_hat, x_norm = torch._weight_norm_interface(x, x.new_ones(len(x), 1), 0)
+        w_scaled, w_norm = torch._weight_norm_interface(w, length, 0)
+        if not (_have_directions(x_norm) and _have_directions(w_norm)):
+            return None
+        # The target apart from the product, summed in float64: its rounding would be multiplied by the scale.
+        dots = w_scaled.index_select(0, labels).mul_(x_hat).sum(1, dtype=torch.float64)
+        terms = product_nt(w_scaled, x_hat).exp2_().scatter_(0, labels[None], 0.0)
+        return cls(x, x_norm, x_hat, w, w_norm, w_scaled, length, dots, terms, terms.sum(0))
+
+
+def loss(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float,
+    margin: float,
+    mean: bool,
+    dtype: torch.dtype,
+    predict: bool,
+    needs: tuple[bool, bool, bool],
+) -> LossAtOnce | None:
+    """Σ softplus(log z − s(t − m)) over at least two classes, or its mean, and its gradients; None as in ``_Terms.of``."""
+    first = _Terms.of(features, weight, labels, scale, dtype)
+    if first is None:
+        return None
+    x, x_norm, x_hat, w, w_norm, w_scaled, length, dots, terms, z = first
+    predictions = None
+    if predict:
+        best, best_class = terms.max(0)
+        predictions = torch.where(dots >= best.log2(), labels, best_class)
+    # With u = s(t − m): softplus(log z − u) = log(1 + z e^−u), whose derivative by log z is p = z e^−u/(1 + z e^−u).
+    # float64 holds e^|u|, |u| ≤ 64·3, and p/z fits float32, as no cosine is below −1.
+    inverse = torch.rsub(dots, scale * _LOG2E * margin).exp2_()
+    ratio = inverse * z
+    rows = ratio.log1p()
+    value = (rows.mean() if mean else rows.sum()).to(dtype)
+    if True not in needs:
+        return LossAtOnce(value, predictions, None, None, None)
+
+    per_row = math.log(2) / len(labels) if mean else math.log(2)
+    factor = inverse.div_(ratio.add_(1)).mul_(per_row).to(dtype)[:, None]  # p/z, over log2(e) as ŵ is times that
+    terms.scatter_(0, labels[None], z.neg_()[None])  # the target's gradient −p, over p/z
+    grad_x = grad_w = grad_scale = None
+    if needs[0] or needs[2]:
+        grad_x_hat = product_nt(terms.T, w_scaled.T)  # over ``factor``
+        if needs[0]:
+            grad_x = _jacobian(grad_x_hat, x, factor, x_norm)
+        if needs[2]:
+            grad_scale = ((vecdot(grad_x_hat, x_hat) / scale - z * (margin * _LOG2E)) * factor[:, 0]).sum()
+    if needs[1]:
+        grad_w = _jacobian(product_nt(terms, x_hat.mul_(factor).T), w, length, w_norm)
+    return LossAtOnce(value, predictions, grad_x, grad_w, grad_scale)
 
 
 def forward(
     features: Tensor, weight: Tensor, labels: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """z, the targets' cosines, ‖x‖, 1/‖w‖ and E ``[C, B]`` with the targets masked; None if a row has no direction."""
-    logit_scale = scale * math.log2(math.e)
-    x_scaled, norm = _normalized(features.to(dtype).contiguous(), logit_scale)
-    w_hat, w_norm = _normalized(weight.to(dtype).contiguous(), 1.0)
-    if not (_have_directions(norm) and _have_directions(w_norm)):
+    first = _Terms.of(features, weight, labels, scale, dtype)
+    if first is None:
         return None
-    # The target apart from the product, summed in float64: its rounding would be multiplied by the scale.
-    dots = (x_scaled * w_hat.index_select(0, labels)).sum(1, dtype=torch.float64)
-    terms = product_nt(w_hat, x_scaled).exp2_().scatter_(0, labels[None], 0.0)
-    return terms.sum(0), dots.mul_(1 / logit_scale).to(dtype), norm, w_norm.reciprocal_(), terms
+    cosine = first.dots.mul_(1 / (scale * _LOG2E)).to(dtype)
+    return first.z, cosine, first.x_norm[:, 0], first.w_norm.reciprocal_()[:, 0], first.terms
 
 
 def regular(norm: Tensor, w_inverse: Tensor) -> bool:
@@ -59,7 +135,7 @@ def backward(
     norm, w_norm = norm[:, None], w_inverse.reciprocal()[:, None]
     x_hat = x / norm
     if not len(kept):
-        kept = product_nt(w, x_hat).mul_((w_inverse * (scale * math.log2(math.e)))[:, None]).exp2_()
+        kept = product_nt(w, x_hat).mul_((w_inverse * (scale * _LOG2E))[:, None]).exp2_()
     panel = kept * (row_factor * scale)
     panel.scatter_(0, labels[None], grad_cosine[None]).mul_(w_inverse[:, None])
 
@@ -72,12 +148,6 @@ def backward(
         grad_x.addcmul_(x_hat, grad_norm[:, None])
     # The panel's factor 1/‖w‖ is the Jacobian's.
     return grad_x, _jacobian(product_nt(panel, x_hat.T), w, w_norm, w_norm), grad_scale
-
-
-def _normalized(rows: Tensor, length: float) -> tuple[Tensor, Tensor]:
-    """Rows of this length, and their norms before."""
-    scaled, norm = torch._weight_norm_interface(rows, rows.new_full((len(rows), 1), length), 0)
-    return scaled, norm[:, 0]
 
 
 def _jacobian(grad: Tensor, rows: Tensor, length: Tensor, norm: Tensor) -> Tensor:
