@@ -142,10 +142,8 @@ def am_softmax_loss(
     need_rows = torch.is_grad_enabled() and (features.requires_grad or scale.requires_grad)
     how = (min(save_bytes, (1 << 63) - 1), return_predictions, need_rows, backend)
     if isinstance(constant, (int, float)):
-        need_scale = not normalize_features or scale.requires_grad
-        loss, cosine, best, best_class = _ConstantMarginLoss.apply(  # type: ignore[no-untyped-call]
-            *problem, *how, num_rows, float(constant), reduction, need_scale
-        )
+        of_loss = (num_rows, float(constant), reduction, weight.requires_grad, not normalize_features or scale.requires_grad)
+        loss, cosine, best, best_class = _ConstantMarginLoss.apply(*problem, *how, *of_loss)  # type: ignore[no-untyped-call]
     else:
         log_z, cosine, norm, best, best_class = AMSoftmaxFunction.apply(*problem, *how)  # type: ignore[no-untyped-call]
         rows = loss_rows(log_z, cosine, norm, labels, weight.shape[0], s if normalize_features else norm, as_margin(margin))
@@ -240,7 +238,9 @@ class AMSoftmaxFunction(torch.autograd.Function):
         # z = 0 where there is no negative (one class) or all vanish beside the target: nothing flows to them.
         row_factor = zero if grad_log_z is None else (grad_log_z / saved.z).masked_fill_(saved.z == 0, 0)
         grad_cosine = zero if grad_cosine is None else grad_cosine
-        return _backward(ctx, problem, saved, row_factor, grad_cosine, grad_norm)
+        needs = _needs(ctx)
+        grads = backends.load(ctx.options[1]).backward(problem, saved, row_factor, grad_cosine, grad_norm, needs)
+        return _arranged(grads, needs)
 
 
 class _LossAtOnce(torch.autograd.Function):
@@ -267,33 +267,28 @@ class _LossAtOnce(torch.autograd.Function):
 class _ConstantMarginLoss(torch.autograd.Function):
     """The whole loss for a margin that is a number: its derivatives are known in the forward pass.
 
-    ``apply(*AMSoftmaxFunction's arguments, num_rows, margin, reduction, need_scale)`` returns the loss, t, and the best
-    negative's cosine and class, of which the loss alone is differentiable.
+    ``apply(*AMSoftmaxFunction's arguments, num_rows, margin, reduction, need_weight, need_scale)``, the last five as in
+    :meth:`amsoftmax_kernels.backends.Backend.forward_loss`, returns the loss, t, and the best negative's cosine and class,
+    of which the loss alone is differentiable.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         problem, (*how, backend), of_loss = backends.Problem(*arguments[:7]), arguments[7:11], arguments[11:]
-        module = backends.load(backend)
-        out = module.forward(problem, *how)
-        loss, derivatives = module.constant_margin(problem, out, *of_loss)
-        _save(ctx, problem, out, backend, derivatives)
+        out, margin_loss = backends.load(backend).forward_loss(problem, *how, *of_loss)
+        _save(ctx, problem, out, backend, *margin_loss[1:])
         ctx.mark_non_differentiable(out.cosine, out.best, out.best_class)
-        return loss, out.cosine, out.best, out.best_class
+        return margin_loss.loss, out.cosine, out.best, out.best_class
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 15
-        problem, saved, (derivatives,) = _saved(ctx)
-        row_factor, grad_cosine, *grad_s = (derivatives * grad).unbind()
-        grad_norm = None if problem.normalize_features else grad_s[0]
-        grads = _backward(ctx, problem, saved, row_factor, grad_cosine, grad_norm)
-        grad_scale = grads[3]
-        if grad_scale is not None and problem.normalize_features:
-            grad_scale = grad_scale + grad_s[0].sum().to(grad_scale)
-        return *grads[:3], grad_scale, *grads[4:], None, None, None, None
+            return (None,) * 16
+        problem, saved, of_loss = _saved(ctx)
+        backend, needs = backends.load(ctx.options[1]), _needs(ctx)
+        grads = backend.backward_loss(problem, saved, backends.MarginLoss(grad, *of_loss), grad, needs)
+        return *_arranged(grads, needs), *[None] * 5
 
 
 def _save(ctx: Any, problem: backends.Problem, out: backends.Forward, backend: str, *tensors: Tensor) -> None:
@@ -308,16 +303,12 @@ def _saved(ctx: Any) -> tuple[backends.Problem, backends.Forward, tuple[Tensor, 
     return backends.Problem(*tensors[:4], *ctx.options[0]), backends.Forward(*tensors[4:end]), tensors[end:]
 
 
-def _backward(
-    ctx: Any,
-    problem: backends.Problem,
-    saved: backends.Forward,
-    row_factor: Tensor,
-    grad_cosine: Tensor,
-    grad_norm: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+def _needs(ctx: Any) -> tuple[bool, bool, bool]:
+    """Whether features, weight and scale need a gradient."""
+    return ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+
+
+def _arranged(grads: tuple[Tensor, Tensor, Tensor], needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
     """The backend's gradients, one for each argument of :class:`AMSoftmaxFunction`."""
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    grads = backends.load(ctx.options[1]).backward(problem, saved, row_factor, grad_cosine, grad_norm, needs)
     grad_features, grad_weight, grad_scale = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return grad_features, grad_weight, None, grad_scale, *[None] * 7

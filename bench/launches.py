@@ -107,17 +107,21 @@ def of_a_step(
     interclass_filter: float = math.inf,
     predict: bool = False,
     weight_dtype: torch.dtype = torch.float32,
+    constant_margin: bool = True,
 ) -> list[Launch]:
-    """The kernels of a forward and a backward pass, in order."""
+    """The kernels of a forward and a backward pass, in order; for a margin that is no number those of a backend alone."""
     features, weight = torch.zeros(B, D), torch.zeros(C, D, dtype=weight_dtype)
     labels, count = torch.zeros(B, dtype=torch.int64), torch.tensor(B)
     problem = Problem(features, weight, labels, torch.tensor(scale), normalize, compute_dtype, interclass_filter)
     with _recording(capability, multiprocessors) as launches:
         backend.fused.labels(labels, C, -100)
-        out = backend.forward(problem, save_bytes, predict, True)
-        backend.constant_margin(problem, out, count, 0.35, "mean", not normalize)
-        z = out.z
-        backend.backward(problem, out, z, z, None if normalize else z, (True, True, False))
+        how = (problem, save_bytes, predict, True)
+        if constant_margin:
+            out, of_loss = backend.forward_loss(*how, count, 0.35, "mean", True, not normalize)
+            backend.backward_loss(problem, out, of_loss, of_loss.loss, (True, True, False))
+        else:
+            out = backend.forward(*how)
+            backend.backward(problem, out, out.z, out.z, None if normalize else out.z, (True, True, False))
     return launches
 
 
@@ -128,8 +132,10 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
         {"save_bytes": 0},
         {"scale": 100.0, "interclass_filter": 0.5, "predict": True},
         {"normalize": False, "save_bytes": 0},
+        {"constant_margin": False, "save_bytes": 0},
     ]
     if not quick:
+        options += [{"constant_margin": False, "normalize": False}]
         options += [{"predict": True}, {"scale": 100.0}, {"interclass_filter": 0.5}, {"weight_dtype": torch.bfloat16}]
     found: dict[Launch, None] = {}
     for dtype, each in itertools.product((torch.bfloat16, torch.float16, torch.float32), options):

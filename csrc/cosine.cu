@@ -42,7 +42,7 @@ const char* wrong(const AkCosine& p) {
 
 extern "C" {
 
-int32_t ak_version() { return 2; }
+int32_t ak_version() { return 3; }
 
 int32_t ak_has_hopper() {
 #ifdef AK_CUTLASS

@@ -48,8 +48,10 @@ struct AkRows {
     AkMatrix features, weight;  // [B, D], [C, D]
     AkMatrix x_hat;             // [B, width]
     const int64_t* labels;
-    float *cosine, *norm, *factor;  // [B]
+    float *cosine, *norm, *factor, *shift;  // [B]
     AkScale scale;
+    AkMatrix w_hat;       // [C, width]; data null: not written
+    float* inverse_norm;  // [C], with w_hat
 };
 
 struct AkCentres {
@@ -90,11 +92,14 @@ struct AkReduce {
 };
 
 struct AkMargin {
-    const float *z, *shift, *cosine, *norm;  // [B]
-    const int64_t *labels, *num_rows;        // [B], and a number
-    float *loss, *derivatives;               // [B] or one number; [2 or 3, B]
+    AkMatrix features, x_factored;         // [B, D], [B, width]; x_factored.data null: not written
+    const double* z_parts;                 // [parts, B]: z is written; null: z is read
+    float* z;                              // [B]
+    const float *shift, *cosine, *norm;    // [B]
+    const int64_t *labels, *num_rows;      // [B], and a number
+    float *loss, *derivatives;             // [B] or one number; [2 or 3, B]
     double margin;
-    int64_t batch, classes;
+    int64_t batch, classes, parts;
     AkScale scale;
     int32_t reduce, mean, need_scale, reserved;
 };
@@ -110,6 +115,7 @@ struct AkFactor {
 struct AkFinishCentres {
     AkMatrix grad_unit, weight, grad;  // [N, width] float32, [N, D], [N, D]; grad may be grad_unit
     const float* inverse_norm;         // [N]
+    const float* upstream;             // a number to multiply by; null: 1
 };
 
 struct AkFinishRows {
@@ -117,6 +123,7 @@ struct AkFinishRows {
     const int64_t* labels;
     const float *norm, *cosine, *row_factor, *grad_cosine, *grad_norm;  // [B]; grad_norm may be null
     double* grad_scale;                                                 // [B], null if not wanted
+    const float* upstream;                                              // a number times row_factor and the grads; null: 1
     AkScale scale;
 };
 

@@ -1,6 +1,5 @@
-// Passes over the batch's rows: pieces 1 and 3 of a step, and the end of 5. A block a row, in float64: B·D is small.
-#include "arithmetic.h"
-#include "launch.cuh"
+// Passes over the batch's rows: piece 1 of a step, and the end of 5. A block a row, in float64: B·D is small.
+#include "centres.cuh"
 
 namespace ak {
 namespace {
@@ -26,8 +25,18 @@ __global__ void __launch_bounds__(1024) canonical_labels(AkLabels p) {
     if (threadIdx.x == 0) *p.count = count > 0 ? count : 1;
 }
 
+// The blocks after the rows', if there are any, take a class a warp: a launch less.
 template <class X, class W, class O>
-__global__ void prepare_rows(AkRows p) {
+__global__ void __launch_bounds__(kThreads) prepare_rows(AkRows p, bool vector) {
+    if (blockIdx.x >= p.features.rows) {
+        const int64_t row = (blockIdx.x - p.features.rows) * (kThreads / 32) + threadIdx.x / 32;
+        if (row >= p.weight.rows) return;
+        if (vector)
+            prepare_centre<W, O, true>(p.weight, p.w_hat, p.inverse_norm, row);
+        else
+            prepare_centre<W, O, false>(p.weight, p.w_hat, p.inverse_norm, row);
+        return;
+    }
     const int64_t row = blockIdx.x, label = p.labels[row];
     const bool ignored = label < 0, present = !ignored && label < p.weight.rows;
     const X* x = row_of<X>(p.features, row);
@@ -51,6 +60,7 @@ __global__ void prepare_rows(AkRows p) {
         p.cosine[row] = present ? float(xw * (x_inverse * inverse(sqrt(ww)))) : 0.0f;
         p.norm[row] = length;
         p.factor[row] = scale_of(p.scale, length) * kLog2e;
+        p.shift[row] = 0;
     }
 }
 
@@ -69,27 +79,6 @@ __global__ void factor_rows(AkFactor p) {
         if (p.x_hat.data) writable_row<H>(p.x_hat, row)[i] = from_float<H>(unit);
     }
     if (p.x_hat.data && threadIdx.x == 0) p.factor[row] = s * kLog2e;
-}
-
-__global__ void __launch_bounds__(1024) constant_margin(AkMargin p) {
-    const double count = double(*p.num_rows);
-    double total = 0;
-    for (int64_t row = threadIdx.x; row < p.batch; row += blockDim.x) {
-        const int64_t label = p.labels[row];
-        const double t = label < p.classes ? double(p.cosine[row]) : NAN;  // out of range: no silent wrong number
-        MarginRow out = additive_margin(p.z[row], p.shift[row], t, scale_of(p.scale, p.norm[row]), p.margin);
-        if (label < 0) out = {0, 0, 0, 0};
-        const double share = p.mean ? 1.0 / count : 1.0;
-        p.derivatives[row] = float(out.by_log_z * share);
-        p.derivatives[p.batch + row] = float(out.by_cosine * share);
-        if (p.need_scale) p.derivatives[2 * p.batch + row] = float(out.by_scale * share);
-        if (p.reduce)
-            total += out.loss * share;
-        else
-            p.loss[row] = float(out.loss);
-    }
-    total = block_sum(total);
-    if (p.reduce && threadIdx.x == 0) *p.loss = float(total);
 }
 
 // Threads of a warp take neighbouring rows, warps take parts in turn; their sums are added in order.
@@ -133,7 +122,7 @@ __global__ void finish_rows(AkFinishRows p) {
         double b = element(w, i, p.weight.column_stride, true);
         ww += b * b;
     }
-    const double w_inverse = inverse(sqrt(block_sum(ww)));
+    const double w_inverse = inverse(sqrt(block_sum(ww))), outer = p.upstream ? *p.upstream : 1.0f;
 
     if (p.grad_features.data || p.grad_scale) {
         const X* x = row_of<X>(p.features, row);
@@ -143,11 +132,11 @@ __global__ void finish_rows(AkFinishRows p) {
         for (int64_t i = threadIdx.x; i < D; i += kThreads)
             along += double(sums[i]) * element(x, i, p.features.column_stride, !ignored) * x_inverse;
         along = block_sum(along);
-        double a = p.row_factor[row];
+        double a = p.row_factor[row] * outer;
         if (p.grad_scale && threadIdx.x == 0) p.grad_scale[row] = a * along;
         if (p.grad_features.data) {
-            const double tau = present ? p.grad_cosine[row] * x_inverse : 0.0;
-            const double by_norm = p.grad_norm ? double(p.grad_norm[row]) : 0.0;
+            const double tau = present ? p.grad_cosine[row] * (x_inverse * outer) : 0.0;
+            const double by_norm = p.grad_norm ? p.grad_norm[row] * outer : 0.0;
             if (p.scale.normalize)
                 a *= scale_of(p.scale, p.norm[row]) * x_inverse;
             else
@@ -179,7 +168,7 @@ __global__ void finish_rows(AkFinishRows p) {
                 if (p.labels[other] != label) continue;
                 const X* x = row_of<X>(p.features, other);
                 const double x_inverse = inverse(double(p.norm[other])), t = p.cosine[other];
-                const double tau = p.grad_cosine[other] * w_inverse;
+                const double tau = p.grad_cosine[other] * (w_inverse * outer);
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
                     const int64_t i = column + k * kThreads;
@@ -225,7 +214,12 @@ const char* ak_prepare_rows(const AkRows* p, const AkWhere* where) {
                 using X = typename decltype(x)::type;
                 using W = typename decltype(w)::type;
                 using O = typename decltype(o)::type;
-                AK_LAUNCH((ak::prepare_rows<X, W, O>), p->features.rows, ak::kThreads, 0, stream, *p);
+                if (p->w_hat.data && !ak::aligned_rows(p->w_hat, sizeof(O)))
+                    return "rows of normalized centres must start at multiples of 16 bytes";
+                constexpr int kClasses = ak::kThreads / 32;
+                const int64_t centres = p->w_hat.data ? (p->weight.rows + kClasses - 1) / kClasses : 0;
+                const bool vector = ak::in_eights<W>(p->weight, p->w_hat);
+                AK_LAUNCH((ak::prepare_rows<X, W, O>), p->features.rows + centres, ak::kThreads, 0, stream, *p, vector);
                 return ak::launch_error();
             });
         });
@@ -246,12 +240,6 @@ const char* ak_factor_rows(const AkFactor* p, const AkWhere* where) {
             });
         });
     });
-}
-
-const char* ak_constant_margin(const AkMargin* p, const AkWhere* where) {
-    ak::DeviceGuard guard(where->device);
-    AK_LAUNCH(ak::constant_margin, 1, 1024, 0, static_cast<cudaStream_t>(where->stream), *p);
-    return ak::launch_error();
 }
 
 const char* ak_reduce(const AkReduce* p, const AkWhere* where) {

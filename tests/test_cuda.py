@@ -16,9 +16,10 @@ from torch import Tensor
 
 import amsoftmax_kernels as ak
 from amsoftmax_kernels import build
-from amsoftmax_kernels.backends import Forward, Problem, cuda, cuda_library, fused, margin
+from amsoftmax_kernels.backends import Problem, cuda, cuda_library, fused
 
 from .cases import CASES, CHUNK, Case, relative
+from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel
 from .test_loss import eager, evaluate, oracle
 
 CPU = torch.device("cpu")
@@ -144,6 +145,31 @@ def test_against_the_reference(case: Case, save_bytes: int | None, emulated: Non
     check(case, actual, oracle(case, torch.float32))
 
 
+@pytest.mark.parametrize(
+    ("reduction", "save_bytes"), [("mean", None), ("sum", 0), ("mean", CHUNK * 24 * 2)], ids=["kept", "recomputed", "mixed"]
+)
+@pytest.mark.parametrize("name", ["plain", "s64-wrong", "s1000", "no-fn", "filter", "one-class"])
+def test_a_reduced_loss(
+    name: str, reduction: str, save_bytes: int | None, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose upstream gradient is one number, and joins the finished gradients."""
+    if save_bytes:
+        monkeypatch.setattr(fused, "chunk_size", lambda batch, dim: CHUNK)
+    case = BY_NAME[name]
+    options = {**case.options, "reduction": reduction}
+    actual = ours(torch.float16, *case.tensors(torch.float32), save_bytes=save_bytes, **options)
+    check(case, actual, oracle(case, torch.float32, **options))
+
+
+@pytest.mark.parametrize("needed", ["features", "weight", "scale", "all"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
+def test_what_a_reduced_loss_must_be_differentiated_by(
+    save_bytes: int | None, normalize: bool, needed: str, emulated: None
+) -> None:
+    check_a_reduced_loss("cuda", needed, normalize, save_bytes, 5e-3, CPU)
+
+
 @pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("name", ["plain", "s64-wrong", "s1000", "no-fn", "filter", "one-dimension"])
 def test_tf32_against_the_reference(name: str, save_bytes: int | None, emulated: None, short_chunks: None) -> None:
@@ -252,21 +278,12 @@ def test_predictions(options: dict[str, Any], emulated: None, short_chunks: None
     assert (predictions == expected).float().mean() > 0.9 and predictions[4] == -1
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=["fp16", "bf16", "tf32"])
+@pytest.mark.parametrize("parts", [0, 1, 70])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_the_margin_kernel(reduction: str, normalize: bool, emulated: None) -> None:
-    """csrc/arithmetic.h against plain PyTorch in float64, from a target that is everything to one that is nothing."""
-    z = torch.tensor([0.0, 1e-30, 1.0, 1e10, 1e38, 1.0, 1.0, 1e-20, 0.0])
-    cosine = torch.tensor([0.5, 1.0, 1.0, -1.0, -1.0, 0.2, 0.35, 0.99, 0.0])
-    shift = torch.tensor([0.0, 0.0, 0.0, 0.0, 1400.0, -20.0, 0.0, 0.0, 0.0])
-    saved = [z, shift, cosine, torch.linspace(1, 50, 9), *[torch.empty(0)] * 6]
-    labels, count = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, -1]), torch.tensor(8)
-    scale = torch.tensor(60.0, dtype=torch.float64)
-    problem = Problem(torch.empty(0), torch.empty(9, 0), labels, scale, normalize, torch.float32, math.inf)
-    exact = margin.constant_margin(problem, Forward(*(each.double() for each in saved)), count, 0.35, reduction, True)
-    actual = cuda.constant_margin(problem, Forward(*saved), count, 0.35, reduction, True)
-    for got, expected in zip(actual, exact, strict=True):
-        assert torch.allclose(got.double(), expected, rtol=1e-6, atol=1e-45)
+def test_the_margin_kernel(reduction: str, normalize: bool, parts: int, dtype: torch.dtype, emulated: None) -> None:
+    check_the_margin_kernel(cuda.fused.kernels, reduction, normalize, parts, dtype, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])

@@ -105,7 +105,7 @@ def test_compile_takes_the_whole_module(
     expected = learnt(head, features, labels)
     actual = learnt(compiled(head), features, labels)
     assert all(map(torch.equal, actual, expected))
-    assert max(map(relative, at_once, expected)) < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert max(map(relative, at_once, expected)) < (5e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_compile_with_predictions() -> None:
@@ -114,7 +114,7 @@ def test_compile_with_predictions() -> None:
     torch._dynamo.reset()
     actual = torch.compile(head, fullgraph=True, backend="aot_eager")(features, labels, return_predictions=True)
     expected = head(features, labels, return_predictions=True)
-    assert relative(actual[0], expected[0]) < 1e-6 and torch.equal(actual[1], expected[1])
+    assert relative(actual[0], expected[0]) < 5e-6 and torch.equal(actual[1], expected[1])
 
 
 def test_compile_with_autocast_and_changing_batches() -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import amsoftmax_kernels as ak
 from amsoftmax_kernels import arguments, backends
-from amsoftmax_kernels.backends import Forward, Problem, fused, margin
+from amsoftmax_kernels.backends import Forward, Problem, fused
 
 from .cases import CASES, CHUNK, Case, relative
+from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel
 from .test_loss import check, eager, evaluate, oracle
 
 pytest.importorskip("triton")
@@ -49,6 +50,30 @@ def ours(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
 def test_against_the_reference(case: Case, save_bytes: int | None, short_chunks: None) -> None:
     actual = ours(*case.tensors(torch.float32), save_bytes=save_bytes, **case.options)
     check(case, torch.float32, actual, oracle(case, torch.float32))
+
+
+REDUCED = [("mean", None, False), ("sum", 0, False), ("mean", CHUNK * 24 * 4, True)]
+
+
+@pytest.mark.parametrize(("reduction", "save_bytes", "short"), REDUCED, ids=["kept", "recomputed", "mixed"])
+@pytest.mark.parametrize("name", ["plain", "one-class", "one-row", "wide", "s64-near", "s1000", "no-fn", "filter"])
+def test_a_reduced_loss(
+    name: str, reduction: str, save_bytes: int | None, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose upstream gradient is one number, and joins the finished gradients."""
+    case = BY_NAME[name]
+    if short:
+        monkeypatch.setattr(fused, "chunk_size", lambda batch, dim: CHUNK)
+    options = {**case.options, "reduction": reduction}
+    actual = ours(*case.tensors(torch.float32), save_bytes=save_bytes, **options)
+    check(case, torch.float32, actual, oracle(case, torch.float32, **options))
+
+
+@pytest.mark.parametrize("needed", ["features", "weight", "scale", "all"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
+def test_what_a_reduced_loss_must_be_differentiated_by(save_bytes: int | None, normalize: bool, needed: str) -> None:
+    check_a_reduced_loss("triton", needed, normalize, save_bytes, 5e-6, DEVICE)
 
 
 def test_a_wrong_result_would_be_seen() -> None:
@@ -290,30 +315,11 @@ def test_labels_as_the_operator_makes_them() -> None:
         arguments.canonical_labels(labels[3:4], 5, -100)
 
 
+@pytest.mark.parametrize("parts", [0, 1, 70])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_the_margin_kernel(reduction: str, normalize: bool) -> None:
-    """Against plain PyTorch in float64, from a target that is everything to one that is nothing."""
-    z = torch.tensor([0.0, 1e-30, 1.0, 1e10, 1e38, 1.0, 1.0, 1e-20, 0.0])
-    cosine = torch.tensor([0.5, 1.0, 1.0, -1.0, -1.0, 0.2, 0.35, 0.99, 0.0])
-    shift = torch.tensor([0.0, 0.0, 0.0, 0.0, 1400.0, -20.0, 0.0, 0.0, 0.0])
-    norm = torch.linspace(1, 50, 9)
-    labels = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, -1])
-    empty = torch.empty(0)
-    saved = [z, shift, cosine, norm, *[empty] * 6]
-
-    def on(device: torch.device, dtype: torch.dtype) -> tuple[Problem, Forward, Tensor]:
-        tensors = Forward(*(each.to(device, dtype) for each in saved))
-        problem = Problem(
-            empty.to(device), torch.empty(9, 0, device=device), labels.to(device),
-            torch.tensor(60.0, dtype=torch.float64), normalize, torch.float32, math.inf,
-        )  # fmt: skip
-        return problem, tensors, torch.tensor(8, device=device)
-
-    expected = margin.constant_margin(*on(torch.device("cpu"), torch.float64), 0.35, reduction, True)
-    actual = backend.constant_margin(*on(DEVICE, torch.float32), 0.35, reduction, True)
-    for got, exact in zip(actual, expected, strict=True):
-        assert torch.allclose(got.cpu().double(), exact, rtol=1e-6, atol=1e-45)
+def test_the_margin_kernel(reduction: str, normalize: bool, parts: int) -> None:
+    check_the_margin_kernel(backend.fused.kernels, reduction, normalize, parts, torch.float32, DEVICE)
 
 
 def test_same_inputs_same_bits(short_chunks: None) -> None:
@@ -339,11 +345,12 @@ def test_opcheck(normalize: bool, predict: bool, save_bytes: int, short_chunks: 
             ops.triton_backward, (*problem, *saved, grad / out.z, grad, None if normalize else grad, *needs)
         )
     count = torch.tensor(PLAIN.B, device=DEVICE)
-    for reduction in ("none", "mean"):
-        torch.library.opcheck(
-            ops.triton_constant_margin,
-            (*problem, out.z, out.shift, out.cosine, out.norm, count, 0.35, reduction, normalize),
-        )
+    for reduction, need_weight in (("none", True), ("mean", False), ("mean", True)):
+        how = (*problem, save_bytes, predict, True, count, 0.35, reduction, need_weight, normalize)
+        torch.library.opcheck(ops.triton_forward_loss, how)
+    of_loss = ops.triton_forward_loss(*problem, save_bytes, predict, True, count, 0.35, "mean", True, True)[11:]
+    for needs in ((True, True, True), (True, False, False), (False, True, False)):
+        torch.library.opcheck(ops.triton_backward_loss, (*problem, *saved, *of_loss, grad[0], *needs))
 
 
 def test_compile_takes_the_whole_module() -> None:

@@ -45,6 +45,16 @@ class Forward(NamedTuple):
     best_class: Tensor  # [B] int64, the class it belongs to
 
 
+class MarginLoss(NamedTuple):
+    """The loss for a constant margin, and what its gradients take beside :class:`Forward`."""
+
+    loss: Tensor  # 0-d, or [B]
+    derivatives: Tensor  # [2 or 3, B] by log z (over z), by t and, if asked for, by s, for an upstream gradient of 1
+    x_factored: Tensor  # and the rest: a backend's own, of size 0 where it does without
+    x_hat: Tensor
+    factor: Tensor
+
+
 class LossAtOnce(NamedTuple):
     """The whole loss for a constant margin, with its gradients for an upstream gradient of 1, in the accumulate dtype."""
 
@@ -82,10 +92,24 @@ class Backend(Protocol):
     ) -> LossAtOnce | None:
         """The sum or mean of the loss for normalized features without a filter, if it is quicker in one go; else None."""
 
-    def constant_margin(
-        self, problem: Problem, saved: Forward, num_rows: Tensor, margin: float, reduction: str, need_scale: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The loss for one margin, and its derivatives by log z, by t and by s; see :mod:`.margin`."""
+    def forward_loss(
+        self,
+        problem: Problem,
+        save_bytes: int,
+        predict: bool,
+        need_rows: bool,
+        num_rows: Tensor,  # 0-d: what the mean is over
+        margin: float,
+        reduction: str,
+        need_weight: bool,
+        need_scale: bool,
+    ) -> tuple[Forward, MarginLoss]:
+        """:meth:`forward`, and the loss for one margin with its derivatives, as in :mod:`.margin`."""
+
+    def backward_loss(
+        self, problem: Problem, saved: Forward, of_loss: MarginLoss, upstream: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of :meth:`forward_loss`, as :meth:`backward` returns them, the scale's whole."""
 
     def backward(
         self,

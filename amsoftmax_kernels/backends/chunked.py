@@ -21,10 +21,10 @@ from torch import Tensor
 from ..arguments import accumulate_dtype, no_autocast
 from ..arguments import canonical_labels as canonical_labels
 from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced, register
-from . import Forward, LossAtOnce, Problem, one_chunk
+from . import Forward, LossAtOnce, MarginLoss, Problem, one_chunk
+from . import margin as constant_margin
 from .budget import BOUNDED_SCALE, kept_classes
 from .host_memory import advise_huge_pages
-from .margin import constant_margin as constant_margin
 from .norms import row_norms
 from .products import product_nt
 
@@ -84,6 +84,16 @@ def backward(
     op: Any = torch.ops.amsoftmax_kernels.chunked_backward if is_traced(problem.features) else _backward
     grads: tuple[Tensor, Tensor, Tensor] = op(*problem, *saved[1:7], row_factor, grad_cosine, grad_norm, *needs)
     return grads
+
+
+def forward_loss(problem: Problem, *how: Any) -> tuple[Forward, MarginLoss]:
+    return constant_margin.forward_loss(forward, problem, *how)
+
+
+def backward_loss(
+    problem: Problem, saved: Forward, of_loss: MarginLoss, upstream: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return constant_margin.backward_loss(backward, problem, saved, of_loss, upstream, needs)
 
 
 @dataclass

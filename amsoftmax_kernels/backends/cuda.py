@@ -87,11 +87,13 @@ class _Kernels:
         _library(labels.device).call("ak_canonical_labels", parameters, labels.device)
 
     def prepare_rows(
-        self, problem: Problem, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor, factor: Tensor
-    ) -> None:
+        self, problem: Problem, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor, factor: Tensor,
+        shift: Tensor, w_hat: Tensor | None, inverse_norm: Tensor,
+    ) -> None:  # fmt: skip
         parameters = c.Rows(
             c.matrix(problem.features), c.matrix(problem.weight), c.operand(x_hat), c.pointer(problem.labels),
-            c.pointer(cosine), c.pointer(norm), c.pointer(factor), c.scale(s, problem.normalize_features),
+            c.pointer(cosine), c.pointer(norm), c.pointer(factor), c.pointer(shift),
+            c.scale(s, problem.normalize_features), c.operand(w_hat), c.pointer(inverse_norm),
         )  # fmt: skip
         _library(x_hat.device).call("ak_prepare_rows", parameters, x_hat.device)
 
@@ -126,13 +128,15 @@ class _Kernels:
         _library(parts.device).call("ak_reduce", c.Reduce(batch=batch, parts=chunks * streams, **pointers), parts.device)
 
     def constant_margin(
-        self, problem: Problem, saved: Forward, num_rows: Tensor, s: float | Tensor, margin: float, reduction: str,
-        loss: Tensor, derivatives: Tensor,
+        self, problem: Problem, saved: Forward, z_parts: Tensor | None, num_rows: Tensor, s: float | Tensor, margin: float,
+        reduction: str, loss: Tensor, derivatives: Tensor, x_factored: Tensor | None,
     ) -> None:  # fmt: skip
+        parts = 0 if z_parts is None else z_parts.shape[0] * z_parts.shape[1]
         parameters = c.Margin(
+            c.matrix(problem.features), c.operand(x_factored), c.pointer(z_parts),
             c.pointer(saved.z), c.pointer(saved.shift), c.pointer(saved.cosine), c.pointer(saved.norm),
             c.pointer(problem.labels), c.pointer(num_rows), c.pointer(loss), c.pointer(derivatives), margin,
-            len(saved.z), len(problem.weight), c.scale(s, problem.normalize_features),
+            len(saved.z), len(problem.weight), parts, c.scale(s, problem.normalize_features),
             int(reduction != "none"), int(reduction == "mean"), int(len(derivatives) == 3), 0,
         )  # fmt: skip
         _library(loss.device).call("ak_constant_margin", parameters, loss.device)
@@ -150,24 +154,30 @@ class _Kernels:
         )  # fmt: skip
         _library(norm.device).call("ak_factor_rows", parameters, norm.device)
 
-    def finish_centres(self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor) -> None:
-        parameters = c.FinishCentres(c.matrix(grad_unit), c.matrix(weight), c.matrix(grad), c.pointer(inverse_norm))
+    def finish_centres(
+        self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
+    ) -> None:
+        parameters = c.FinishCentres(
+            c.matrix(grad_unit), c.matrix(weight), c.matrix(grad), c.pointer(inverse_norm), c.pointer(upstream)
+        )
         _library(grad.device).call("ak_finish_centres", parameters, grad.device)
 
     def finish_rows(
         self, problem: Problem, saved: Forward, s: float | Tensor, row_factor: Tensor, grad_cosine: Tensor,
-        grad_norm: Tensor | None, grad_features: Tensor | None, grad_weight: Tensor | None, grad_scale: Tensor | None,
+        grad_norm: Tensor | None, upstream: Tensor | None,
+        grad_features: Tensor | None, grad_weight: Tensor | None, grad_scale: Tensor | None,
     ) -> None:  # fmt: skip
         rows = saved.rows if saved.rows.dim() == 2 else None
         parameters = c.FinishRows(
             c.matrix(problem.features), c.matrix(problem.weight), c.matrix(rows), c.matrix(grad_features),
             c.matrix(grad_weight), c.pointer(problem.labels), c.pointer(saved.norm), c.pointer(saved.cosine),
             c.pointer(row_factor), c.pointer(grad_cosine), c.pointer(grad_norm), c.pointer(grad_scale),
-            c.scale(s, problem.normalize_features),
+            c.pointer(upstream), c.scale(s, problem.normalize_features),
         )  # fmt: skip
         _library(row_factor.device).call("ak_finish_rows", parameters, row_factor.device)
 
 
 fused = Fused("cuda", _Kernels())
 canonical_labels, loss_at_once = fused.canonical_labels, fused.loss_at_once
-forward, constant_margin, backward = fused.forward, fused.constant_margin, fused.backward
+forward, backward = fused.forward, fused.backward
+forward_loss, backward_loss = fused.forward_loss, fused.backward_loss

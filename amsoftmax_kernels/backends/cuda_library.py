@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import build
 
-VERSION = 2  # of the contract: ak_version()
+VERSION = 3  # of the contract: ak_version()
 _TYPES = {
     torch.float32: 0, torch.float16: 1, torch.bfloat16: 2,
     torch.int64: 3, torch.int32: 4, torch.int16: 5, torch.int8: 6, torch.uint8: 7,
@@ -41,8 +41,9 @@ Labels = _structure(
     **_named(c_int32, "type reserved"),
 )  # fmt: skip
 Rows = _structure(
-    "AkRows", **_named(Matrix, "features weight x_hat"), **_named(c_void_p, "labels cosine norm factor"), scale=Scale
-)
+    "AkRows", **_named(Matrix, "features weight x_hat"), **_named(c_void_p, "labels cosine norm factor shift"), scale=Scale,
+    w_hat=Matrix, inverse_norm=c_void_p,
+)  # fmt: skip
 Centres = _structure("AkCentres", **_named(Matrix, "weight w_hat"), **_named(c_void_p, "inverse_norm unless_bounded"))
 Cosine = _structure(
     "AkCosine", **_named(Matrix, "x_hat w_hat terms"), **_named(c_void_p, "labels factor shift z best best_class"),
@@ -56,8 +57,9 @@ Reduce = _structure(
     **_named(c_int64, "batch parts"),
 )  # fmt: skip
 Margin = _structure(
-    "AkMargin", **_named(c_void_p, "z shift cosine norm labels num_rows loss derivatives"), margin=c_double,
-    **_named(c_int64, "batch classes"), scale=Scale, **_named(c_int32, "reduce mean need_scale reserved"),
+    "AkMargin", **_named(Matrix, "features x_factored"),
+    **_named(c_void_p, "z_parts z shift cosine norm labels num_rows loss derivatives"), margin=c_double,
+    **_named(c_int64, "batch classes parts"), scale=Scale, **_named(c_int32, "reduce mean need_scale reserved"),
 )  # fmt: skip
 Factor = _structure(
     "AkFactor",
@@ -65,10 +67,12 @@ Factor = _structure(
     **_named(c_void_p, "labels norm row_factor factor"),
     scale=Scale,
 )
-FinishCentres = _structure("AkFinishCentres", **_named(Matrix, "grad_unit weight grad"), inverse_norm=c_void_p)
+FinishCentres = _structure(
+    "AkFinishCentres", **_named(Matrix, "grad_unit weight grad"), **_named(c_void_p, "inverse_norm upstream")
+)
 FinishRows = _structure(
     "AkFinishRows", **_named(Matrix, "features weight unit_rows grad_features grad_weight"),
-    **_named(c_void_p, "labels norm cosine row_factor grad_cosine grad_norm grad_scale"), scale=Scale,
+    **_named(c_void_p, "labels norm cosine row_factor grad_cosine grad_norm grad_scale upstream"), scale=Scale,
 )  # fmt: skip
 
 LAUNCHERS = {

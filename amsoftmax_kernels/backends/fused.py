@@ -22,7 +22,7 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,68 +30,16 @@ from torch import Tensor
 from .. import arguments
 from ..arguments import no_autocast
 from ..operators import GRADS_SCHEMA, LABELS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced, register
-from . import Forward, Problem
+from . import Forward, MarginLoss, Problem
+from . import margin as constant_margin
 from .budget import BOUNDED_SCALE, kept_classes
+from .kernels import Kernels
 
 # Classes a chunk: what is not kept of E, and ŵ, take at most this many elements.
 CHUNK_ELEMENTS = 1 << 27
 # Classes of which dŵ is computed at a time, in elements: still in the L2 cache when the Jacobian reads it.
 FINISH_ELEMENTS = 1 << 23
 _ALIGN = 16  # elements: rows of operands start at multiples of 16 bytes, as bulk copies want
-
-
-class Kernels(Protocol):
-    """What a backend launches, on tensors of one device: each call is one kernel, on the current stream.
-
-    ``s`` is the scale: a number, or a 0-d float32 tensor on the device; ‖x‖ takes its place without normalize_features.
-    Widths are those of the padded rows of operands. x̂, ŵ are in the compute dtype, E and a∘x̂ in the panel's.
-    """
-
-    def streams(self, problem: Problem, classes: int) -> int:
-        """Partial sums of a row that :meth:`cosine_exp` leaves: one or more of each program that shares its classes."""
-
-    def canonical_labels(
-        self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor
-    ) -> None: ...
-
-    def prepare_rows(
-        self, problem: Problem, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor, factor: Tensor
-    ) -> None:
-        """x̂, the target's exact cosine, ‖x‖, and log2(e)·s."""
-
-    def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None) -> None:
-        """ŵ and 1/‖w‖ of a chunk; nothing if ``unless_bounded``, the scale on the device, needs no shift."""
-
-    def cosine_exp(
-        self, problem: Problem, start: int, x_hat: Tensor, w_hat: Tensor, factor: Tensor, shift: Tensor | None,
-        terms: Tensor | None, z: Tensor | None, best: Tensor | None, best_class: Tensor | None, only_unbounded: bool,
-    ) -> None:  # fmt: skip
-        """Piece 2 on the chunk of classes from ``start``, into whichever of ``terms``, ``z`` and ``best`` are given."""
-
-    def reduce_sums(self, z_parts: Tensor, labels: Tensor, z: Tensor) -> None: ...
-
-    def reduce_best(self, best_parts: Tensor, class_parts: Tensor, best: Tensor, best_class: Tensor) -> None: ...
-
-    def reduce_shift(self, best_parts: Tensor, class_parts: Tensor, factor: Tensor, shift: Tensor) -> None: ...
-
-    def constant_margin(
-        self, problem: Problem, saved: Forward, num_rows: Tensor, s: float | Tensor, margin: float, reduction: str,
-        loss: Tensor, derivatives: Tensor,
-    ) -> None: ...  # fmt: skip
-
-    def factor_rows(
-        self, problem: Problem, norm: Tensor, row_factor: Tensor, s: float | Tensor, x_factored: Tensor,
-        x_hat: Tensor | None, factor: Tensor | None,
-    ) -> None:  # fmt: skip
-        """a∘x̂; x̂ and its factor again where E is recomputed."""
-
-    def finish_centres(self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor) -> None:
-        """The gradient through the normalization; ``grad`` may be ``grad_unit``."""
-
-    def finish_rows(
-        self, problem: Problem, saved: Forward, s: float | Tensor, row_factor: Tensor, grad_cosine: Tensor,
-        grad_norm: Tensor | None, grad_features: Tensor | None, grad_weight: Tensor | None, grad_scale: Tensor | None,
-    ) -> None: ...  # fmt: skip
 
 
 class Fused:
@@ -117,11 +65,19 @@ class Fused:
             gradients_fake,
         )
         register(
-            f"{name}_constant_margin",
-            f"({PROBLEM_SCHEMA}, Tensor z, {vectors}, Tensor num_rows, float margin, str reduction, bool need_scale)"
-            " -> (Tensor, Tensor)",
-            self._constant_margin,
-            _constant_margin_fake,
+            f"{name}_forward_loss",
+            f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows, Tensor num_rows, float margin, "
+            f"str reduction, bool need_weight, bool need_scale) -> ({', '.join(['Tensor'] * 15)})",
+            self._forward_loss,
+            _forward_loss_fake,
+        )
+        register(
+            f"{name}_backward_loss",
+            f"({PROBLEM_SCHEMA}, {vectors}, Tensor inverse_norm, Tensor kept, Tensor rows, Tensor derivatives, "
+            "Tensor x_factored, Tensor x_hat, Tensor factor, Tensor upstream, "
+            "bool need_features, bool need_weight, bool need_scale) -> (Tensor, Tensor, Tensor)",
+            self._backward_loss,
+            gradients_fake,
         )
 
     def canonical_labels(self, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -139,11 +95,18 @@ class Fused:
     def loss_at_once(self, *unused: Any) -> None:
         """Not here: multiplying the finished gradients by the upstream one would read and write them once more."""
 
-    def constant_margin(
-        self, problem: Problem, saved: Forward, num_rows: Tensor, margin: float, reduction: str, need_scale: bool
-    ) -> tuple[Tensor, Tensor]:
-        call = self._call("constant_margin", self._constant_margin, problem.features)
-        result: tuple[Tensor, Tensor] = call(*problem, *saved[:4], num_rows, margin, reduction, need_scale)
+    def forward_loss(self, problem: Problem, *how: Any) -> tuple[Forward, MarginLoss]:
+        """In fewer launches than :meth:`forward` and what would follow it."""
+        results = self._call("forward_loss", self._forward_loss, problem.features)(*problem, *how)
+        return Forward(*results[:10]), MarginLoss(*results[10:])
+
+    def backward_loss(
+        self, problem: Problem, saved: Forward, of_loss: MarginLoss, upstream: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if upstream.dim():  # one a row: none could be taken out of the sums over rows
+            return constant_margin.backward_loss(self.backward, problem, saved, of_loss, upstream, needs)
+        call = self._call("backward_loss", self._backward_loss, problem.features)
+        result: tuple[Tensor, Tensor, Tensor] = call(*problem, *saved[1:6], saved.rows, *of_loss[1:], upstream, *needs)
         return result
 
     def backward(
@@ -175,7 +138,37 @@ class Fused:
         return result, count
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, (save_bytes, predict, need_rows) = Problem(*arguments[:7]), arguments[7:]
+        return self._over_chunks(Problem(*arguments[:7]), *arguments[7:], finish=None)[0]
+
+    def _forward_loss(self, *arguments: Any) -> tuple[Tensor, ...]:
+        problem, how, (num_rows, margin, reduction, need_weight, need_scale) = (
+            Problem(*arguments[:7]),
+            arguments[7:10],
+            arguments[10:],
+        )
+        needed = need_weight and reduction != "none"
+        loss, derivatives, x_factored = _loss_buffers(problem, reduction, needed, need_scale)
+        s = scale_of(problem.scale, problem.normalize_features)
+
+        def finish(saved: Forward, z_parts: Tensor | None) -> None:
+            self.kernels.constant_margin(
+                problem, saved, z_parts, num_rows, s, margin, reduction, loss, derivatives, x_factored if needed else None
+            )
+
+        saved, *prepared = self._over_chunks(problem, *how, finish=finish)
+        recompute = needed and saved.kept.shape[1] < len(problem.weight)
+        return *saved, loss, derivatives, x_factored, *(each if recompute else each.new_empty(0) for each in prepared)
+
+    def _over_chunks(
+        self,
+        problem: Problem,
+        save_bytes: int,
+        predict: bool,
+        need_rows: bool,
+        *,
+        finish: Callable[[Forward, Tensor | None], None] | None,
+    ) -> tuple[Forward, Tensor, Tensor]:
+        """The forward pass, x̂ and log2(e)·s. ``finish`` is called at its end, to sum z if it is given the parts."""
         features, weight, labels, scale, normalize = problem[:5]
         (B, D), C = features.shape, weight.shape[0]
         kernels = self.kernels
@@ -183,35 +176,38 @@ class Fused:
             count = kept_count(B, C, D, problem.compute_dtype, save_bytes)
             shard = Shard.of(problem, True, terms_needed=need_rows and count < C)
             z, cosine, norm, factor = (features.new_empty(B, dtype=torch.float32) for _ in range(4))
-            shift = torch.zeros_like(z)
+            shift = torch.empty_like(z)
             inverse_norm = features.new_empty(C, dtype=torch.float32)
             kept = features.new_empty(B, padded(count), dtype=shard.panel_dtype)
             rows = features.new_empty((B, shard.width) if need_rows else 0, dtype=torch.float32)
             best = features.new_empty(B if predict else 0, dtype=torch.float32)
             best_class = labels.new_empty(B if predict else 0)
-            results = (z, shift, cosine, norm, inverse_norm, kept, z.new_empty(0), rows, best, best_class)
-            if B == 0:
-                return results
+            results = Forward(z, shift, cosine, norm, inverse_norm, kept, z.new_empty(0), rows, best, best_class)
             x_hat = features.new_empty(B, shard.width, dtype=problem.compute_dtype)
+            if B == 0:
+                if finish is not None:
+                    finish(results, None)
+                return results, x_hat, factor
             s = scale_of(scale, normalize)
-            kernels.prepare_rows(problem, s, x_hat, cosine, norm, factor)
+            one_chunk = len(shard.chunks) == 1
+            w_hat = shard.w_hat[:C] if one_chunk else None
+            kernels.prepare_rows(problem, s, x_hat, cosine, norm, factor, shift, w_hat, inverse_norm)
             bounded = _bounded(s, normalize)
             parts = (len(shard.chunks), kernels.streams(problem, shard.classes(0)), B)
             z_parts = features.new_empty(parts, dtype=torch.float64)
             if not bounded or predict:
                 best_parts = features.new_empty(parts, dtype=torch.float32)
                 class_parts = labels.new_empty(parts)
-            w_hat = shard.prepare(kernels, 0, inverse_norm) if len(shard.chunks) == 1 else None
             if not bounded:
                 unless = s if isinstance(s, Tensor) and normalize else None
                 for i, start in enumerate(shard.chunks):
-                    centres = shard.prepare(kernels, start, inverse_norm, unless) if w_hat is None else w_hat
+                    centres = w_hat if w_hat is not None else shard.prepare(kernels, start, inverse_norm, unless)
                     kernels.cosine_exp(
                         problem, start, x_hat, centres, factor, None, None, None, best_parts[i], class_parts[i], True
                     )
                 kernels.reduce_shift(best_parts, class_parts, factor, shift)
             for i, start in enumerate(shard.chunks):
-                if len(shard.chunks) > 1 or w_hat is None:
+                if not one_chunk or w_hat is None:
                     w_hat = shard.prepare(kernels, start, inverse_norm)
                 keep = start < count
                 terms = kept[:, start : start + shard.chunk] if keep else shard.terms
@@ -223,16 +219,61 @@ class Fused:
                     product = _product(terms[:, : len(w_hat)], w_hat.to(shard.panel_dtype), rows if i == 0 else None)
                     if i > 0:
                         rows += product
-            kernels.reduce_sums(z_parts, labels, z)
+            if finish is None or not one_chunk:
+                kernels.reduce_sums(z_parts, labels, z)
+            if finish is not None:
+                finish(results, z_parts if one_chunk else None)
             if predict:
                 kernels.reduce_best(best_parts, class_parts, best, best_class)
-            return results
+            return results, x_hat, factor
 
     def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, (shift, cosine, norm, inverse_norm, kept, rows) = Problem(*arguments[:7]), arguments[7:13]
+        problem, vectors = Problem(*arguments[:7]), arguments[7:13]
         row_factor, grad_cosine = (each.contiguous() for each in arguments[13:15])
         grad_norm = None if arguments[15] is None else arguments[15].contiguous()
-        need_features, need_weight, need_scale = arguments[16:]
+        needs = arguments[16:]
+        features, weight, norm, kept = problem.features, problem.weight, vectors[2], vectors[4]
+        B, width = len(features), padded(features.shape[1])
+        x_factored = x_hat = factor = None
+        if needs[1] and B:
+            recompute = kept.shape[1] < len(weight)
+            x_factored = features.new_empty(B, width, dtype=panel_dtype(problem.compute_dtype))
+            x_hat = features.new_empty(B, width, dtype=problem.compute_dtype) if recompute else None
+            factor = features.new_empty(B, dtype=torch.float32) if recompute else None
+            s = scale_of(problem.scale, problem.normalize_features)
+            with _on(features.device):
+                self.kernels.factor_rows(problem, norm, row_factor, s, x_factored, x_hat, factor)
+        return self._gradients(problem, vectors, row_factor, grad_cosine, grad_norm, None, x_factored, x_hat, factor, needs)
+
+    def _backward_loss(self, *arguments: Any) -> tuple[Tensor, ...]:
+        problem, vectors = Problem(*arguments[:7]), arguments[7:13]
+        derivatives, x_factored, x_hat, factor, upstream = arguments[13:18]
+        needs, normalize = arguments[18:], problem.normalize_features
+        row_factor, grad_cosine, *grad_s = derivatives.unbind()
+        grad_features, grad_weight, grad_scale = self._gradients(
+            problem, vectors, row_factor, grad_cosine, None if normalize else grad_s[0], upstream,
+            x_factored, x_hat, factor, needs,
+        )  # fmt: skip
+        if needs[2] and normalize:
+            grad_scale = grad_scale + (grad_s[0].sum() * upstream).to(grad_scale)
+        return grad_features, grad_weight, grad_scale
+
+    def _gradients(
+        self,
+        problem: Problem,
+        vectors: tuple[Tensor, ...],  # those of a Forward from its shift on
+        row_factor: Tensor,
+        grad_cosine: Tensor,
+        grad_norm: Tensor | None,
+        upstream: Tensor | None,
+        x_factored: Tensor | None,
+        x_hat: Tensor | None,
+        factor: Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The backward pass; ``x_factored`` is there for the centres' gradient, x̂ and its factor where E is recomputed."""
+        shift, cosine, norm, inverse_norm, kept, rows = vectors
+        need_features, need_weight, need_scale = needs
         features, weight, _, scale, normalize = problem[:5]
         (B, D), C = features.shape, weight.shape[0]
         kernels = self.kernels
@@ -246,11 +287,7 @@ class Fused:
             recompute = need_weight and count < C
             shard = Shard.of(problem, recompute, recompute)
             s = scale_of(scale, normalize)
-            if need_weight:
-                x_factored = features.new_empty(B, shard.width, dtype=shard.panel_dtype)
-                x_hat = features.new_empty(B, shard.width, dtype=problem.compute_dtype) if recompute else None
-                factor = features.new_empty(B, dtype=torch.float32) if recompute else None
-                kernels.factor_rows(problem, norm, row_factor, s, x_factored, x_hat, factor)
+            if need_weight and x_factored is not None:
                 for start in shard.chunks:
                     terms = kept[:, start : start + shard.chunk] if start < count else shard.terms
                     if x_hat is not None and factor is not None and start >= count:
@@ -258,32 +295,18 @@ class Fused:
                             problem, start, x_hat, shard.prepare(kernels, start, inverse_norm), factor,
                             None if _bounded(s, normalize) else shift, terms, None, None, None, False,
                         )  # fmt: skip
-                    _grad_centres(kernels, shard, start, terms, x_factored, inverse_norm, grad_weight)
-            if need_features or need_weight or need_scale:
-                of_scale = need_scale and normalize
-                parts = features.new_empty(B, dtype=torch.float64) if of_scale else None
-                empty = norm.new_empty(0)
-                saved = Forward(empty, shift, cosine, norm, inverse_norm, kept, empty, rows, empty, empty)
-                kernels.finish_rows(
-                    problem, saved, s, row_factor, grad_cosine, grad_norm,
-                    grad_features if need_features else None, grad_weight if need_weight else None, parts,
-                )  # fmt: skip
-                if parts is not None:
-                    grad_scale = parts.sum().to(scale.device, scale.dtype)
+                    _grad_centres(kernels, shard, start, terms, x_factored, inverse_norm, grad_weight, upstream)
+            of_scale = need_scale and normalize
+            parts = features.new_empty(B, dtype=torch.float64) if of_scale else None
+            empty = norm.new_empty(0)
+            saved = Forward(empty, shift, cosine, norm, inverse_norm, kept, empty, rows, empty, empty)
+            kernels.finish_rows(
+                problem, saved, s, row_factor, grad_cosine, grad_norm, upstream,
+                grad_features if need_features else None, grad_weight if need_weight else None, parts,
+            )  # fmt: skip
+            if parts is not None:
+                grad_scale = parts.sum().to(scale.device, scale.dtype)
             return grad_features, grad_weight, grad_scale
-
-    def _constant_margin(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        problem, (z, shift, cosine, norm, num_rows, margin, reduction, _) = (
-            Problem(*arguments[:7]),
-            arguments[7:],
-        )
-        loss, derivatives = _constant_margin_fake(*arguments)
-        empty = z.new_empty(0)
-        saved = Forward(z, shift, cosine, norm, empty, empty, empty, empty, empty, empty)
-        s = scale_of(problem.scale, problem.normalize_features)
-        with _on(z.device):
-            self.kernels.constant_margin(problem, saved, num_rows, s, margin, reduction, loss, derivatives)
-        return loss, derivatives
 
 
 @dataclass
@@ -333,6 +356,7 @@ def _grad_centres(
     x_factored: Tensor,
     inverse_norm: Tensor,
     grad_weight: Tensor,
+    upstream: Tensor | None,
 ) -> None:
     """The gradient of a chunk's centres but for the targets' part, a few thousand classes at a time."""
     piece = max(FINISH_ELEMENTS // shard.width // 256, 1) * 256
@@ -344,7 +368,7 @@ def _grad_centres(
         mine = slice(start + first, start + first + n)
         target = grad_weight[mine]
         unit = _product(terms[:, first : first + n].T, x_factored, target if in_place else buffer[:n])
-        kernels.finish_centres(unit, shard.weight[mine], inverse_norm[mine], target)
+        kernels.finish_centres(unit, shard.weight[mine], inverse_norm[mine], target, upstream)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
@@ -429,6 +453,25 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _constant_margin_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    z, reduction, need_scale = arguments[7], *arguments[-2:]
-    return z.new_empty(z.shape if reduction == "none" else ()), z.new_empty(3 if need_scale else 2, z.shape[0])
+def _forward_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, (save_bytes, *_, reduction, need_weight, need_scale) = Problem(*arguments[:7]), arguments[7:]
+    (B, D), C = problem.features.shape, problem.weight.shape[0]
+    needed = need_weight and reduction != "none"
+    recompute = needed and padded(kept_count(B, C, D, problem.compute_dtype, save_bytes)) < C
+    return (
+        *_forward_fake(*arguments[:10]),
+        *_loss_buffers(problem, reduction, needed, need_scale),
+        problem.features.new_empty((B, padded(D)) if recompute else 0, dtype=problem.compute_dtype),
+        problem.features.new_empty(B if recompute else 0, dtype=torch.float32),
+    )
+
+
+def _loss_buffers(problem: Problem, reduction: str, x_needed: bool, need_scale: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, its derivatives, and a∘x̂."""
+    features = problem.features
+    B, D = features.shape
+    return (
+        features.new_empty(B if reduction == "none" else (), dtype=torch.float32),
+        features.new_empty(3 if need_scale else 2, B, dtype=torch.float32),
+        features.new_empty((B, padded(D)) if x_needed else 0, dtype=panel_dtype(problem.compute_dtype)),
+    )

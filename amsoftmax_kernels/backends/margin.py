@@ -6,13 +6,49 @@ Any other margin is differentiated by autograd; this spares the commonest one so
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from ..operators import is_traced
-from . import Forward, Problem
+from . import Forward, MarginLoss, Problem
+
+
+def forward_loss(
+    forward: Callable[[Problem, int, bool, bool], Forward],
+    problem: Problem,
+    save_bytes: int,
+    predict: bool,
+    need_rows: bool,
+    num_rows: Tensor,
+    margin: float,
+    reduction: str,
+    need_weight: bool,
+    need_scale: bool,
+) -> tuple[Forward, MarginLoss]:
+    """``forward_loss`` of a backend by its ``forward``."""
+    out = forward(problem, save_bytes, predict, need_rows)
+    loss, derivatives = constant_margin(problem, out, num_rows, margin, reduction, need_scale)
+    return out, MarginLoss(loss, derivatives, *(loss.new_empty(0) for _ in range(3)))
+
+
+def backward_loss(
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    problem: Problem,
+    saved: Forward,
+    of_loss: MarginLoss,
+    upstream: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``backward_loss`` of a backend by its ``backward``."""
+    row_factor, grad_cosine, *grad_s = (of_loss.derivatives * upstream).unbind()
+    grad_norm = None if problem.normalize_features else grad_s[0]
+    grad_features, grad_weight, grad_scale = backward(problem, saved, row_factor, grad_cosine, grad_norm, needs)
+    if needs[2] and problem.normalize_features:
+        grad_scale = grad_scale + grad_s[0].sum().to(grad_scale)
+    return grad_features, grad_weight, grad_scale
 
 
 def constant_margin(

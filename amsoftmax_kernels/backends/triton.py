@@ -83,14 +83,17 @@ class _Kernels:
         kernels.canonical_labels[(1,)](labels, ignore_index, result, count, len(labels), num_classes, 1024)
 
     def prepare_rows(
-        self, problem: Problem, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor, factor: Tensor
-    ) -> None:
+        self, problem: Problem, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor, factor: Tensor,
+        shift: Tensor, w_hat: Tensor | None, inverse_norm: Tensor,
+    ) -> None:  # fmt: skip
         features, weight = problem.features, problem.weight
         width = x_hat.shape[1]
-        kernels.prepare_rows[(len(features),)](
-            features, *features.stride(), weight, *weight.stride(), problem.labels, s, x_hat, cosine, norm, factor,
-            *weight.shape, width, isinstance(s, Tensor), problem.normalize_features, _tf32(x_hat),
-            triton.next_power_of_2(width),
+        block, rows = _rows_a_program(width)
+        centres = 0 if w_hat is None else -(-len(weight) // rows)
+        kernels.prepare_rows[(len(features) + centres,)](
+            features, *features.stride(), weight, *weight.stride(), problem.labels, s, x_hat, cosine, norm, factor, shift,
+            x_hat if w_hat is None else w_hat, inverse_norm, len(features), *weight.shape, width,
+            isinstance(s, Tensor), problem.normalize_features, _tf32(x_hat), w_hat is not None, rows, block,
         )  # fmt: skip
 
     def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None) -> None:
@@ -143,13 +146,21 @@ class _Kernels:
         )
 
     def constant_margin(
-        self, problem: Problem, saved: Forward, num_rows: Tensor, s: float | Tensor, margin: float, reduction: str,
-        loss: Tensor, derivatives: Tensor,
+        self, problem: Problem, saved: Forward, z_parts: Tensor | None, num_rows: Tensor, s: float | Tensor, margin: float,
+        reduction: str, loss: Tensor, derivatives: Tensor, x_factored: Tensor | None,
     ) -> None:  # fmt: skip
-        kernels.constant_margin[(1,)](
-            saved.z, saved.shift, saved.cosine, saved.norm, problem.labels, num_rows, s, margin, loss, derivatives,
-            len(saved.z), len(problem.weight), isinstance(s, Tensor), problem.normalize_features,
-            reduction != "none", reduction == "mean", len(derivatives) == 3, 1024,
+        features, reduced = problem.features, reduction != "none"
+        if len(features) + reduced == 0:
+            return
+        width = padded(features.shape[1])
+        parts = 0 if z_parts is None else z_parts.shape[0] * z_parts.shape[1]
+        kernels.constant_margin[(len(features) + reduced,)](
+            saved.z if z_parts is None else z_parts, saved.z, saved.shift, saved.cosine, saved.norm, problem.labels,
+            num_rows, s, margin, loss, derivatives, features, *features.stride(),
+            loss if x_factored is None else x_factored, len(features), *problem.weight.shape, width, parts,
+            z_parts is not None, x_factored is not None, isinstance(s, Tensor), problem.normalize_features,
+            reduced, reduction == "mean", len(derivatives) == 3, x_factored is not None and _tf32(x_factored),
+            triton.next_power_of_2(width), ROWS=128, PARTS=64, num_warps=8,
         )  # fmt: skip
 
     def factor_rows(
@@ -164,25 +175,30 @@ class _Kernels:
             _tf32(x_factored), triton.next_power_of_2(width),
         )  # fmt: skip
 
-    def finish_centres(self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor) -> None:
+    def finish_centres(
+        self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
+    ) -> None:
         block, rows = _rows_a_program(grad_unit.shape[1])
         kernels.finish_centres[(-(-len(grad) // rows),)](
-            grad_unit, weight, *weight.stride(), inverse_norm, grad, *grad.shape, grad_unit.shape[1], rows, block
-        )
+            grad_unit, weight, *weight.stride(), inverse_norm, inverse_norm if upstream is None else upstream,
+            grad, *grad.shape, grad_unit.shape[1], upstream is not None, rows, block,
+        )  # fmt: skip
 
     def finish_rows(
         self, problem: Problem, saved: Forward, s: float | Tensor, row_factor: Tensor, grad_cosine: Tensor,
-        grad_norm: Tensor | None, grad_features: Tensor | None, grad_weight: Tensor | None, grad_scale: Tensor | None,
+        grad_norm: Tensor | None, upstream: Tensor | None,
+        grad_features: Tensor | None, grad_weight: Tensor | None, grad_scale: Tensor | None,
     ) -> None:  # fmt: skip
         features, weight = problem.features, problem.weight
         B, D = features.shape
         width = padded(D)
         kernels.finish_rows[(B,)](
             features, *features.stride(), weight, *weight.stride(), problem.labels, saved.norm, saved.cosine, s,
-            row_factor, grad_cosine, row_factor if grad_norm is None else grad_norm, saved.rows,
+            row_factor, grad_cosine, row_factor if grad_norm is None else grad_norm,
+            row_factor if upstream is None else upstream, saved.rows,
             *(row_factor if each is None else each for each in (grad_features, grad_weight, grad_scale)),
             B, len(weight), D, width,
-            isinstance(s, Tensor), problem.normalize_features, grad_norm is not None,
+            isinstance(s, Tensor), problem.normalize_features, grad_norm is not None, upstream is not None,
             grad_features is not None, grad_weight is not None, grad_scale is not None,
             triton.next_power_of_2(width), 1024,
         )  # fmt: skip
@@ -218,4 +234,5 @@ def _rows_a_program(width: int) -> tuple[int, int]:
 
 fused = Fused("triton", _Kernels())
 canonical_labels, loss_at_once = fused.canonical_labels, fused.loss_at_once
-forward, constant_margin, backward = fused.forward, fused.constant_margin, fused.backward
+forward, backward = fused.forward, fused.backward
+forward_loss, backward_loss = fused.forward_loss, fused.backward_loss

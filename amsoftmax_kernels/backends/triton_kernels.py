@@ -62,36 +62,47 @@ def canonical_labels(labels, ignore_index, out, count, B, C, BLOCK: tl.constexpr
     tl.store(count, tl.maximum(tl.sum(total, 0), 1).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["C"])
+@triton.jit(do_not_specialize=["B", "C"])
 def prepare_rows(
     features, stride_row, stride_column,  # [B, D]
     weight, stride_class, stride_dim,  # [C, D]
     labels,  # [B]
     scale,  # s, or a pointer to it
     x_hat,  # [B, D_padded] in the operand dtype
-    cosine, norm_out, factor,  # [B]
-    C, D, D_padded,
-    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, TF32: tl.constexpr, BLOCK: tl.constexpr,
+    cosine, norm_out, factor, shift,  # [B]
+    w_hat, inverse_norm,  # [C, D_padded], [C], written if CENTRES
+    B, C, D, D_padded,
+    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, TF32: tl.constexpr,
+    CENTRES: tl.constexpr, CENTRES_A_PROGRAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row a program: x̂, ‖x‖, the target's exact cosine (in float64), and log2(e)·s (or ‖x‖), the logits' factor."""
+    """A row a program: x̂, ‖x‖, the target's exact cosine (in float64), log2(e)·s (or ‖x‖), the logits' factor, no shift.
+
+    With CENTRES the programs after them do what :func:`prepare_centres` does, which spares its launch.
+    """
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK).to(tl.int64)  # times a stride that may be C
-    label = tl.load(labels + row)
-    present = (label >= 0) & (label < C)
-    target = tl.where(present, label, 0)
-    x = tl.load(features + row * stride_row + columns * stride_column, mask=(columns < D) & (label >= 0), other=0.0)
-    w = tl.load(weight + target * stride_class + columns * stride_dim, mask=columns < D, other=0.0)
-    x, w = x.to(tl.float64), w.to(tl.float64)
-    norm = tl.sqrt(tl.sum(x * x, 0))
-    inverse = _inverse(norm)
-    t = tl.sum(x * w, 0) * (inverse * _inverse(tl.sqrt(tl.sum(w * w, 0))))
-    x_unit = (x * inverse).to(tl.float32)
-    tl.store(x_hat + row * D_padded + columns, _operand(x_unit, x_hat.dtype.element_ty, TF32), mask=columns < D_padded)
-    tl.store(cosine + row, tl.where(present, t, 0.0).to(tl.float32))
-    length = norm.to(tl.float32)
-    length = tl.where(label < 0, 1.0, length + (length - length))  # NaN where it overflows
-    tl.store(norm_out + row, length)
-    tl.store(factor + row, _scale(scale, length, SCALE_ON_DEVICE, NORMALIZE) * LOG2E)
+    if row < B:
+        columns = tl.arange(0, BLOCK).to(tl.int64)  # times a stride that may be C
+        label = tl.load(labels + row)
+        present = (label >= 0) & (label < C)
+        target = tl.where(present, label, 0)
+        x = tl.load(features + row * stride_row + columns * stride_column, mask=(columns < D) & (label >= 0), other=0.0)
+        w = tl.load(weight + target * stride_class + columns * stride_dim, mask=columns < D, other=0.0)
+        x, w = x.to(tl.float64), w.to(tl.float64)
+        norm = tl.sqrt(tl.sum(x * x, 0))
+        inverse = _inverse(norm)
+        t = tl.sum(x * w, 0) * (inverse * _inverse(tl.sqrt(tl.sum(w * w, 0))))
+        x_unit = (x * inverse).to(tl.float32)
+        tl.store(x_hat + row * D_padded + columns, _operand(x_unit, x_hat.dtype.element_ty, TF32), mask=columns < D_padded)
+        tl.store(cosine + row, tl.where(present, t, 0.0).to(tl.float32))
+        length = norm.to(tl.float32)
+        length = tl.where(label < 0, 1.0, length + (length - length))  # NaN where it overflows
+        tl.store(norm_out + row, length)
+        tl.store(factor + row, _scale(scale, length, SCALE_ON_DEVICE, NORMALIZE) * LOG2E)
+        tl.store(shift + row, 0.0)
+    elif CENTRES:
+        _prepare_centres(
+            row - B, weight, stride_class, stride_dim, w_hat, inverse_norm, C, D, D_padded, TF32, CENTRES_A_PROGRAM, BLOCK
+        )
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -106,7 +117,16 @@ def prepare_centres(
     """ŵ and 1/‖w‖ of a chunk's N classes: one read, one write; nothing for a pass that a moderate scale does without."""
     if ONLY_UNBOUNDED:
         N = tl.where(tl.load(scale).to(tl.float32) * LOG2E <= BOUND, 0, N)
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    program = tl.program_id(0).to(tl.int64)
+    _prepare_centres(program, weight, stride_class, stride_dim, w_hat, inverse_norm, N, D, D_padded, TF32, ROWS, BLOCK)
+
+
+@triton.jit
+def _prepare_centres(
+    program, weight, stride_class, stride_dim, w_hat, inverse_norm, N, D, D_padded,
+    TF32: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = program * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK).to(tl.int64)
     inside = (rows < N)[:, None]
     w = tl.load(
@@ -282,54 +302,100 @@ def reduce_best(
         tl.store(best_class + rows, largest_class, mask=inside)
 
 
-@triton.jit(do_not_specialize=["B", "C"])
+@triton.jit
+def _additive_margin(z, shift, cosine, s, margin, label, C):
+    """softplus(v) with v = log z − s(t − m), sigmoid(v), and t − m, in float64; 0 where ignored, NaN out of range."""
+    t = tl.where(label < C, cosine, float("nan"))  # no silent wrong number
+    above = t - margin
+    v = tl.log(z) + shift * LN2 - above * s
+    # Both from e^-|v|, with a log(1 + e) that keeps a small e.
+    e = tl.exp(-tl.abs(v))
+    one_more = 1.0 + e
+    rounded = one_more - 1.0
+    log1p = tl.where(rounded == 0.0, e, tl.log(one_more) * (e / tl.where(rounded == 0.0, 1.0, rounded)))
+    nothing = (label < 0) | (v == float("-inf"))
+    softplus = tl.where(nothing, 0.0, tl.where(v > 0, v, 0.0) + log1p)
+    p = tl.where(nothing, 0.0, tl.where(v > 0, 1.0, e) / one_more)
+    return softplus, p, above
+
+
+@triton.jit(do_not_specialize=["B", "C", "parts"])
 def constant_margin(
+    z_partial,  # [parts, B] float64, summed into z if SUM
     z, shift, cosine, norm,  # [B]
     labels, num_rows,  # [B] and a number
     scale, margin,
     loss,  # [B], or a number if REDUCE
     derivatives,  # [2 or 3, B]
-    B, C,
-    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr,
-    NEED_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    features, stride_row, stride_column,  # [B, D]
+    x_factored,  # [B, D_padded] in the dtype of E, written if FACTOR
+    B, C, D, D_padded, parts,
+    SUM: tl.constexpr, FACTOR: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr,
+    REDUCE: tl.constexpr, MEAN: tl.constexpr, NEED_SCALE: tl.constexpr, TF32: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """AM-Softmax's loss and its derivatives by log z (over z), t and s: one program, B numbers, in float64."""
-    total = tl.zeros([BLOCK], tl.float64)
+    """AM-Softmax's derivatives by log z (over z), t and s, and a∘x̂, a row a program; the last program, if REDUCE, the loss.
+
+    That one computes every row's margin again rather than wait for the others: B numbers, in float64.
+    """
+    row = tl.program_id(0)
     count = tl.load(num_rows).to(tl.float64)
-    for start in range(0, B, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        inside = rows < B
-        label = tl.load(labels + rows, mask=inside, other=-1)
-        sum_of_negatives = tl.load(z + rows, mask=inside, other=0.0).to(tl.float64)
-        t = tl.load(cosine + rows, mask=inside, other=0.0).to(tl.float64)
-        t = tl.where(label < C, t, float("nan"))  # a label out of range: no silent wrong number
-        s = _scale(scale, tl.load(norm + rows, mask=inside, other=1.0), SCALE_ON_DEVICE, NORMALIZE).to(tl.float64)
-        above = t - margin
-        log_z = tl.log(sum_of_negatives) + tl.load(shift + rows, mask=inside, other=0.0).to(tl.float64) * LN2
-        v = log_z - above * s
-        # softplus(v) and sigmoid(v) from e^-|v|, with a log(1 + e) that keeps a small e.
-        e = tl.exp(-tl.abs(v))
-        one_more = 1.0 + e
-        rounded = one_more - 1.0
-        log1p = tl.where(rounded == 0.0, e, tl.log(one_more) * (e / tl.where(rounded == 0.0, 1.0, rounded)))
-        softplus = tl.where(v > 0, v, 0.0) + log1p
-        p = tl.where(v > 0, 1.0, e) / one_more
-        ignored = (label < 0) | (v == float("-inf"))
-        softplus = tl.where(ignored, 0.0, softplus)
-        p = tl.where(ignored, 0.0, p)
+    if row < B:
+        label = tl.load(labels + row)
+        if SUM:
+            total = tl.zeros([PARTS], tl.float64)
+            for start in range(0, parts, PARTS):
+                part = start + tl.arange(0, PARTS)
+                total += tl.load(z_partial + part.to(tl.int64) * B + row, mask=part < parts, other=0.0)
+            sum_of_negatives = tl.where(label < 0, 0.0, tl.sum(total, 0))
+            tl.store(z + row, sum_of_negatives.to(tl.float32))
+        else:
+            sum_of_negatives = tl.load(z + row).to(tl.float64)
+        length = tl.load(norm + row)
+        s = _scale(scale, length, SCALE_ON_DEVICE, NORMALIZE).to(tl.float64)
+        softplus, p, above = _additive_margin(
+            sum_of_negatives, tl.load(shift + row).to(tl.float64), tl.load(cosine + row).to(tl.float64), s, margin, label, C
+        )
         if MEAN:
             p /= count
         by_z = tl.where(sum_of_negatives > 0, p / tl.where(sum_of_negatives > 0, sum_of_negatives, 1.0), p * 0.0)
-        tl.store(derivatives + rows, by_z.to(tl.float32), mask=inside)
-        tl.store(derivatives + B + rows, (-p * s).to(tl.float32), mask=inside)
+        tl.store(derivatives + row, by_z.to(tl.float32))
+        tl.store(derivatives + B + row, (-p * s).to(tl.float32))
         if NEED_SCALE:
-            tl.store(derivatives + 2 * B + rows, (-p * above).to(tl.float32), mask=inside)
-        if REDUCE:
-            total += tl.where(inside, softplus, 0.0)
-        else:
-            tl.store(loss + rows, softplus.to(tl.float32), mask=inside)
-    if REDUCE:
-        value = tl.sum(total, 0)
+            tl.store(derivatives + 2 * B + row, (-p * above).to(tl.float32))
+        if not REDUCE:
+            tl.store(loss + row, softplus.to(tl.float32))
+        if FACTOR:
+            columns = tl.arange(0, BLOCK).to(tl.int64)
+            place = row.to(tl.int64)
+            x = tl.load(
+                features + place * stride_row + columns * stride_column, mask=(columns < D) & (label >= 0), other=0.0
+            ).to(tl.float32)
+            factored = x * _inverse(length) * (by_z * s).to(tl.float32)
+            factored = _operand(factored, x_factored.dtype.element_ty, TF32)
+            tl.store(x_factored + place * D_padded + columns, factored, mask=columns < D_padded)
+    elif REDUCE:
+        losses = tl.zeros([ROWS], tl.float64)
+        for first in range(0, B, ROWS):
+            rows = first + tl.arange(0, ROWS)
+            inside = rows < B
+            label = tl.load(labels + rows, mask=inside, other=-1)
+            if SUM:
+                total = tl.zeros([ROWS], tl.float64)
+                for start in range(0, parts, PARTS):
+                    part = start + tl.arange(0, PARTS)
+                    mask = (part < parts)[:, None] & inside[None, :]
+                    offsets = part.to(tl.int64)[:, None] * B + rows[None, :]
+                    total += tl.sum(tl.load(z_partial + offsets, mask=mask, other=0.0), 0)
+            else:
+                total = tl.load(z + rows, mask=inside, other=0.0).to(tl.float64)
+            s = _scale(scale, tl.load(norm + rows, mask=inside, other=1.0), SCALE_ON_DEVICE, NORMALIZE).to(tl.float64)
+            softplus, p, above = _additive_margin(
+                total, tl.load(shift + rows, mask=inside, other=0.0).to(tl.float64),
+                tl.load(cosine + rows, mask=inside, other=0.0).to(tl.float64), s, margin, label, C,
+            )  # fmt: skip
+            losses += softplus
+        value = tl.sum(losses, 0)
         if MEAN:
             value /= count
         tl.store(loss, value.to(tl.float32))
@@ -365,9 +431,10 @@ def finish_centres(
     grad_unit,  # [N, D_padded] float32: the gradient by ŵ
     weight, stride_class, stride_dim,  # [C, D], from the chunk's first class
     inverse_norm,  # [N]
+    upstream,  # a number to multiply by, if UPSTREAM
     grad,  # [N, D], may be grad_unit itself
     N, D, D_padded,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    UPSTREAM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dw = (dŵ − (dŵ·ŵ) ŵ)/‖w‖ of a chunk's classes in one pass."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -376,9 +443,12 @@ def finish_centres(
     g = tl.load(grad_unit + rows[:, None] * D_padded + columns[None, :], mask=inside, other=0.0)
     w = tl.load(weight + rows[:, None] * stride_class + columns[None, :] * stride_dim, mask=inside, other=0.0)
     inverse = tl.load(inverse_norm + rows, mask=rows < N, other=0.0)
+    outer = inverse
+    if UPSTREAM:
+        outer *= tl.load(upstream)
     unit = w.to(tl.float32) * inverse[:, None]
     along = tl.sum(g * unit, 1)
-    g = (g - along[:, None] * unit) * inverse[:, None]
+    g = (g - along[:, None] * unit) * outer[:, None]
     tl.store(grad + rows[:, None] * D + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
 
 
@@ -388,13 +458,14 @@ def finish_rows(
     weight, stride_class, stride_dim,  # [C, D]
     labels, norm, cosine, scale,  # [B], and s or a pointer to it
     row_factor, grad_cosine, grad_norm,  # [B]
+    upstream,  # a number to multiply those by, if UPSTREAM
     unit_rows,  # [B, D_padded] float32: Σ_j E ŵ_j
     grad_features,  # [B, D]
     grad_weight,  # [C, D], complete but for the targets
     grad_scale,  # [B] float64, the parts of the gradient of s through z
     B, C, D, D_padded,
     SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, GRAD_NORM: tl.constexpr,
-    FEATURES: tl.constexpr, WEIGHT: tl.constexpr, SCALE: tl.constexpr,
+    UPSTREAM: tl.constexpr, FEATURES: tl.constexpr, WEIGHT: tl.constexpr, SCALE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_LABELS: tl.constexpr,
 ):  # fmt: skip
     """A row a program: dx; and, by the first row of each class, the targets' part of that class's dw. In float64.
@@ -410,19 +481,22 @@ def finish_rows(
     w = tl.load(weight + target * stride_class + columns * stride_dim, mask=inside, other=0.0).to(tl.float64)
     w_inverse = _inverse(tl.sqrt(tl.sum(w * w, 0)))
     w_unit = w * w_inverse
+    outer = tl.full([], 1.0, tl.float64)
+    if UPSTREAM:
+        outer = tl.load(upstream).to(tl.float64)
 
     if FEATURES or SCALE:
         x = tl.load(features + row * stride_row + columns * stride_column, mask=inside & (label >= 0), other=0.0)
         length = tl.load(norm + row)
         x_inverse = _inverse(length.to(tl.float64))
         x_unit = x.to(tl.float64) * x_inverse
-        a = tl.load(row_factor + row).to(tl.float64)
+        a = tl.load(row_factor + row).to(tl.float64) * outer
         sums = tl.load(unit_rows + row * D_padded + columns, mask=inside, other=0.0).to(tl.float64)
         along = tl.sum(sums * x_unit, 0)
         if SCALE:
             tl.store(grad_scale + row, a * along)
         if FEATURES:
-            tau = tl.where(present, tl.load(grad_cosine + row).to(tl.float64), 0.0) * x_inverse
+            tau = tl.where(present, tl.load(grad_cosine + row).to(tl.float64), 0.0) * (x_inverse * outer)
             t = tl.load(cosine + row).to(tl.float64)
             if NORMALIZE:
                 a *= _scale(scale, length, SCALE_ON_DEVICE, NORMALIZE).to(tl.float64) * x_inverse
@@ -431,7 +505,7 @@ def finish_rows(
                 dx = tl.where(x_inverse == 0.0, 0.0, a) * sums
             dx += tau * (w_unit - t * x_unit)
             if GRAD_NORM:
-                dx += tl.load(grad_norm + row).to(tl.float64) * x_unit
+                dx += tl.load(grad_norm + row).to(tl.float64) * outer * x_unit
             dx = tl.where(label < 0, 0.0, dx)  # whatever its features or the centres are
             tl.store(grad_features + row * D + columns, dx.to(grad_features.dtype.element_ty), mask=inside)
 
@@ -451,7 +525,7 @@ def finish_rows(
                         features + other.to(tl.int64) * stride_row + columns * stride_column, mask=inside, other=0.0
                     ).to(tl.float64)
                     x_other *= _inverse(tl.load(norm + other).to(tl.float64))
-                    tau_other = tl.load(grad_cosine + other).to(tl.float64) * w_inverse
+                    tau_other = tl.load(grad_cosine + other).to(tl.float64) * (w_inverse * outer)
                     dw += tau_other * (x_other - tl.load(cosine + other).to(tl.float64) * w_unit)
                     other = tl.min(tl.where(same & (others > other), others, B), 0)
             place = grad_weight + target * D + columns
