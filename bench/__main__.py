@@ -11,6 +11,7 @@ COMMANDS = {
     "faces": "train on real faces with each loss, verify on people never seen in training",
     "loss": "time the loss beside its peers and the floor, with peak memory",
     "kernels": "compile every Triton kernel without a GPU, read the machine code, estimate times",
+    "host": "time what the host does before the GPU is asked, without a GPU",
     "gpu": "everything that needs a GPU: checks, times beside the peers and the floor, a profile",
     "train": "train end to end, classes sharded over the ranks that torchrun starts, verify on identities never seen",
     "plan": "what a run needs before it is paid for: memory a rank, bytes on the wire, time a step",

@@ -149,8 +149,12 @@ inline T from_lane(const Warp& warp, unsigned lane) {
 #define blockIdx (emulate::block_index)
 #define blockDim (emulate::block)
 #define gridDim (emulate::grid)
+#ifdef AK_NO_LAUNCH  // to time what comes before
+#define AK_LAUNCH(...) ((void)0)
+#else
 #define AK_LAUNCH(kernel, grid, block, shared, stream, ...) \
     emulate::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })
+#endif
 #define AK_DYNAMIC_SHARED(name) unsigned char* name = emulate::shared_memory()
 
 inline void __syncthreads() { emulate::wait(emulate::State::at_block_barrier); }

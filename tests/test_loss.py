@@ -115,40 +115,50 @@ def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     ignored[1], zero[1], overflowing[1, 0] = -100, 0.0, 1e200
     ak.am_softmax_loss(features, weight, labels)
     ak.am_softmax_loss(features, weight, labels, scale=torch.tensor(64.0), return_predictions=True)
-    assert taken == [True, True]
     ak.am_softmax_loss(features, weight, ignored)
+    assert taken == [True, True, True]
+    ak.am_softmax_loss(features, weight, torch.full_like(labels, -100))
     ak.am_softmax_loss(zero, weight, labels)
     ak.am_softmax_loss(features, overflowing, labels)
     ak.am_softmax_loss(features, weight, labels, scale=64.1)
     ak.am_softmax_loss(features, weight[:1], torch.zeros_like(labels))
     ak.am_softmax_loss(features[:0], weight, labels[:0])
-    assert taken == [True, True, *[False] * 6]
+    assert taken == [True, True, True, *[False] * 6]
     ak.am_softmax_loss(features, weight, labels, normalize_features=False)
     ak.am_softmax_loss(features, weight, labels, interclass_filter=0.5)
     ak.am_softmax_loss(features, weight, labels, reduction="none")
     ak.am_softmax_loss(features, weight, labels, margin=lambda t, labels, norm: t)
-    assert len(taken) == 8
+    assert len(taken) == 9
 
 
+@pytest.mark.parametrize("ignored", [[], [3], [0, 6]])
 @pytest.mark.parametrize("margin", [-2.0, 0.0, 2.0])
 @pytest.mark.parametrize("needed", ["features", "weight", "scale", "all"])
-def test_gradients_made_in_the_forward_pass(needed: str, margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_made_in_the_forward_pass(
+    needed: str, margin: float, ignored: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each alone and all together, for the extreme margins at the largest scale, twice, times an upstream gradient."""
     taken = at_once(monkeypatch)
     case = Case("", "", B=7, C=13, D=5, own=0.9)
     features, weight, labels, _ = case.tensors()
-    weight[labels[0]] = -features[0]  # a target at the far side
-    grads = []
+    weight[labels[1]] = -features[1]  # a target at the far side
+    labels[ignored] = -100
+    features[ignored] = math.nan
+    grads, predictions = [], []
     for backend in ("chunked", "reference"):
         tensors = {"features": features, "weight": weight, "scale": torch.tensor(64.0, dtype=torch.float64)}
         tensors = {name: each.clone().requires_grad_(needed in (name, "all")) for name, each in tensors.items()}
-        loss = ak.am_softmax_loss(tensors["features"], tensors["weight"], labels, scale=tensors["scale"], margin=margin,
-                                  backend=backend)  # fmt: skip
+        loss, predicted = ak.am_softmax_loss(
+            tensors["features"], tensors["weight"], labels,
+            scale=tensors["scale"], margin=margin, backend=backend, return_predictions=True,
+        )  # fmt: skip
+        predictions.append(predicted)
         loss.backward(torch.tensor(-3.0, dtype=torch.float64), retain_graph=True)
         (2 * loss).backward()
         grads.append({name: each.grad for name, each in tensors.items() if each.requires_grad})
         assert all(each.grad is None for each in tensors.values() if not each.requires_grad)
     assert taken == [True]
+    assert torch.equal(*predictions) and (predictions[0][ignored] == -1).all() and predictions[0][1] != labels[1]
     for name, exact in grads[1].items():
         assert relative(grads[0][name], exact) < FLOAT64, name
 

@@ -60,12 +60,27 @@ def loss_at_once(
     if device.type != "cpu" or is_traced(features) or B == 0 or not 1 < C <= _chunk_size(B, D, device):
         return None
     s, learned = (scale.item(), scale.requires_grad) if isinstance(scale, Tensor) else (scale, False)
-    if s > BOUNDED_SCALE or num_rows.item() != B:
+    if s > BOUNDED_SCALE:
         return None
     enabled = torch.is_grad_enabled()
     needs = (enabled and features.requires_grad, enabled and weight.requires_grad, enabled and learned)
+    dtype = accumulate_dtype(compute_dtype)
     with torch.no_grad(), no_autocast(device):
-        return one_chunk.loss(features, weight, labels, s, margin, mean, accumulate_dtype(compute_dtype), predict, needs)
+        if num_rows.item() == B:
+            return one_chunk.loss(features, weight, labels, s, margin, mean, dtype, predict, needs)
+        rows = (labels >= 0).nonzero()[:, 0]  # the others are ignored, whatever they hold
+        if rows.shape[0] == 0:
+            return None
+        features, labels = features.index_select(0, rows), labels.index_select(0, rows)
+        result = one_chunk.loss(features, weight, labels, s, margin, mean, dtype, predict, needs)
+        if result is None:
+            return None
+        loss, predictions, grad_features, *grads = result
+        if predictions is not None:
+            predictions = predictions.new_full((B,), -1).index_copy_(0, rows, predictions)
+        if grad_features is not None:
+            grad_features = grad_features.new_zeros(B, D).index_copy_(0, rows, grad_features)
+        return LossAtOnce(loss, predictions, grad_features, *grads)
 
 
 def forward(problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:

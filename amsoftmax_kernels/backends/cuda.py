@@ -81,7 +81,7 @@ class _Kernels:
 
     def canonical_labels(self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor) -> None:
         parameters = c.Labels(
-            c.pointer(labels), c.pointer(result), c.pointer(count), len(labels), num_classes, ignore_index,
+            c.pointer(labels), c.pointer(result), c.pointer(count), labels.shape[0], num_classes, ignore_index,
             c.integer_type(labels), 0,
         )  # fmt: skip
         _library(labels.device).call("ak_canonical_labels", parameters, labels.device)
@@ -109,7 +109,7 @@ class _Kernels:
         parameters = c.Cosine(
             c.operand(x_hat), c.operand(w_hat), c.matrix(terms), c.pointer(problem.labels), c.pointer(factor),
             c.pointer(shift), c.pointer(z), c.pointer(best), c.pointer(best_class), start, problem.interclass_filter,
-            self.streams(problem, len(w_hat)) if parts is None else len(parts), int(only_unbounded), 0,
+            self.streams(problem, w_hat.shape[0]) if parts is None else parts.shape[0], int(only_unbounded), 0,
         )  # fmt: skip
         _library(x_hat.device).call("ak_cosine_exp", parameters, x_hat.device)
 
@@ -136,8 +136,8 @@ class _Kernels:
             c.matrix(problem.features), c.operand(x_factored), c.pointer(z_parts),
             c.pointer(saved.z), c.pointer(saved.shift), c.pointer(saved.cosine), c.pointer(saved.norm),
             c.pointer(problem.labels), c.pointer(num_rows), c.pointer(loss), c.pointer(derivatives), margin,
-            len(saved.z), len(problem.weight), parts, c.scale(s, problem.normalize_features),
-            int(reduction != "none"), int(reduction == "mean"), int(len(derivatives) == 3), 0,
+            saved.z.shape[0], problem.weight.shape[0], parts, c.scale(s, problem.normalize_features),
+            int(reduction != "none"), int(reduction == "mean"), int(derivatives.shape[0] == 3), 0,
         )  # fmt: skip
         _library(loss.device).call("ak_constant_margin", parameters, loss.device)
 

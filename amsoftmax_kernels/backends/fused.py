@@ -156,7 +156,7 @@ class Fused:
             )
 
         saved, *prepared = self._over_chunks(problem, *how, finish=finish)
-        recompute = needed and saved.kept.shape[1] < len(problem.weight)
+        recompute = needed and saved.kept.shape[1] < problem.weight.shape[0]
         return *saved, loss, derivatives, x_factored, *(each if recompute else each.new_empty(0) for each in prepared)
 
     def _over_chunks(
@@ -216,7 +216,7 @@ class Fused:
                     z_parts[i], best_parts[i] if predict else None, class_parts[i] if predict else None, False,
                 )  # fmt: skip
                 if need_rows:
-                    product = _product(terms[:, : len(w_hat)], w_hat.to(shard.panel_dtype), rows if i == 0 else None)
+                    product = _product(terms[:, : w_hat.shape[0]], w_hat.to(shard.panel_dtype), rows if i == 0 else None)
                     if i > 0:
                         rows += product
             if finish is None or not one_chunk:
@@ -233,10 +233,10 @@ class Fused:
         grad_norm = None if arguments[15] is None else arguments[15].contiguous()
         needs = arguments[16:]
         features, weight, norm, kept = problem.features, problem.weight, vectors[2], vectors[4]
-        B, width = len(features), padded(features.shape[1])
+        B, width = features.shape[0], padded(features.shape[1])
         x_factored = x_hat = factor = None
         if needs[1] and B:
-            recompute = kept.shape[1] < len(weight)
+            recompute = kept.shape[1] < weight.shape[0]
             x_factored = features.new_empty(B, width, dtype=panel_dtype(problem.compute_dtype))
             x_hat = features.new_empty(B, width, dtype=problem.compute_dtype) if recompute else None
             factor = features.new_empty(B, dtype=torch.float32) if recompute else None

@@ -80,7 +80,7 @@ class _Kernels:
         return blocks, streams_for(_multiprocessors(device) * c.resident, blocks, -(-classes // c.classes))
 
     def canonical_labels(self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor) -> None:
-        kernels.canonical_labels[(1,)](labels, ignore_index, result, count, len(labels), num_classes, 1024)
+        kernels.canonical_labels[(1,)](labels, ignore_index, result, count, labels.shape[0], num_classes, 1024)
 
     def prepare_rows(
         self, problem: Problem, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor, factor: Tensor,
@@ -89,16 +89,16 @@ class _Kernels:
         features, weight = problem.features, problem.weight
         width = x_hat.shape[1]
         block, rows = _rows_a_program(width)
-        centres = 0 if w_hat is None else -(-len(weight) // rows)
-        kernels.prepare_rows[(len(features) + centres,)](
+        centres = 0 if w_hat is None else -(-weight.shape[0] // rows)
+        kernels.prepare_rows[(features.shape[0] + centres,)](
             features, *features.stride(), weight, *weight.stride(), problem.labels, s, x_hat, cosine, norm, factor, shift,
-            x_hat if w_hat is None else w_hat, inverse_norm, len(features), *weight.shape, width,
+            x_hat if w_hat is None else w_hat, inverse_norm, features.shape[0], *weight.shape, width,
             isinstance(s, Tensor), problem.normalize_features, _tf32(x_hat), w_hat is not None, rows, block,
         )  # fmt: skip
 
     def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None) -> None:
         block, rows = _rows_a_program(w_hat.shape[1])
-        kernels.prepare_centres[(-(-len(weight) // rows),)](
+        kernels.prepare_centres[(-(-weight.shape[0] // rows),)](
             weight, *weight.stride(), w_hat, inverse_norm, inverse_norm if unless_bounded is None else unless_bounded,
             *weight.shape, w_hat.shape[1], unless_bounded is not None, _tf32(w_hat), rows, block,
         )  # fmt: skip
@@ -115,12 +115,13 @@ class _Kernels:
             tiles = ([c.rows, c.depth], [c.classes, c.depth], [c.rows, columns])
             operands = [TensorDescriptor.from_tensor(*each) for each in zip(operands, tiles, strict=True)]
         parts = z if z is not None else best
-        blocks, streams = self._programs(problem, len(w_hat))
-        kernels.cosine_exp[(blocks, streams if parts is None else len(parts))](
+        blocks, streams = self._programs(problem, w_hat.shape[0])
+        kernels.cosine_exp[(blocks, streams if parts is None else parts.shape[0])](
             *operands,
             problem.labels, factor, factor if shift is None else shift,
             factor if z is None else z, factor if best is None else best, factor if best_class is None else best_class,
-            len(x_hat), len(w_hat), x_hat.shape[1], stored.shape[1], stored.stride(0), start, problem.interclass_filter,
+            x_hat.shape[0], w_hat.shape[0], x_hat.shape[1], stored.shape[1], stored.stride(0), start,
+            problem.interclass_filter,
             ONLY_UNBOUNDED=only_unbounded, SHIFT=shift is not None, SUM=z is not None, STORE=terms is not None,
             BEST=best is not None, FILTER=problem.interclass_filter <= 1, BULK=c.bulk,
             PRECISION="tf32" if _tf32(x_hat) else "ieee",
@@ -130,7 +131,7 @@ class _Kernels:
 
     def reduce_sums(self, z_parts: Tensor, labels: Tensor, z: Tensor) -> None:
         parts = z_parts.shape[0] * z_parts.shape[1]
-        kernels.reduce_sums[(-(-len(z) // 32),)](z_parts, labels, z, len(z), parts, ROWS=32, PARTS=32)
+        kernels.reduce_sums[(-(-z.shape[0] // 32),)](z_parts, labels, z, z.shape[0], parts, ROWS=32, PARTS=32)
 
     def reduce_best(self, best_parts: Tensor, class_parts: Tensor, best: Tensor, best_class: Tensor) -> None:
         self._reduce_best(best_parts, class_parts, best, best, best_class, best, False)
@@ -150,17 +151,17 @@ class _Kernels:
         reduction: str, loss: Tensor, derivatives: Tensor, x_factored: Tensor | None,
     ) -> None:  # fmt: skip
         features, reduced = problem.features, reduction != "none"
-        if len(features) + reduced == 0:
+        if features.shape[0] + reduced == 0:
             return
         width = padded(features.shape[1])
         parts = 0 if z_parts is None else z_parts.shape[0] * z_parts.shape[1]
-        kernels.constant_margin[(len(features) + reduced,)](
+        kernels.constant_margin[(features.shape[0] + reduced,)](
             saved.z if z_parts is None else z_parts, saved.z, saved.shift, saved.cosine, saved.norm, problem.labels,
             num_rows, s, margin, loss, derivatives, features, *features.stride(),
-            loss if x_factored is None else x_factored, len(features), *problem.weight.shape, width, parts,
+            loss if x_factored is None else x_factored, features.shape[0], *problem.weight.shape, width, parts,
             z_parts is not None, x_factored is not None, isinstance(s, Tensor), problem.normalize_features,
-            reduced, reduction == "mean", len(derivatives) == 3, x_factored is not None and _tf32(x_factored),
-            triton.next_power_of_2(width), ROWS=128, PARTS=64, num_warps=8,
+            reduced, reduction == "mean", derivatives.shape[0] == 3, x_factored is not None and _tf32(x_factored),
+            _power_of_2(width), ROWS=128, PARTS=64, num_warps=8,
         )  # fmt: skip
 
     def factor_rows(
@@ -168,18 +169,18 @@ class _Kernels:
         x_hat: Tensor | None, factor: Tensor | None,
     ) -> None:  # fmt: skip
         features, width = problem.features, x_factored.shape[1]
-        kernels.factor_rows[(len(features),)](
+        kernels.factor_rows[(features.shape[0],)](
             features, *features.stride(), problem.labels, norm, row_factor, s, x_factored,
             x_factored if x_hat is None else x_hat, norm if factor is None else factor,
             features.shape[1], width, isinstance(s, Tensor), problem.normalize_features, x_hat is not None,
-            _tf32(x_factored), triton.next_power_of_2(width),
+            _tf32(x_factored), _power_of_2(width),
         )  # fmt: skip
 
     def finish_centres(
         self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
     ) -> None:
         block, rows = _rows_a_program(grad_unit.shape[1])
-        kernels.finish_centres[(-(-len(grad) // rows),)](
+        kernels.finish_centres[(-(-grad.shape[0] // rows),)](
             grad_unit, weight, *weight.stride(), inverse_norm, inverse_norm if upstream is None else upstream,
             grad, *grad.shape, grad_unit.shape[1], upstream is not None, rows, block,
         )  # fmt: skip
@@ -197,10 +198,10 @@ class _Kernels:
             row_factor, grad_cosine, row_factor if grad_norm is None else grad_norm,
             row_factor if upstream is None else upstream, saved.rows,
             *(row_factor if each is None else each for each in (grad_features, grad_weight, grad_scale)),
-            B, len(weight), D, width,
+            B, weight.shape[0], D, width,
             isinstance(s, Tensor), problem.normalize_features, grad_norm is not None, upstream is not None,
             grad_features is not None, grad_weight is not None, grad_scale is not None,
-            triton.next_power_of_2(width), 1024,
+            _power_of_2(width), 1024,
         )  # fmt: skip
 
 
@@ -228,8 +229,13 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _rows_a_program(width: int) -> tuple[int, int]:
     """Columns, padded to a power of two, and centres that one program of the memory-bound passes takes."""
-    block = triton.next_power_of_2(width)
+    block = _power_of_2(width)
     return block, max(2048 // block, 1)
+
+
+def _power_of_2(size: int) -> int:
+    """The next; triton.next_power_of_2 takes microseconds, as it also serves kernels."""
+    return 1 << (size - 1).bit_length()
 
 
 fused = Fused("triton", _Kernels())

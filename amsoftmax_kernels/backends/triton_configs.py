@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,7 @@ def kind(dtype: torch.dtype) -> str:
     return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+@functools.cache
 def config(capability: tuple[int, int], how: str) -> Config:
     """The entry of the newest architecture not newer than ``capability``."""
     major = max((each for each, k in TABLE if k == how and each <= capability[0]), default=8)

@@ -1,0 +1,177 @@
+"""`python -m bench host`: what the host does in a step before a GPU is asked, timed without one.
+
+The package's own Python, Triton's dispatch and the C++ library's ctypes calls run as they would, on tensors in the CPU's
+memory; kernels are compiled for the GPU named and not launched, library products are left out. What a GPU's driver takes
+for each launch, and the thread that PyTorch's backward pass runs in there, come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from amsoftmax_kernels import am_softmax_loss, build
+from amsoftmax_kernels.backends import cuda, cuda_library, fused, triton_configs
+from amsoftmax_kernels.backends import triton as backend
+
+from . import machine
+from .estimate import CARDS
+from .peers import problem
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m bench host`."""
+    parser.add_argument("--arch", choices=list(CARDS), default="sm_90", help="default: %(default)s")
+    parser.add_argument("--classes", type=int, default=10_516, metavar="C", help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=256, metavar="B", help="default: %(default)s")
+    parser.add_argument("--dim", type=int, default=512, metavar="D", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time and print."""
+    card = CARDS[args.arch]
+    if backend._import_error is not None:
+        raise SystemExit(f"bench host: {backend._import_error}")
+    if backend._interpreted():
+        raise SystemExit("bench host: unset TRITON_INTERPRET, in whose interpreter there is no dispatch to time")
+    cpu = machine.describe(torch.device("cpu"))["cpu"]
+    print(f"{cpu}, torch {torch.__version__}; host time, with the kernels of a GPU like: {card.name}\n")
+    print(f"{'backend':10} {'forward':>10} {'backward':>10} {'step, µs':>10} {'launches of ours':>18}")
+    for name in ("triton", "cuda"):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_without_products())
+            launches = stack.enter_context(_of_triton(card) if name == "triton" else _of_cpp(card))
+            forward, backward = _times(name, args.batch, args.dim, args.classes, args.steps)
+            before = len(launches)
+            _step(name, *problem(args.batch, args.dim, args.classes, torch.device("cpu")))
+            count = len(launches) - before
+        print(f"{name:10} {forward * 1e6:10.0f} {backward * 1e6:10.0f} {(forward + backward) * 1e6:10.0f} {count:18}")
+    print(
+        "\nMedians; the driver's launches, two library products and PyTorch's hand-over to its backward thread not counted."
+    )
+    return 0
+
+
+def _step(name: str, features: Tensor, weight: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Seconds of the forward and of the backward pass."""
+    features.grad = weight.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        start = time.perf_counter()
+        loss = am_softmax_loss(features, weight, labels, backend=name)
+        forward = time.perf_counter() - start
+    start = time.perf_counter()
+    loss.backward()
+    return forward, time.perf_counter() - start
+
+
+def _times(name: str, B: int, D: int, C: int, steps: int) -> tuple[float, float]:
+    tensors = problem(B, D, C, torch.device("cpu"))
+    for _ in range(20):
+        _step(name, *tensors)
+    taken = [_step(name, *tensors) for _ in range(steps)]
+    return statistics.median(each[0] for each in taken), statistics.median(each[1] for each in taken)
+
+
+@contextlib.contextmanager
+def _without_products() -> Iterator[None]:
+    def product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32) if out is None else out
+
+    with (
+        mock.patch.object(fused, "_product", product),
+        mock.patch.object(backend, "canonical_labels", backend.fused.labels),
+        mock.patch.object(cuda, "canonical_labels", cuda.fused.labels),
+    ):
+        yield
+
+
+class _Utils:
+    """What Triton asks of CUDA's driver."""
+
+    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
+        return 1, 1, 0, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 1 << 30}
+
+    def fill_tma_descriptor(self, *_: Any) -> bytes:
+        return b""
+
+
+@contextlib.contextmanager
+def _of_triton(card: Any) -> Iterator[list[str]]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver as nvidia
+
+    launches: list[str] = []
+
+    class Launcher:
+        """CudaLauncher without its C part."""
+
+        def __init__(self, source: Any, metadata: Any) -> None:
+            meta = getattr(metadata, "tensordesc_meta", None)
+            self.launch = nvidia.wrap_handle_tensordesc(lambda *_: launches.append(""), dict(source.signature), meta)
+
+        def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+            self.launch(x, y, z, stream, function, False, False, None, None, *rest)
+
+    class Driver:
+        utils = _Utils()
+        launcher_cls = Launcher
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", card.capability[0] * 10 + card.capability[1], 32))
+
+    triton.runtime.driver.set_active(Driver())
+    with (
+        mock.patch.object(backend, "_config", lambda _, dtype: triton_configs.config(card.capability, "half")),
+        mock.patch.object(backend, "_multiprocessors", lambda _: card.multiprocessors),
+        mock.patch.object(backend, "serves", lambda *_: True),
+        mock.patch.object(backend, "unavailable_reason", lambda: None),
+    ):
+        yield launches
+
+
+@contextlib.contextmanager
+def _of_cpp(card: Any) -> Iterator[list[str]]:
+    """The library with launches that do nothing, by the host's compiler; the portable kernel's way to divide a problem."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise SystemExit("no g++ to compile the C++ library's host side with")
+    launches: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "library.so"
+        sources = [str(each) for each in sorted(build.sources().glob("*.cu")) if each.name != build.HOPPER_SOURCE]
+        options = ["-std=c++17", "-O2", "-w", "-DAK_EMULATE", "-DAK_NO_LAUNCH", "-fPIC", "-shared", "-x", "c++"]
+        subprocess.run([compiler, *options, *sources, "-o", str(path)], check=True)
+        library = cuda_library.Library(path)
+        tiling = library.tiling(torch.device("cpu"), 256, 512, torch.bfloat16)
+        tiling.blocks = card.multiprocessors
+        call = library.call
+
+        def counted(name: str, *rest: Any) -> None:
+            launches.append(name)
+            call(name, *rest)
+
+        with (
+            mock.patch.object(library, "call", counted),
+            mock.patch.object(cuda, "_library", lambda device: library),
+            mock.patch.object(cuda, "_tiling", lambda *_: tiling),
+            mock.patch.object(cuda, "serves", lambda *_: True),
+            mock.patch.object(cuda, "unavailable_reason", lambda: None),
+        ):
+            yield launches
