@@ -6,7 +6,12 @@ import re
 import subprocess
 from typing import Any
 
+import torch
+
 from amsoftmax_kernels import build
+from amsoftmax_kernels.backends import cuda_library
+
+from .estimate import CARDS
 
 INSTRUCTIONS = {
     "local": r"LDL|STL",
@@ -18,14 +23,19 @@ INSTRUCTIONS = {
     "cp.async": r"LDGSTS",
     "exp2": r"MUFU\.EX2",
 }
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 
 
 def rows(arch: str) -> list[dict[str, Any]]:
     """One row a kernel of the library built, with spills as errors, for an architecture as nvcc calls it: 80, 90a."""
     import triton  # which brings a disassembler along
 
+    card = CARDS["sm_" + arch.rstrip("a")]
+    path = build.cached(arch, strict=True)
+    built = cuda_library.Library(path)
+
     def dump(option: str) -> str:
-        command = [triton.knobs.nvidia.cuobjdump.path, option, "-arch", f"sm_{arch}", str(build.cached(arch, strict=True))]
+        command = [triton.knobs.nvidia.cuobjdump.path, option, "-arch", f"sm_{arch}", str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     usage = dict(re.findall(r"Function (\S+):\s*\n\s*(.*)", dump("--dump-resource-usage")))
@@ -35,16 +45,25 @@ def rows(arch: str) -> list[dict[str, Any]]:
         if "cosine_exp" not in name:
             continue
         resources = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[name])}
+        hopper, variant = "sm90" in name, _variant(name)
+        # A width that stays in shared memory, and one that does not.
+        width = 512 if "comes again" not in variant else 1024
+        threads, shared = built.block(hopper, width, _DTYPES[variant.split(",")[0]])
+        fits = card.programs_resident(resources["REG"], shared + resources["SHARED"], threads // 32)
+        planned = 1 if hopper or "maxima" in variant else 2 if 2 * shared < card.shared_memory else 1
         counts = {key: len(re.findall(rf"\b(?:{pattern})\b", code)) for key, pattern in INSTRUCTIONS.items()}
         found.append(
             {
-                "kernel": "cosine_exp, Hopper's" if "sm90" in name else "cosine_exp, portable",
-                "variant": _variant(name),
+                "kernel": "cosine_exp, Hopper's" if hopper else "cosine_exp, portable",
+                "variant": variant,
+                "warps": threads // 32,
                 "registers": resources["REG"],
                 "stack": resources["STACK"],
-                "static_shared_memory": resources["SHARED"],
+                "shared_memory": shared + resources["SHARED"],
+                "fits": fits,
                 "instructions": counts,
-                "faults": _faults("sm90" in name, resources["STACK"], counts),
+                "faults": _faults(hopper, resources["STACK"], counts)
+                + ([f"fits an SM {fits} times, {planned} planned"] if fits < planned else []),
             }
         )
     return sorted(found, key=lambda row: (row["kernel"], row["variant"]))
@@ -71,9 +90,13 @@ def _faults(hopper: bool, stack: int, counts: dict[str, int]) -> list[str]:
 def printed(found: list[dict[str, Any]]) -> str:
     """The table as text."""
     names = ("local", "HGMMA", "HMMA", "UTMALDG", "UTMASTG", "cp.async", "exp2")
-    lines = [f"{'kernel':21} {'variant':38} regs stack " + " ".join(f"{name:>8}" for name in names)]
+    head = f"{'kernel':21} {'variant':38} warps regs shared fits stack "
+    lines = [head + " ".join(f"{name:>8}" for name in names)]
     for row in found:
         counts = " ".join(f"{row['instructions'][name]:8}" for name in names)
         fault = "  <- " + "; ".join(row["faults"]) if row["faults"] else ""
-        lines.append(f"{row['kernel']:21} {row['variant']:38} {row['registers']:4} {row['stack']:5} {counts}{fault}")
+        lines.append(
+            f"{row['kernel']:21} {row['variant']:38} {row['warps']:5} {row['registers']:4} {row['shared_memory']:6}"
+            f" {row['fits']:4} {row['stack']:5} {counts}{fault}"
+        )
     return "\n".join(lines)

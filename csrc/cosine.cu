@@ -64,6 +64,17 @@ const char* ak_tiling(AkTiling* p, const AkWhere* where) {
     return ak::kernel_for(where->device, p->type).tiling(*p);
 }
 
+const char* ak_block(AkBlock* p, const AkWhere*) {
+#ifdef AK_CUTLASS
+    (p->hopper ? ak::hopper_cosine : ak::portable_cosine).block(*p);
+    return nullptr;
+#else
+    if (p->hopper) return "this library was built without Hopper's own kernel";
+    ak::portable_cosine.block(*p);
+    return nullptr;
+#endif
+}
+
 const char* ak_cosine_exp(const AkCosine* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     const char* error = ak::wrong(*p);

@@ -9,6 +9,7 @@ struct CosineKernel {
     const char* (*check)();                                        // loads it on the current device
     const char* (*tiling)(AkTiling&);                              // on the current device
     const char* (*launch)(const AkCosine&, const AkWhere&);
+    void (*block)(AkBlock&);
 };
 
 extern const CosineKernel portable_cosine;  // cosine_sm80.cu

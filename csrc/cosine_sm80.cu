@@ -77,20 +77,21 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
     __shared__ int best_column[kRows];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_row = warp % 2 * kWarpRows, across = warp / 2, warp_class = across * kWarpClasses;
-    const int64_t first_row = int64_t(blockIdx.x) * kRows, N = p.w_hat.rows, batch = p.x_hat.rows;
+    const int64_t first_row = int64_t(blockIdx.x) * kRows;
+    const int N = int(p.w_hat.rows), rows_here = int(p.x_hat.rows - first_row < kRows ? p.x_hat.rows - first_row : kRows);
 
     // What the epilogue wants of each row waits in shared memory: registers are the products'.
     bool unbounded = false;
     for (int i = threadIdx.x; i < kRows; i += kThreads) {
         const int64_t row = first_row + i;
-        const bool inside = row < batch;
+        const bool inside = i < rows_here;
         factors[i] = inside ? p.factor[row] : 0.0f;
         shifts[i] = inside && p.shift ? p.shift[row] : 0.0f;
         labels[i] = inside ? label_here(p.labels[row], p.class_start, N) : -1;
         unbounded |= !(factors[i] <= kBound);
         z[i] = 0, best[i] = -INFINITY, best_column[i] = -1;
     }
-    int tiles = int((N + kClasses - 1) / kClasses);
+    int tiles = (N + kClasses - 1) / kClasses;  // N leaves room for that
     if (p.only_unbounded && !__syncthreads_or(unbounded)) tiles = 0;  // a pass that rows of a moderate scale do without
 
     const Source x_source = source<T>(p.x_hat, first_row);
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
                 }
                 if (sizeof(T) == 4) {  // float32: a quad writes 32 bytes of a row at once
                     const int column = first + warp_class + j * 8 + lane % 4 * 2;
-                    if (p.terms.data && first_row + row < batch && column < p.terms.columns)
+                    if (p.terms.data && row < rows_here && column < p.terms.columns)
                         *reinterpret_cast<Two*>(writable_row<float>(p.terms, first_row + row) + column) = {e[0], e[1]};
                 } else if (p.terms.data) {
                     bfloat16* to = reinterpret_cast<bfloat16*>(shared + row * kPitch) + warp_class + j * 8 + lane % 4 * 2;
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
 #pragma unroll
             for (int i = threadIdx.x; i < kRows * kClasses / 8; i += kThreads) {
                 const int row = i / (kClasses / 8), part = i % (kClasses / 8);
-                if (first_row + row < batch && first + part * 8 < p.terms.columns) {
+                if (row < rows_here && first + part * 8 < p.terms.columns) {
                     bfloat16* to = writable_row<bfloat16>(p.terms, first_row + row) + first + part * 8;
                     *reinterpret_cast<Eight<bfloat16>*>(to) =
                         *reinterpret_cast<const Eight<bfloat16>*>(shared + row * kPitch + part * 16);
@@ -195,9 +196,8 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
             }
         }
     }
-    const int64_t row = first_row + threadIdx.x;
-    if (threadIdx.x >= kRows || row >= batch) return;
-    const int64_t owned = int64_t(blockIdx.y) * batch + row;
+    if (int(threadIdx.x) >= rows_here) return;
+    const int64_t owned = int64_t(blockIdx.y) * p.x_hat.rows + first_row + threadIdx.x;
     if (p.z) p.z[owned] = z[threadIdx.x];
     if (!BEST) return;
     p.best[owned] = best[threadIdx.x];
@@ -267,8 +267,10 @@ const char* launch_any(const AkCosine& p, const AkWhere& where) {
     return with_operand_type(p.x_hat.type, [&](auto tag) { return launch<typename decltype(tag)::type>(p, where); });
 }
 
+void block(AkBlock& p) { p.threads = kThreads, p.bytes = kShared; }
+
 }  // namespace
 
-const CosineKernel portable_cosine = {check, tiling, launch_any};
+const CosineKernel portable_cosine = {check, tiling, launch_any, block};
 
 }  // namespace ak

@@ -121,10 +121,12 @@ const char* launch(const AkCosine& p, const AkWhere& where) {
     return message(cudaLaunchKernelEx(&configuration, v.kernel, parameters));
 }
 
+void block(AkBlock& p) { p.threads = kThreads, p.bytes = variant(p.type == AK_FLOAT16, false, p.width).shared; }
+
 }  // namespace
 }  // namespace sm90
 
-const CosineKernel hopper_cosine = {sm90::check, sm90::tiling, sm90::launch};
+const CosineKernel hopper_cosine = {sm90::check, sm90::tiling, sm90::launch, sm90::block};
 
 }  // namespace ak
 

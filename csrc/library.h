@@ -80,6 +80,13 @@ struct AkTiling {
     int32_t type, reserved;                // given: of the operands
 };
 
+// What a block of a cosine kernel takes of an SM, but for its registers; no device is asked.
+struct AkBlock {
+    int64_t width;           // given
+    int32_t type, hopper;    // given: of the operands; whether Hopper's own kernel is meant
+    int32_t threads, bytes;  // the answer; bytes of dynamic shared memory
+};
+
 struct AkReduce {
     const double* z_parts;         // [parts, B]: z is written
     const float* best_parts;       // [parts, B]: best and its class are, or the shift
@@ -138,6 +145,7 @@ AK_EXPORT const char* ak_finish_centres(const AkFinishCentres*, const AkWhere*);
 AK_EXPORT const char* ak_finish_rows(const AkFinishRows*, const AkWhere*);
 
 AK_EXPORT const char* ak_tiling(AkTiling*, const AkWhere*);
+AK_EXPORT const char* ak_block(AkBlock*, const AkWhere*);
 
 // Before anything else on a device: whether the kernels run there.
 AK_EXPORT const char* ak_check(const AkWhere*);

@@ -5,7 +5,7 @@
 namespace ak {
 namespace {
 
-constexpr int kThreads = 512, kRows = kThreads / 32, kAtOnce = kThreads / 2;
+constexpr int kThreads = 256, kRows = kThreads / 32, kAtOnce = kThreads / 2;
 
 __device__ inline MarginRow margin_row(const AkMargin& p, int64_t row, double z) {
     const int64_t label = p.labels[row];

@@ -52,6 +52,7 @@ Cosine = _structure(
 Tiling = _structure(
     "AkTiling", **_named(c_int64, "batch width"), **_named(c_int32, "rows classes parts blocks type reserved")
 )
+Block = _structure("AkBlock", width=c_int64, **_named(c_int32, "type hopper threads bytes"))
 Reduce = _structure(
     "AkReduce", **_named(c_void_p, "z_parts best_parts class_parts labels factor z best shift best_class"),
     **_named(c_int64, "batch parts"),
@@ -77,6 +78,7 @@ FinishRows = _structure(
 
 LAUNCHERS = {
     "ak_canonical_labels": Labels, "ak_prepare_rows": Rows, "ak_prepare_centres": Centres, "ak_tiling": Tiling,
+    "ak_block": Block,
     "ak_cosine_exp": Cosine, "ak_reduce": Reduce,
     "ak_constant_margin": Margin, "ak_factor_rows": Factor, "ak_finish_centres": FinishCentres,
     "ak_finish_rows": FinishRows,
@@ -121,6 +123,12 @@ class Library:
         tiling = Tiling(batch, width, type=_OPERANDS[dtype])
         self.call("ak_tiling", tiling, device)
         return tiling
+
+    def block(self, hopper: bool, width: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Threads of a block of the cosine kernel, and its bytes of dynamic shared memory."""
+        block = Block(width, _OPERANDS[dtype], int(hopper))
+        self.call("ak_block", block, torch.device("cpu"))
+        return block.threads, block.bytes
 
 
 @functools.cache
