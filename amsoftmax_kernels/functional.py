@@ -142,7 +142,8 @@ def am_softmax_loss(
     need_rows = torch.is_grad_enabled() and (features.requires_grad or scale.requires_grad)
     how = (min(save_bytes, (1 << 63) - 1), return_predictions, need_rows, backend)
     if isinstance(constant, (int, float)):
-        of_loss = (num_rows, float(constant), reduction, weight.requires_grad, not normalize_features or scale.requires_grad)
+        need_weight = torch.is_grad_enabled() and weight.requires_grad
+        of_loss = (num_rows, float(constant), reduction, need_weight, not normalize_features or scale.requires_grad)
         loss, cosine, best, best_class = _ConstantMarginLoss.apply(*problem, *how, *of_loss)  # type: ignore[no-untyped-call]
     else:
         log_z, cosine, norm, best, best_class = AMSoftmaxFunction.apply(*problem, *how)  # type: ignore[no-untyped-call]

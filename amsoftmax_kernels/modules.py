@@ -120,9 +120,8 @@ class AMSoftmaxLoss(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}"]
-        parts += [
-            f"{name}={value}" for name in ("scale", "margin") if isinstance(value := getattr(self, name), (int, float))
-        ]
+        names = ("scale", "margin") if self.normalize_features else ("margin",)  # where ‖x‖ takes the place of s
+        parts += [f"{name}={value}" for name in names if isinstance(value := getattr(self, name), (int, float))]
         parts += [] if self.normalize_features else ["normalize_features=False"]
         parts += [] if self.interclass_filter is None else [f"interclass_filter={self.interclass_filter}"]
         return ", ".join(parts)

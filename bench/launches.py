@@ -112,13 +112,14 @@ def of_a_step(
     """The kernels of a forward and a backward pass, in order; for a margin that is no number those of a backend alone."""
     features, weight = torch.zeros(B, D), torch.zeros(C, D, dtype=weight_dtype)
     labels, count = torch.zeros(B, dtype=torch.int64), torch.tensor(B)
+    upstream = torch.zeros(2)[1]  # as if part of something else: no kernel may count on its address
     problem = Problem(features, weight, labels, torch.tensor(scale), normalize, compute_dtype, interclass_filter)
     with _recording(capability, multiprocessors) as launches:
         backend.fused.labels(labels, C, -100)
         how = (problem, save_bytes, predict, True)
         if constant_margin:
             out, of_loss = backend.forward_loss(*how, count, 0.35, "mean", True, not normalize)
-            backend.backward_loss(problem, out, of_loss, of_loss.loss, (True, True, False))
+            backend.backward_loss(problem, out, of_loss, upstream, (True, True, False))
         else:
             out = backend.forward(*how)
             backend.backward(problem, out, out.z, out.z, None if normalize else out.z, (True, True, False))

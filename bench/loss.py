@@ -28,6 +28,8 @@ BATCH, DIM = 256, 512
 CASES = [(64, 128, 1_000), (512, 512, 1_000_000)]
 # Seconds a step; a peer that would take longer is left out.
 SLOWEST_STEP, QUICK_SLOWEST_STEP = 30.0, 1.0
+# A median this much above the best says more about the machine's other work than about the loss.
+DISTURBED = 2.0
 # Relative, of losses that should agree; bfloat16 rounds each cosine to 3 digits.
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 
@@ -225,6 +227,8 @@ def _printed(row: dict[str, Any]) -> str:
         f"{peak['above_inputs_and_gradients'] / 1e6:.0f}" if peak else "",
     )
     note = "  WRONG: " + row["disagrees"] if row.get("disagrees") else ""
+    if row["median_s"] > DISTURBED * row["min_s"]:
+        note += f"  (disturbed: {row['min_s'] * 1e3:.2f} ms at best)"
     return _row(*first, *numbers) + note + ("" if _peer(row["peer"]).margin else "  (no margin)")
 
 

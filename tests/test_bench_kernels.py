@@ -64,6 +64,7 @@ def test_few_launches() -> None:
     assert kept == [
         "canonical_labels", "prepare_rows", "cosine_exp", "constant_margin", "finish_centres", "finish_rows",
     ]  # fmt: skip
+    assert not any("upstream" in each.divisible_by_16 for each in of_a_step((9, 0), 132, 256, 512, 2048))
     recomputed = [each.kernel for each in of_a_step((9, 0), 132, 256, 512, 2048, save_bytes=0)]
     assert len(recomputed) == len(kept) + 2
 

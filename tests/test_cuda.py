@@ -203,6 +203,14 @@ def test_float32_is_served_where_pytorch_allows_tf32(monkeypatch: pytest.MonkeyP
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
+def test_a_scale_on_the_device(save_bytes: int | None, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose value the host does not know: taken for one that needs a shift, until the kernels have read it."""
+    monkeypatch.setattr(fused, "scale_of", lambda scale, normalize: scale.detach().float() if normalize else 1.0)
+    for needed in ("weight", "all"):
+        check_a_reduced_loss("cuda", needed, True, save_bytes, 5e-3, CPU)
+
+
 def test_a_wrong_result_would_be_seen(emulated: None) -> None:
     case = BY_NAME["plain"]
     exact = oracle(case, torch.float32)

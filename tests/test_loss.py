@@ -163,6 +163,27 @@ def test_gradients_made_in_the_forward_pass(
         assert relative(grads[0][name], exact) < FLOAT64, name
 
 
+def test_one_row_that_is_ignored() -> None:
+    features, weight = torch.randn(1, 5, requires_grad=True), torch.randn(9, 5, requires_grad=True)
+    loss, predictions = ak.am_softmax_loss(features, weight, torch.tensor([-100]), return_predictions=True)
+    loss.backward()
+    assert loss == 0 and predictions.tolist() == [-1] and not features.grad.any() and not weight.grad.any()
+
+
+def test_long_features_near_every_centre_have_finite_gradients() -> None:
+    """e^64 of every negative, before it is over their sum, times a norm of 1e12: past float32's range."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(32, generator=generator)
+    weight = direction + 1e-3 * torch.randn(1000, 32, generator=generator)
+    features = 1e12 * (direction + 1e-3 * torch.randn(8, 32, generator=generator))
+    tensors = features, weight, torch.arange(8), torch.ones(8)
+    actual = evaluate(ak.am_softmax_loss, *tensors, scale=64.0, reduction="mean")
+    exact = evaluate(ak.reference.am_softmax_loss, *(each.double() for each in tensors[:2]), *tensors[2:], scale=64.0,
+                     reduction="mean")  # fmt: skip
+    assert relative(actual[0].double(), exact[0]) < 5e-6 and all(each.isfinite().all() for each in actual)
+    assert relative(actual[2].double(), exact[2]) < 1e-2  # what is left of terms that cancel
+
+
 def test_a_loss_scale_saves_float16_gradients() -> None:
     """What float16 cannot hold is multiplied by the upstream gradient before it is rounded."""
     features, weight, labels, _ = Case("", "", B=8, C=20, D=6).tensors(torch.float64)

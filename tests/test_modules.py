@@ -73,7 +73,7 @@ def test_it_can_be_copied_pickled_and_saved() -> None:
 
 def test_repr_says_what_it_is() -> None:
     text = repr(ak.AMSoftmaxLoss(8, 10, margin=0.4, normalize_features=False))
-    assert text == "AMSoftmaxLoss(embedding_dim=8, num_classes=10, scale=30.0, margin=0.4, normalize_features=False)"
+    assert text == "AMSoftmaxLoss(embedding_dim=8, num_classes=10, margin=0.4, normalize_features=False)"
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])

@@ -88,3 +88,14 @@ def test_a_filter_that_leaves_no_negative() -> None:
         loss = ak.am_softmax_loss(x, w, labels, interclass_filter=-1.0, **options)
         loss.backward()
         assert loss == 0 and x.grad is not None and w.grad is not None and not x.grad.any() and not w.grad.any()
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 64.0])
+def test_small_problems_at_any_scale(scale: float) -> None:
+    """One chunk of classes, whose gradients are made in the forward pass."""
+    features, weight, labels, _ = Case("", "", B=64, C=500, D=32).tensors(torch.float32)
+    features[:20] = weight[labels[:20]] + features[:20]
+    x = features.clone().requires_grad_()
+    _, predictions = ak.am_softmax_loss(x, weight, labels, scale=scale, return_predictions=True)
+    expected = ak.reference.cosine(features.double(), weight.double()).argmax(1)
+    assert torch.equal(predictions, expected) and 5 < (predictions == labels).sum() < 60

@@ -76,6 +76,14 @@ def test_what_a_reduced_loss_must_be_differentiated_by(save_bytes: int | None, n
     check_a_reduced_loss("triton", needed, normalize, save_bytes, 5e-6, DEVICE)
 
 
+@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
+def test_a_scale_on_the_device(save_bytes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose value the host does not know: taken for one that needs a shift, until the kernels have read it."""
+    monkeypatch.setattr(fused, "scale_of", lambda scale, normalize: scale.detach().float() if normalize else 1.0)
+    for needed in ("weight", "all"):
+        check_a_reduced_loss("triton", needed, True, save_bytes, 5e-6, DEVICE)
+
+
 def test_a_wrong_result_would_be_seen() -> None:
     loss, dx, dw = ours(*PLAIN.tensors(torch.float32))
     exact = oracle(PLAIN, torch.float32)

@@ -66,7 +66,8 @@ def loss_at_once(
     needs = (enabled and features.requires_grad, enabled and weight.requires_grad, enabled and learned)
     dtype = accumulate_dtype(compute_dtype)
     with torch.no_grad(), no_autocast(device):
-        if num_rows.item() == B:
+        # The number of rows is at least 1, whatever becomes of a single one.
+        if num_rows.item() == B and (B > 1 or labels.item() >= 0):
             return one_chunk.loss(features, weight, labels, s, margin, mean, dtype, predict, needs)
         rows = (labels >= 0).nonzero()[:, 0]  # the others are ignored, whatever they hold
         if rows.shape[0] == 0:

@@ -32,6 +32,7 @@ class _Terms(NamedTuple):
     x: Tensor  # [B, D]
     x_norm: Tensor  # [B, 1]
     x_hat: Tensor  # [B, D]
+    one: Tensor  # [B, 1] its length
     w: Tensor  # [C, D]
     w_norm: Tensor  # [C, 1]
     w_scaled: Tensor  # [C, D] ŵ times ``length``
@@ -39,20 +40,27 @@ class _Terms(NamedTuple):
     dots: Tensor  # [B] float64, log2(e)·s·t
     terms: Tensor  # [C, B] E, the targets masked
     z: Tensor  # [B]
+    predictions: Tensor | None  # [B], if asked for
 
     @classmethod
-    def of(cls, features: Tensor, weight: Tensor, labels: Tensor, scale: float, dtype: torch.dtype) -> _Terms | None:
+    def of(
+        cls, features: Tensor, weight: Tensor, labels: Tensor, scale: float, dtype: torch.dtype, predict: bool = False
+    ) -> _Terms | None:
         """None if a row has no direction."""
         x, w = features.to(dtype).contiguous(), weight.to(dtype).contiguous()
-        length = w.new_full((len(w), 1), scale * _LOG2E)
-        x_hat, x_norm = torch._weight_norm_interface(x, x.new_ones(len(x), 1), 0)
+        one, length = x.new_ones(len(x), 1), w.new_full((len(w), 1), scale * _LOG2E)
+        x_hat, x_norm = torch._weight_norm_interface(x, one, 0)
         w_scaled, w_norm = torch._weight_norm_interface(w, length, 0)
         if not (_have_directions(x_norm) and _have_directions(w_norm)):
             return None
         # The target apart from the product, summed in float64: its rounding would be multiplied by the scale.
         dots = w_scaled.index_select(0, labels).mul_(x_hat).sum(1, dtype=torch.float64)
-        terms = product_nt(w_scaled, x_hat).exp2_().scatter_(0, labels[None], 0.0)
-        return cls(x, x_norm, x_hat, w, w_norm, w_scaled, length, dots, terms, terms.sum(0))
+        panel, predictions = product_nt(w_scaled, x_hat), None
+        if predict:  # from the logits: their exponentials tell less of them apart
+            best, best_class = panel.scatter_(0, labels[None], -math.inf).max(0)
+            predictions = torch.where(dots.to(dtype) >= best, labels, best_class)
+        terms = panel.exp2_().scatter_(0, labels[None], 0.0)
+        return cls(x, x_norm, x_hat, one, w, w_norm, w_scaled, length, dots, terms, terms.sum(0), predictions)
 
 
 def loss(
@@ -67,14 +75,10 @@ def loss(
     needs: tuple[bool, bool, bool],
 ) -> LossAtOnce | None:
     """Σ softplus(log z − s(t − m)) over at least two classes, or its mean, and its gradients; None as in ``_Terms.of``."""
-    first = _Terms.of(features, weight, labels, scale, dtype)
+    first = _Terms.of(features, weight, labels, scale, dtype, predict)
     if first is None:
         return None
-    x, x_norm, x_hat, w, w_norm, w_scaled, length, dots, terms, z = first
-    predictions = None
-    if predict:
-        best, best_class = terms.max(0)
-        predictions = torch.where(dots >= best.log2(), labels, best_class)
+    x, x_norm, x_hat, one, w, w_norm, w_scaled, length, dots, terms, z, predictions = first
     # With u = s(t − m): softplus(log z − u) = log(1 + z e^−u), whose derivative by log z is p = z e^−u/(1 + z e^−u).
     # float64 holds e^|u|, |u| ≤ 64·3, and p/z fits float32, as no cosine is below −1.
     inverse = torch.rsub(dots, scale * _LOG2E * margin).exp2_()
@@ -89,11 +93,11 @@ def loss(
     terms.scatter_(0, labels[None], z.neg_()[None])  # the target's gradient −p, over p/z
     grad_x = grad_w = grad_scale = None
     if needs[0] or needs[2]:
-        grad_x_hat = product_nt(terms.T, w_scaled.T)  # over ``factor``
+        grad_x_hat = product_nt(terms.T, w_scaled.T).mul_(factor)
         if needs[0]:
-            grad_x = _jacobian(grad_x_hat, x, factor, x_norm)
+            grad_x = _jacobian(grad_x_hat, x, one, x_norm)
         if needs[2]:
-            grad_scale = ((vecdot(grad_x_hat, x_hat) / scale - z * (margin * _LOG2E)) * factor[:, 0]).sum()
+            grad_scale = (vecdot(grad_x_hat, x_hat) / scale - z * factor[:, 0] * (margin * _LOG2E)).sum()
     if needs[1]:
         grad_w = _jacobian(product_nt(terms, x_hat.mul_(factor).T), w, length, w_norm)
     return LossAtOnce(value, predictions, grad_x, grad_w, grad_scale)

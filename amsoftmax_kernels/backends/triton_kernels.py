@@ -426,7 +426,7 @@ def factor_rows(
         tl.store(factor + row, s * LOG2E)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "upstream"])
 def finish_centres(
     grad_unit,  # [N, D_padded] float32: the gradient by ŵ
     weight, stride_class, stride_dim,  # [C, D], from the chunk's first class
@@ -452,7 +452,7 @@ def finish_centres(
     tl.store(grad + rows[:, None] * D + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["B", "C", "row_factor", "grad_cosine", "grad_norm"])
+@triton.jit(do_not_specialize=["B", "C", "row_factor", "grad_cosine", "grad_norm", "upstream"])
 def finish_rows(
     features, stride_row, stride_column,  # [B, D]
     weight, stride_class, stride_dim,  # [C, D]
