@@ -158,7 +158,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
     def _sharded(self, features: Tensor, labels: Tensor, return_predictions: bool) -> Any:
         shards = self.shards
         error: Exception | None = None
-        batch, agreed = 0, ()
+        batch, agreed = 0, dict[str, Any]()
         try:
             backend, canonical = self._checked(features, labels)
             batch, agreed = len(features), self._agreed(features, backend, return_predictions)
@@ -223,16 +223,32 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             raise ValueError("backend 'reference' is the formula in one process: it cannot be sharded")
         return backend, canonical_labels(labels, self.num_classes, self.ignore_index)[0]
 
-    def _agreed(self, features: Tensor, backend: str, predict: bool) -> tuple[Any, ...]:
+    def _agreed(self, features: Tensor, backend: str, predict: bool) -> dict[str, Any]:
         """What must be alike on all ranks for their collectives to fit together."""
-        return (
-            self.num_classes, (self.shards.replicas, self.shards.shards), self._seed, backend, self.equal_batches,
-            features.shape[1], features.dtype, compute_dtype(features, self.weight), self.reduction, self.ignore_index,
-            self.normalize_features, self.interclass_filter, predict,
-            torch.is_grad_enabled() and (features.requires_grad, self.weight.requires_grad),
-            *(_comparable(each) for each in (self.scale, self.margin)),
-            (self.sample_rate, self.sampling_correction, self.training) if self.sample_rate < 1 else (),
-        )  # fmt: skip
+        grad = torch.is_grad_enabled()
+        agreed = {
+            "D": features.shape[1],
+            "features.dtype": features.dtype,
+            "compute_dtype": compute_dtype(features, self.weight),
+            "features.requires_grad": grad and features.requires_grad,
+            "weight.requires_grad": grad and self.weight.requires_grad,
+            "num_classes": self.num_classes,
+            "mesh": (self.shards.replicas, self.shards.shards),
+            "scale": _comparable(self.scale),
+            "margin": _comparable(self.margin),
+            "normalize_features": self.normalize_features,
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+            "interclass_filter": self.interclass_filter,
+            "return_predictions": predict,
+            "backend": backend,
+            "equal_batches": self.equal_batches,
+            "seed": self._seed,
+        }
+        if self.sample_rate < 1:
+            agreed |= {"sample_rate": self.sample_rate, "sampling_correction": self.sampling_correction}
+            agreed["training"] = self.training
+        return agreed
 
     def _sampling(self, rows: sharding.Rows) -> Sampling | None:
         classes = self.shards.classes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ class ClassShards:
         absent = (labels >= 0) & ((local < 0) | (local >= self.classes))
         return local.masked_fill_(absent, self.classes).masked_fill_(labels < 0, -1)
 
-    def agree_on_rows(self, batch: int, agreed: Sequence[Any], error: Exception | None, device: torch.device) -> Rows:
+    def agree_on_rows(self, batch: int, agreed: Mapping[str, Any], error: Exception | None, device: torch.device) -> Rows:
         """Every rank's number of rows; ``agreed`` is what must be the same everywhere.
 
         Raises:
@@ -122,7 +122,8 @@ class ClassShards:
             if error is not None:
                 raise error
             return Rows(((batch,),), 0, 0)
-        digest = hashlib.blake2b(repr(agreed).encode(), digest_size=7).digest()
+        options = ", ".join(f"{name}={value!r}" for name, value in agreed.items())
+        digest = hashlib.blake2b(options.encode(), digest_size=7).digest()
         mine = torch.tensor([_REFUSED if error else batch, int.from_bytes(digest, "big")])
         mine = mine.to(self._host_device(device))
         with _explained("exchanging the batches' sizes"):
@@ -138,7 +139,7 @@ class ClassShards:
                     raise ValueError(f"{who} of the mesh was given a wrong argument; its own error says which")
                 if theirs != table[self.replica][self.shard][1]:
                     raise ValueError(f"features must have the same D and dtype, and all options be alike, on every rank: "
-                                     f"{who} differs from this one's {tuple(agreed)}")  # fmt: skip
+                                     f"{who} differs from this one's {options}")  # fmt: skip
         return Rows(tuple(tuple(size for size, _ in ranks) for ranks in table), self.replica, self.shard)
 
     def equal_rows(self, batch: int) -> Rows:

@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
             _train(args, ranks)
     except ValueError as error:  # on every rank alike
         if rank == "0":
-            print(f"train: {error}", file=sys.stderr)
+            print(f"train: {error}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(2)  # with the other ranks gone, taking the process group down may abort
         return 2
     except FloatingPointError as error:
         print(f"train: {error}", file=sys.stderr)
@@ -141,7 +143,7 @@ def _source(args: argparse.Namespace, ranks: Ranks) -> Source:
 def _train(args: argparse.Namespace, ranks: Ranks) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     fixed = {name: getattr(args, name) for name in _FIXED}
-    checkpoints = Checkpoints(args.out / "checkpoints", args.keep, fixed, ranks)
+    checkpoints = Checkpoints(args.out / "checkpoints", args.keep, fixed, args.steps, ranks)
     if ranks.rank == 0:
         checkpoints.clean()
     steps = ranks.first(checkpoints.steps())
@@ -155,6 +157,11 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> None:
     start, first = training.step, ranks.rank == 0
     if first:
         print(_title(args, source, ranks, start), flush=True)
+        if steps and checkpoints.noted(steps[-1]) not in (None, args.steps):
+            print(
+                f"note: that run was of {checkpoints.noted(steps[-1])} steps; the learning rates follow the new end",
+                flush=True,
+            )
     due = verification_due(args, start)
     log = train_log.Log(args.out, start, due, args.log == "tensorboard") if first else None
     loop = _Loop(args, training, checkpoints, log)
@@ -242,7 +249,7 @@ class _Loop:
     def write(self, step: int, elapsed: float, seconds_a_step: float, **values: float) -> None:
         if self.log is None:
             return
-        self.log.row(step, **values, seconds=round(elapsed, 3))
+        self.log.row(step, **values, seconds=round(self.log.seconds + elapsed, 3))
         steps = self.args.steps
         left = self.args.seconds - elapsed if steps is None else (steps - step) * seconds_a_step
         print(train_log.progress(step, steps, max(left, 0), **values), flush=True)

@@ -29,10 +29,11 @@ class Checkpoints:
         folder: on a file system that all ranks share.
         keep: how many of the latest to leave.
         arguments: what must be the same in a run that goes on from one.
+        planned: the run's number of steps, to be noted; None where it has none.
     """
 
-    def __init__(self, folder: Path, keep: int, arguments: dict[str, Any], ranks: Ranks) -> None:
-        self.folder, self.keep, self.arguments, self.ranks = folder, keep, arguments, ranks
+    def __init__(self, folder: Path, keep: int, arguments: dict[str, Any], planned: int | None, ranks: Ranks) -> None:
+        self.folder, self.keep, self.arguments, self.planned, self.ranks = folder, keep, arguments, planned, ranks
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -51,12 +52,22 @@ class Checkpoints:
         with _alone() as no_dist:
             save_state(_state(training), checkpoint_id=temporary, planner=planner, no_dist=no_dist)
         if self.ranks.rank == 0:
-            (temporary / _ARGUMENTS).write_text(json.dumps(self.arguments, indent=1), encoding="utf-8")
+            written = self.arguments | {"steps": self.planned}
+            (temporary / _ARGUMENTS).write_text(json.dumps(written, indent=1), encoding="utf-8")
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
             for step in self.steps()[: -self.keep]:
                 shutil.rmtree(self.path(step))
+
+    def noted(self, step: int) -> int | None:
+        """The number of steps that the run of a checkpoint was to have."""
+        steps: int | None = self._arguments(step).get("steps")
+        return steps
+
+    def _arguments(self, step: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.path(step) / _ARGUMENTS).read_text(encoding="utf-8"))
+        return found
 
     def clean(self) -> None:
         """Remove what an interrupted save left behind. For the first rank, before the others go on."""
@@ -69,7 +80,7 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is of a run with other arguments.
         """
-        theirs = json.loads((self.path(step) / _ARGUMENTS).read_text(encoding="utf-8"))
+        theirs = self._arguments(step)
         for name, value in self.arguments.items():
             if theirs.get(name) != value:
                 raise ValueError(f"--{name}: the checkpoint {self.path(step)} has {theirs.get(name)}, not {value}")

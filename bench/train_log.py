@@ -18,6 +18,8 @@ COLUMNS = ("step", "loss", "accuracy", "samples_per_s", "memory_bytes", "seconds
 class Log:
     """``log.csv`` in a folder, one row a step that is logged and one an evaluation; floats are written in full.
 
+    ``seconds`` is what the runs before took, up to the last row that is kept.
+
     Args:
         folder: where to write.
         start: the step a run goes on from: rows past it, of a run that was cut off, are dropped. 0 starts anew.
@@ -32,6 +34,8 @@ class Log:
                 # A row that was being written when the process died has no last column.
                 rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
             kept = [row for row in rows if int(row[0]) < start or (int(row[0]) == start and (row[1] or not verify_again))]
+        times = [float(row[COLUMNS.index("seconds")]) for row in kept if row[COLUMNS.index("seconds")]]
+        self.seconds = times[-1] if times else 0.0  # of the runs before
         temporary = path.with_name(f".{path.name}")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *kept])

@@ -138,6 +138,15 @@ def test_a_killed_rank_ends_the_run_and_a_resumed_one_has_the_same_losses(whole:
     evaluations = [[(row["step"], row["eer"]) for row in rows(out) if row["eer"]] for out in (tmp_path, whole)]
     assert evaluations[0] == evaluations[1]
     assert not list((tmp_path / "checkpoints").glob(".*"))
+    assert "note:" not in output
+    seconds = [float(row["seconds"]) for row in rows(tmp_path) if row["seconds"]]  # go on from those of the run before
+    assert seconds == sorted(seconds)
+
+
+def test_a_folder_that_is_taken_is_refused_in_good_order(whole: Path) -> None:
+    status, output = ended(start(whole, "--steps", "5"))
+    assert status != 0 and output.count("has checkpoints of a run: give --resume") == 1
+    assert "SIGABRT" not in output and "exitcode  : 2" in output, output
 
 
 def test_a_rank_that_hangs_ends_the_run_within_the_timeout(tmp_path: Path) -> None:
@@ -179,7 +188,7 @@ def train_in_process(out: Path, *arguments: str, steps: int) -> None:
     out.mkdir(exist_ok=True)
     ranks = Ranks(0, 1, torch.device("cpu"))
     training = Training(args, Synthetic(args.classes, args.seed, args.frequent, ranks.device), ranks)
-    checkpoints = Checkpoints(out / "checkpoints", 2, {}, ranks)
+    checkpoints = Checkpoints(out / "checkpoints", 2, {}, None, ranks)
     for step in checkpoints.steps()[-1:]:
         checkpoints.load(training, step)
     Limited(args, training, checkpoints, train_log.Log(out, training.step, False, False)).run()
@@ -205,6 +214,7 @@ def test_another_number_of_ranks_loads_the_same_bits(whole: Path, tmp_path: Path
             assert all(torch.equal(loaded["backbone"][name], each) for name, each in written["backbone"].items())
     output = run(whole, "--steps", "203", "--resume", ranks=1)
     assert "1 rank" in output and "going on after step 200" in output and max(losses(whole)) == 203
+    assert "that run was of 200 steps" in output
 
 
 def load(out: Path) -> dict[str, Any]:
@@ -215,7 +225,7 @@ def load(out: Path) -> dict[str, Any]:
     training = Training(args, Synthetic(args.classes, args.seed + 1, args.frequent, here.device), here)
     args.seed += 1  # other weights at the start
     fixed = json.loads((out / "checkpoints" / "step-000000200" / "arguments.json").read_text())
-    Checkpoints(out / "checkpoints", 1, fixed, here).load(training, 200)
+    Checkpoints(out / "checkpoints", 1, fixed, None, here).load(training, 200)
     weight = training.head.weight
     return {
         "step": training.step, "backbone": dict(training.network.state_dict()), "centres": weight.full_tensor(),

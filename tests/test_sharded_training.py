@@ -315,7 +315,7 @@ def failing(*arguments: Any) -> Any:
         ("dtype", "TypeError", "features must be one of", "rank 1 of the mesh"),
         ("label", "ValueError", "labels must lie in", "rank 1 of the mesh"),
         ("other dtype", "ValueError", "dtype", "rank 1"),
-        ("options", "ValueError", "options", "rank 1"),
+        ("options", "ValueError", "reduction='sum'", "reduction='mean'"),
         ("classes", "ValueError", "options", "rank 1"),
         ("seed", "ValueError", "options", "rank 1"),
         ("filter", "ValueError", "options", "rank 1"),
