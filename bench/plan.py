@@ -161,6 +161,15 @@ def _table(plans: list[dict[str, Any]]) -> str:
             f"{plan['classes']:13,} {plan['ranks']:6,} {plan['memory']['total'] / 1e9:10,.2f}"
             f" {'yes' if plan['fits'] else 'NO':>12} {least:>11} {sum(plan['wire_bytes'].values()) / 1e6:8,.2f}"
             f" {ms['head_s']:9,.2f} {ms['update_s']:10,.2f} {ms['wire_s']:8,.3f} {ms['step_s']:9,.2f} {ms['floor_s']:9,.2f}"
-            f" {plan['time']['samples_per_s']:10,.0f}"
+            f" {_three_digits(plan['time']['samples_per_s']):10,}"
         )
+    lines.append(
+        "\nneeds ranks: the fewest that fit; wire: what a rank receives; head: the loss, forward and backward; step: head,\n"
+        "update and wire one after the other; floor: the head's products and the bytes that must move; samples/s over all ranks"
+    )
     return "\n".join(lines)
+
+
+def _three_digits(value: float) -> int:
+    """As many as an estimate has, at most."""
+    return int(float(f"{value:.3g}"))
