@@ -165,7 +165,7 @@ def _table(plans: list[dict[str, Any]]) -> str:
         )
     lines.append(
         "\nneeds ranks: the fewest that fit; wire: what a rank receives; head: the loss, forward and backward; step: head,\n"
-        "update and wire one after the other; floor: the head's products and the bytes that must move; samples/s over all ranks"
+        "update and wire one after the other; floor: the head's products and the bytes that must move; samples/s: of all"
     )
     return "\n".join(lines)
 
