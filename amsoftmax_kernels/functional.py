@@ -140,10 +140,10 @@ def am_softmax_loss(
         math.inf if interclass_filter is None else float(interclass_filter),
     )  # fmt: skip
     need_rows = torch.is_grad_enabled() and (features.requires_grad or scale.requires_grad)
-    how = (min(save_bytes, (1 << 63) - 1), return_predictions, need_rows, backend)
+    need_weight = torch.is_grad_enabled() and weight.requires_grad
+    how = (min(save_bytes, (1 << 63) - 1), return_predictions, need_rows, need_weight, backend)
     if isinstance(constant, (int, float)):
-        need_weight = torch.is_grad_enabled() and weight.requires_grad
-        of_loss = (num_rows, float(constant), reduction, need_weight, not normalize_features or scale.requires_grad)
+        of_loss = (num_rows, float(constant), reduction, not normalize_features or scale.requires_grad)
         loss, cosine, best, best_class = _ConstantMarginLoss.apply(*problem, *how, *of_loss)  # type: ignore[no-untyped-call]
     else:
         log_z, cosine, norm, best, best_class = AMSoftmaxFunction.apply(*problem, *how)  # type: ignore[no-untyped-call]
@@ -209,9 +209,9 @@ class AMSoftmaxFunction(torch.autograd.Function):
     """The B×C work as one differentiable function, on which any margin on the target can be built.
 
     ``apply(features, weight, labels, scale, normalize_features, compute_dtype, interclass_filter, save_bytes, predict,
-    need_rows, backend)`` takes checked arguments: those of :class:`amsoftmax_kernels.backends.Problem`, the bytes to keep,
-    whether to find the best negative, whether features or scale will need a gradient, and the name of a
-    backend. It returns vectors ``[B]``, the first three differentiable once:
+    need_rows, need_weight, backend)`` takes checked arguments: those of :class:`amsoftmax_kernels.backends.Problem`, the
+    bytes to keep, whether to find the best negative, whether features or scale will need a gradient and whether the weight
+    will, and the name of a backend. It returns vectors ``[B]``, the first three differentiable once:
 
     - log z, the log-sum-exp of the negatives' logits, log Σ_{j≠y} exp(s·cos_j) (s = ‖x‖ without normalize_features);
     - t, the target's cosine, exact (never through the low-precision product);
@@ -268,14 +268,14 @@ class _LossAtOnce(torch.autograd.Function):
 class _ConstantMarginLoss(torch.autograd.Function):
     """The whole loss for a margin that is a number: its derivatives are known in the forward pass.
 
-    ``apply(*AMSoftmaxFunction's arguments, num_rows, margin, reduction, need_weight, need_scale)``, the last five as in
+    ``apply(*AMSoftmaxFunction's arguments, num_rows, margin, reduction, need_scale)``, the last four as in
     :meth:`amsoftmax_kernels.backends.Backend.forward_loss`, returns the loss, t, and the best negative's cosine and class,
     of which the loss alone is differentiable.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, (*how, backend), of_loss = backends.Problem(*arguments[:7]), arguments[7:11], arguments[11:]
+        problem, (*how, backend), of_loss = backends.Problem(*arguments[:7]), arguments[7:12], arguments[12:]
         out, margin_loss = backends.load(backend).forward_loss(problem, *how, *of_loss)
         _save(ctx, problem, out, backend, *margin_loss[1:])
         ctx.mark_non_differentiable(out.cosine, out.best, out.best_class)
@@ -289,7 +289,7 @@ class _ConstantMarginLoss(torch.autograd.Function):
         problem, saved, of_loss = _saved(ctx)
         backend, needs = backends.load(ctx.options[1]), _needs(ctx)
         grads = backend.backward_loss(problem, saved, backends.MarginLoss(grad, *of_loss), grad, needs)
-        return *_arranged(grads, needs), *[None] * 5
+        return *_arranged(grads, needs), *[None] * 4
 
 
 def _save(ctx: Any, problem: backends.Problem, out: backends.Forward, backend: str, *tensors: Tensor) -> None:
@@ -312,4 +312,4 @@ def _needs(ctx: Any) -> tuple[bool, bool, bool]:
 def _arranged(grads: tuple[Tensor, Tensor, Tensor], needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
     """The backend's gradients, one for each argument of :class:`AMSoftmaxFunction`."""
     grad_features, grad_weight, grad_scale = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return grad_features, grad_weight, None, grad_scale, *[None] * 7
+    return grad_features, grad_weight, None, grad_scale, *[None] * 8

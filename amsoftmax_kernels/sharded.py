@@ -83,10 +83,11 @@ class ShardedFunction(torch.autograd.Function):
         all_labels = shards.gather_replicas(labels[None], plan.rows)[0]
         panels = _panels(shards.local_labels(labels), shards.local_labels(all_labels), weight, plan)
         need_rows = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
+        need_weight = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
         left = plan.save_bytes
         for panel in panels:
             problem = plan.problem(x, panel.weight, panel.labels, scale)
-            panel.out = backends.load(plan.backend).forward(problem, left, plan.predict, need_rows)
+            panel.out = backends.load(plan.backend).forward(problem, left, plan.predict, need_rows, need_weight)
             left -= panel.out.kept.numel() * panel.out.kept.element_size()
 
         z, t = x.new_zeros(2, len(x), dtype=dtype)
@@ -142,7 +143,7 @@ class ShardedFunction(torch.autograd.Function):
         grad_scale = scale.new_zeros(())
         grads_weight: list[Tensor] = []
         # The features' gradient first, and on its way while the centres' is made: where E need not be made twice for it.
-        apart = need_features and need_weight and shards.shards > 1 and all(_has_rows(*call[:2]) for call in calls)
+        apart = need_features and need_weight and shards.shards > 1 and all(_has_terms(*call[:2]) for call in calls)
         backend = backends.load(plan.backend)
 
         def run(needs: tuple[bool, bool, bool]) -> None:
@@ -271,9 +272,9 @@ def _bounded(plan: Plan, scale: Tensor) -> bool:
     return plan.normalize_features and known and scale.item() <= BOUNDED_SCALE
 
 
-def _has_rows(problem: backends.Problem, out: backends.Forward) -> bool:
-    """Whether E is at hand for both gradients, or its product with the centres was made in the forward pass."""
-    return out.rows.numel() > 0 or out.kept.numel() >= len(problem.features) * len(problem.weight)
+def _has_terms(problem: backends.Problem, out: backends.Forward) -> bool:
+    """Whether E is at hand for both gradients."""
+    return out.kept.numel() >= len(problem.features) * len(problem.weight)
 
 
 def _out(panel: _Panel) -> backends.Forward:

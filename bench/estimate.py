@@ -77,6 +77,7 @@ def step(card: Card, B: int, D: int, C: int, kept: bool, launches: int) -> dict[
     config = triton_configs.config(card.capability, "half")
     flops = 2 * B * C * D
     cosine = _cosine_exp(card, config, B, D, C)
+    summed = _cosine_exp(card, config, B, D, C, stored=False)
     pieces = {
         "prepare": 6 * C * D / card.copy,  # float32 read, bfloat16 written
         "cosine_exp": max(cosine["tensor"] + cosine["epilogue"], cosine["l2"]),
@@ -85,9 +86,9 @@ def step(card: Card, B: int, D: int, C: int, kept: bool, launches: int) -> dict[
         "finish": 12 * C * D / card.copy,  # dŵ written (read again out of the L2 cache), w read, dw written
         "launches": launches * SECONDS_A_LAUNCH,
     }
-    if not kept:
+    if not kept:  # a pass for the sums alone comes first
         pieces["prepare"] *= 2
-        pieces["cosine_exp"] *= 2
+        pieces["cosine_exp"] += max(summed["tensor"] + summed["epilogue"], summed["l2"])
     floor = (3 if kept else 4) * flops / card.products + 12 * C * D / card.copy  # w read once a pass, dw written
     total = sum(pieces.values())
     return {
@@ -97,7 +98,7 @@ def step(card: Card, B: int, D: int, C: int, kept: bool, launches: int) -> dict[
     }  # fmt: skip
 
 
-def _cosine_exp(card: Card, config: Config, B: int, D: int, C: int) -> dict[str, float]:
+def _cosine_exp(card: Card, config: Config, B: int, D: int, C: int, stored: bool = True) -> dict[str, float]:
     """Seconds of the fused kernel by what could bound it; its products as fast as a library's, its epilogue after them."""
     tiles = -(-B // config.rows) * -(-C // config.classes)
     elements = config.rows * config.classes
@@ -105,7 +106,7 @@ def _cosine_exp(card: Card, config: Config, B: int, D: int, C: int) -> dict[str,
     # 16 exponentials a clock and SM; a multiply, an add and half a conversion an element beside them, 128 a clock; the
     # rest (barriers, the tile's way to memory, filling the pipeline) assumed at 600 clocks a tile.
     epilogue = max(elements / 16, elements * 3.5 / 128) + 600
-    operands = (config.rows + config.classes) * D * 2 + elements * 2
+    operands = (config.rows + config.classes) * D * 2 + (elements * 2 if stored else 0)
     return {
         "tensor": 2 * B * C * D / card.products,
         "epilogue": waves * epilogue / card.clock,

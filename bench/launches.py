@@ -116,9 +116,9 @@ def of_a_step(
     problem = Problem(features, weight, labels, torch.tensor(scale), normalize, compute_dtype, interclass_filter)
     with _recording(capability, multiprocessors) as launches:
         backend.fused.labels(labels, C, -100)
-        how = (problem, save_bytes, predict, True)
+        how = (problem, save_bytes, predict, True, True)
         if constant_margin:
-            out, of_loss = backend.forward_loss(*how, count, 0.35, "mean", True, not normalize)
+            out, of_loss = backend.forward_loss(*how, count, 0.35, "mean", not normalize)
             backend.backward_loss(problem, out, of_loss, upstream, (True, True, False))
         else:
             out = backend.forward(*how)

@@ -69,8 +69,18 @@ def check_the_margin_kernel(
     assert loss.isnan() and derivatives[0, 1].isnan() and not derivatives[0, 2:].isnan().any()
 
 
+def curved(cosine: Tensor, labels: Tensor, feature_norm: Tensor) -> Tensor:
+    return cosine - 0.2 - 0.1 * cosine.square()
+
+
 def check_a_reduced_loss(
-    backend: str, needed: str, normalize: bool, save_bytes: int | None, tolerance: float, device: torch.device
+    backend: str,
+    needed: str,
+    normalize: bool,
+    save_bytes: int | None,
+    tolerance: float,
+    device: torch.device,
+    constant: bool = True,
 ) -> None:
     """The gradients of one argument, or of all of them, twice from one graph, times an upstream gradient."""
     features, weight, labels, _ = Case("", "", B=24, C=70, D=20, own=0.7).tensors(torch.float32)
@@ -83,7 +93,7 @@ def check_a_reduced_loss(
         }
         loss = ak.am_softmax_loss(
             tensors["features"], tensors["weight"], labels.to(device), scale=tensors["scale"], backend=name,
-            normalize_features=normalize, save_bytes=save_bytes,
+            normalize_features=normalize, save_bytes=save_bytes, margin=0.35 if constant else curved,
         )  # fmt: skip
         if loss.requires_grad:
             loss.backward(torch.full_like(loss, -3.0), retain_graph=True)

@@ -161,13 +161,14 @@ def test_a_reduced_loss(
     check(case, actual, oracle(case, torch.float32, **options))
 
 
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "function"])
 @pytest.mark.parametrize("needed", ["features", "weight", "scale", "all"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
 def test_what_a_reduced_loss_must_be_differentiated_by(
-    save_bytes: int | None, normalize: bool, needed: str, emulated: None
+    save_bytes: int | None, normalize: bool, needed: str, constant: bool, emulated: None
 ) -> None:
-    check_a_reduced_loss("cuda", needed, normalize, save_bytes, 5e-3, CPU)
+    check_a_reduced_loss("cuda", needed, normalize, save_bytes, 5e-3, CPU, constant)
 
 
 @pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])

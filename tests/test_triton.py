@@ -69,11 +69,14 @@ def test_a_reduced_loss(
     check(case, torch.float32, actual, oracle(case, torch.float32, **options))
 
 
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "function"])
 @pytest.mark.parametrize("needed", ["features", "weight", "scale", "all"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
-def test_what_a_reduced_loss_must_be_differentiated_by(save_bytes: int | None, normalize: bool, needed: str) -> None:
-    check_a_reduced_loss("triton", needed, normalize, save_bytes, 5e-6, DEVICE)
+def test_what_a_reduced_loss_must_be_differentiated_by(
+    save_bytes: int | None, normalize: bool, needed: str, constant: bool
+) -> None:
+    check_a_reduced_loss("triton", needed, normalize, save_bytes, 5e-6, DEVICE, constant)
 
 
 @pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
@@ -301,7 +304,7 @@ def test_frozen_inputs(frozen: str, save_bytes: int | None, short_chunks: None) 
 def test_no_grad_keeps_nothing() -> None:
     features, weight, labels, _ = (each.to(DEVICE) for each in PLAIN.tensors(torch.float32))
     problem = Problem(features, weight, labels, torch.tensor(30.0), True, torch.float32, math.inf)
-    out = backend.forward(problem, 0, False, False)
+    out = backend.forward(problem, 0, False, False, False)
     assert out.kept.numel() == out.rows.numel() == out.best.numel() == 0
 
 
@@ -344,20 +347,28 @@ def test_opcheck(normalize: bool, predict: bool, save_bytes: int, short_chunks: 
     scale = torch.tensor(30.0, dtype=torch.float64)
     problem = (features, weight, labels, scale, normalize, torch.float32, math.inf)
     ops = torch.ops.amsoftmax_kernels
-    torch.library.opcheck(ops.triton_forward, (*problem, save_bytes, predict, True))
-    out = Forward(*ops.triton_forward(*problem, save_bytes, predict, True))
+    for need_weight in (False, True):
+        torch.library.opcheck(ops.triton_forward, (*problem, save_bytes, predict, True, need_weight))
     grad = upstream.float()
-    saved = (out.shift, out.cosine, out.norm, out.inverse_norm, out.kept, out.rows)
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
+        out = Forward(*ops.triton_forward(*problem, save_bytes, predict, *needs[:2]))
+        saved = (out.shift, out.cosine, out.norm, out.inverse_norm, out.kept, out.rows)
         torch.library.opcheck(
             ops.triton_backward, (*problem, *saved, grad / out.z, grad, None if normalize else grad, *needs)
         )
+    out = Forward(*ops.triton_forward(*problem, save_bytes, predict, True, True))
+    saved = (out.shift, out.cosine, out.norm, out.inverse_norm, out.kept, out.rows)
+    if not save_bytes:
+        with pytest.raises(RuntimeError, match="centres' gradient would be asked for"):
+            ops.triton_backward(*problem, *saved, grad / out.z, grad, None if normalize else grad, True, False, False)
     count = torch.tensor(PLAIN.B, device=DEVICE)
     for reduction, need_weight in (("none", True), ("mean", False), ("mean", True)):
-        how = (*problem, save_bytes, predict, True, count, 0.35, reduction, need_weight, normalize)
+        how = (*problem, save_bytes, predict, True, need_weight, count, 0.35, reduction, normalize)
         torch.library.opcheck(ops.triton_forward_loss, how)
-    of_loss = ops.triton_forward_loss(*problem, save_bytes, predict, True, count, 0.35, "mean", True, True)[11:]
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
+        results = ops.triton_forward_loss(*problem, save_bytes, predict, *needs[:2], count, 0.35, "mean", True)
+        out, of_loss = Forward(*results[:10]), results[11:]
+        saved = (out.shift, out.cosine, out.norm, out.inverse_norm, out.kept, out.rows)
         torch.library.opcheck(ops.triton_backward_loss, (*problem, *saved, *of_loss, grad[0], *needs))
 
 

@@ -75,8 +75,9 @@ class Backend(Protocol):
     def canonical_labels(self, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
         """As :func:`amsoftmax_kernels.arguments.canonical_labels`."""
 
-    def forward(self, problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:
-        """``predict``: find the best negative. ``need_rows``: the gradient of features or scale will be asked for."""
+    def forward(self, problem: Problem, save_bytes: int, predict: bool, need_rows: bool, need_weight: bool) -> Forward:
+        """``predict``: find the best negative. ``need_rows``: the gradient of features or scale will be asked for;
+        ``need_weight``: that of weight will."""
 
     def loss_at_once(
         self,
@@ -98,10 +99,10 @@ class Backend(Protocol):
         save_bytes: int,
         predict: bool,
         need_rows: bool,
+        need_weight: bool,
         num_rows: Tensor,  # 0-d: what the mean is over
         margin: float,
         reduction: str,
-        need_weight: bool,
         need_scale: bool,
     ) -> tuple[Forward, MarginLoss]:
         """:meth:`forward`, and the loss for one margin with its derivatives, as in :mod:`.margin`."""
@@ -120,7 +121,10 @@ class Backend(Protocol):
         grad_norm: Tensor | None,  # [B]
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of features, weight and scale (through z), each of size 0 where it is not needed."""
+        """Gradients of features, weight and scale (through z), each of size 0 where it is not needed.
+
+        ``needs`` as :meth:`forward` was told, unless it kept all terms: then in any parts.
+        """
 
 
 _loaded: dict[str, Backend] = {}

@@ -84,7 +84,7 @@ def loss_at_once(
         return LossAtOnce(loss, predictions, grad_features, *grads)
 
 
-def forward(problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:
+def forward(problem: Problem, save_bytes: int, predict: bool, need_rows: bool, need_weight: bool) -> Forward:
     op = torch.ops.amsoftmax_kernels.chunked_forward if is_traced(problem.features) else _forward
     return Forward(*op(*problem, save_bytes, predict))
 

@@ -1,16 +1,18 @@
 """The decomposition on fused kernels, whoever wrote them: what is launched on which chunk, and the buffers between.
 
     forward     for each chunk of classes: ŵ; E = 2^(log2(e)·logit − shift) and z in one kernel; Eŵ by a library product
-    backward    for each chunk: E kept, or ŵ and E again; dŵ = Eᵀ(a∘x̂) by a library product, then the Jacobian while
+    backward    for each chunk: E kept, or ŵ, E and Eŵ again; dŵ = Eᵀ(a∘x̂) by a library product, then the Jacobian while
                 dŵ is in the cache; dx and the targets' part of dw by one small kernel
 
 Normalization is a pass of its own (6 bytes a weight) and not part of the fused kernel: there each block of rows would read
 the float32 centres again out of the L2 cache, at twice the bytes of ŵ, and the L2 cache is what bounds that kernel.
 
-Eŵ needs no gradient from above, so it is made in the forward pass, where E and ŵ are at hand: the backward pass of a kept
-E then reads neither ŵ nor x̂. Where E is computed again, it goes through a chunk of memory: 8 bytes a logit of traffic
-beside 8·D flops. Fused dx̂ and dŵ kernels would save it, but read their operands from the L2 cache half as efficiently as a
-library product does (a tile of 64 x 512 carries 58 flops a byte, one of 128 x 256 carries 85).
+Eŵ needs no gradient from above, so it is made in the forward pass where E is kept: the backward pass then reads neither ŵ
+nor x̂. Where E is computed again, it is for both products at once, and the forward pass stores none of it (but where the
+centres are frozen the forward pass makes all of Eŵ, and nothing is computed again). What is not kept goes through a chunk of
+memory: 6 bytes a logit of traffic beside 8·D flops. Fused dx̂ and dŵ kernels would save it, but read their operands from the
+L2 cache half as efficiently as a library product does (a tile of 64 x 512 carries 58 flops a byte, one of 128 x 256 carries
+85).
 
 Logits past scale 64 take a first pass for the row maxima alone (also without feature normalization), so that E has one
 shift a row and stays a plain matrix. E is bfloat16 for half-precision operands: float16 cannot hold its range.
@@ -53,7 +55,8 @@ class Fused:
         )
         register(
             f"{name}_forward",
-            f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows) -> ({', '.join(['Tensor'] * 10)})",
+            f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows, bool need_weight)"
+            f" -> ({', '.join(['Tensor'] * 10)})",
             self._forward,
             _forward_fake,
         )
@@ -66,8 +69,8 @@ class Fused:
         )
         register(
             f"{name}_forward_loss",
-            f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows, Tensor num_rows, float margin, "
-            f"str reduction, bool need_weight, bool need_scale) -> ({', '.join(['Tensor'] * 15)})",
+            f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows, bool need_weight, Tensor num_rows, "
+            f"float margin, str reduction, bool need_scale) -> ({', '.join(['Tensor'] * 15)})",
             self._forward_loss,
             _forward_loss_fake,
         )
@@ -88,9 +91,9 @@ class Fused:
         )
         return result
 
-    def forward(self, problem: Problem, save_bytes: int, predict: bool, need_rows: bool) -> Forward:
+    def forward(self, problem: Problem, save_bytes: int, predict: bool, need_rows: bool, need_weight: bool) -> Forward:
         call = self._call("forward", self._forward, problem.features)
-        return Forward(*call(*problem, save_bytes, predict, need_rows))
+        return Forward(*call(*problem, save_bytes, predict, need_rows, need_weight))
 
     def loss_at_once(self, *unused: Any) -> None:
         """Not here: multiplying the finished gradients by the upstream one would read and write them once more."""
@@ -141,12 +144,12 @@ class Fused:
         return self._over_chunks(Problem(*arguments[:7]), *arguments[7:], finish=None)[0]
 
     def _forward_loss(self, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, how, (num_rows, margin, reduction, need_weight, need_scale) = (
+        problem, how, (num_rows, margin, reduction, need_scale) = (
             Problem(*arguments[:7]),
-            arguments[7:10],
-            arguments[10:],
+            arguments[7:11],
+            arguments[11:],
         )
-        needed = need_weight and reduction != "none"
+        needed = how[3] and reduction != "none"
         loss, derivatives, x_factored = _loss_buffers(problem, reduction, needed, need_scale)
         s = scale_of(problem.scale, problem.normalize_features)
 
@@ -165,6 +168,7 @@ class Fused:
         save_bytes: int,
         predict: bool,
         need_rows: bool,
+        need_weight: bool,
         *,
         finish: Callable[[Forward, Tensor | None], None] | None,
     ) -> tuple[Forward, Tensor, Tensor]:
@@ -174,12 +178,15 @@ class Fused:
         kernels = self.kernels
         with no_autocast(features.device), _on(features.device):
             count = kept_count(B, C, D, problem.compute_dtype, save_bytes)
-            shard = Shard.of(problem, True, terms_needed=need_rows and count < C)
+            # Of what is not kept, E is made again for the centres' gradient, if that is wanted, and serves both there.
+            at_once = need_rows and not need_weight
+            shard = Shard.of(problem, True, terms_needed=at_once and count < C)
             z, cosine, norm, factor = (features.new_empty(B, dtype=torch.float32) for _ in range(4))
             shift = torch.empty_like(z)
             inverse_norm = features.new_empty(C, dtype=torch.float32)
             kept = features.new_empty(B, padded(count), dtype=shard.panel_dtype)
-            rows = features.new_empty((B, shard.width) if need_rows else 0, dtype=torch.float32)
+            has_rows = need_rows and (at_once or count > 0)
+            rows = features.new_empty((B, shard.width) if has_rows else 0, dtype=torch.float32)
             best = features.new_empty(B if predict else 0, dtype=torch.float32)
             best_class = labels.new_empty(B if predict else 0)
             results = Forward(z, shift, cosine, norm, inverse_norm, kept, z.new_empty(0), rows, best, best_class)
@@ -212,10 +219,10 @@ class Fused:
                 keep = start < count
                 terms = kept[:, start : start + shard.chunk] if keep else shard.terms
                 kernels.cosine_exp(
-                    problem, start, x_hat, w_hat, factor, None if bounded else shift, terms if keep or need_rows else None,
+                    problem, start, x_hat, w_hat, factor, None if bounded else shift, terms if keep or at_once else None,
                     z_parts[i], best_parts[i] if predict else None, class_parts[i] if predict else None, False,
                 )  # fmt: skip
-                if need_rows:
+                if need_rows and (keep or at_once):
                     product = _product(terms[:, : w_hat.shape[0]], w_hat.to(shard.panel_dtype), rows if i == 0 else None)
                     if i > 0:
                         rows += product
@@ -274,6 +281,7 @@ class Fused:
         """The backward pass; ``x_factored`` is there for the centres' gradient, x̂ and its factor where E is recomputed."""
         shift, cosine, norm, inverse_norm, kept, rows = vectors
         need_features, need_weight, need_scale = needs
+        need_rows = need_features or (need_scale and problem.normalize_features)
         features, weight, _, scale, normalize = problem[:5]
         (B, D), C = features.shape, weight.shape[0]
         kernels = self.kernels
@@ -291,11 +299,17 @@ class Fused:
                 for start in shard.chunks:
                     terms = kept[:, start : start + shard.chunk] if start < count else shard.terms
                     if x_hat is not None and factor is not None and start >= count:
+                        w_hat = shard.prepare(kernels, start, inverse_norm)
                         kernels.cosine_exp(
-                            problem, start, x_hat, shard.prepare(kernels, start, inverse_norm), factor,
+                            problem, start, x_hat, w_hat, factor,
                             None if _bounded(s, normalize) else shift, terms, None, None, None, False,
                         )  # fmt: skip
+                        if need_rows:
+                            product = _product(terms[:, : w_hat.shape[0]], w_hat.to(shard.panel_dtype), None)
+                            rows = rows + product if rows.numel() else product
                     _grad_centres(kernels, shard, start, terms, x_factored, inverse_norm, grad_weight, upstream)
+            if need_rows and rows.numel() == 0:
+                raise RuntimeError("the forward pass was told that the centres' gradient would be asked for, and it is not")
             of_scale = need_scale and normalize
             parts = features.new_empty(B, dtype=torch.float64) if of_scale else None
             empty = norm.new_empty(0)
@@ -437,29 +451,30 @@ def kept_count(batch: int, num_classes: int, dim: int, compute_dtype: torch.dtyp
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, (save_bytes, predict, need_rows) = Problem(*arguments[:7]), arguments[7:]
+    problem, (save_bytes, predict, need_rows, need_weight) = Problem(*arguments[:7]), arguments[7:]
     features, weight, labels = problem[:3]
     (B, D), C = features.shape, weight.shape[0]
     vectors = [features.new_empty(B, dtype=torch.float32) for _ in range(4)]
     kept = padded(kept_count(B, C, D, problem.compute_dtype, save_bytes))
+    has_rows = need_rows and (not need_weight or kept > 0)
     return (
         *vectors,
         features.new_empty(C, dtype=torch.float32),
         features.new_empty(B, kept, dtype=panel_dtype(problem.compute_dtype)),
         features.new_empty(0, dtype=torch.float32),
-        features.new_empty((B, padded(D)) if need_rows else 0, dtype=torch.float32),
+        features.new_empty((B, padded(D)) if has_rows else 0, dtype=torch.float32),
         features.new_empty(B if predict else 0, dtype=torch.float32),
         labels.new_empty(B if predict else 0),
     )
 
 
 def _forward_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, (save_bytes, *_, reduction, need_weight, need_scale) = Problem(*arguments[:7]), arguments[7:]
+    problem, (save_bytes, _, _, need_weight, *_, reduction, need_scale) = Problem(*arguments[:7]), arguments[7:]
     (B, D), C = problem.features.shape, problem.weight.shape[0]
     needed = need_weight and reduction != "none"
     recompute = needed and padded(kept_count(B, C, D, problem.compute_dtype, save_bytes)) < C
     return (
-        *_forward_fake(*arguments[:10]),
+        *_forward_fake(*arguments[:11]),
         *_loss_buffers(problem, reduction, needed, need_scale),
         problem.features.new_empty((B, padded(D)) if recompute else 0, dtype=problem.compute_dtype),
         problem.features.new_empty(B if recompute else 0, dtype=torch.float32),

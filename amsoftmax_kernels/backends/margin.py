@@ -17,19 +17,19 @@ from . import Forward, MarginLoss, Problem
 
 
 def forward_loss(
-    forward: Callable[[Problem, int, bool, bool], Forward],
+    forward: Callable[[Problem, int, bool, bool, bool], Forward],
     problem: Problem,
     save_bytes: int,
     predict: bool,
     need_rows: bool,
+    need_weight: bool,
     num_rows: Tensor,
     margin: float,
     reduction: str,
-    need_weight: bool,
     need_scale: bool,
 ) -> tuple[Forward, MarginLoss]:
     """``forward_loss`` of a backend by its ``forward``."""
-    out = forward(problem, save_bytes, predict, need_rows)
+    out = forward(problem, save_bytes, predict, need_rows, need_weight)
     loss, derivatives = constant_margin(problem, out, num_rows, margin, reduction, need_scale)
     return out, MarginLoss(loss, derivatives, *(loss.new_empty(0) for _ in range(3)))
 
