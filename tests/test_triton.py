@@ -340,8 +340,10 @@ def test_same_inputs_same_bits(short_chunks: None) -> None:
     assert all(map(torch.equal, first, ours(*tensors, save_bytes=0)))
 
 
-@pytest.mark.parametrize(("normalize", "predict"), [(True, True), (False, False)])
-@pytest.mark.parametrize("save_bytes", [1 << 30, 0, CHUNK * PLAIN.B * 4])
+@pytest.mark.parametrize(
+    ("normalize", "predict", "save_bytes"),
+    [(True, True, 1 << 30), (True, True, CHUNK * PLAIN.B * 4), (True, True, 0), (False, False, 0)],
+)
 def test_opcheck(normalize: bool, predict: bool, save_bytes: int, short_chunks: None) -> None:
     features, weight, labels, upstream = (each.to(DEVICE) for each in PLAIN.tensors(torch.float32))
     scale = torch.tensor(30.0, dtype=torch.float64)
