@@ -6,6 +6,7 @@ target alone (additive, angular, per class, per sample) is one such function.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Protocol
 
@@ -117,8 +118,27 @@ def as_margin(margin: float | Tensor | Margin) -> Margin:
 
 def target_psi(margin: Margin, cosine: Tensor, labels: Tensor, feature_norm: Tensor) -> Tensor:
     """ψ of a margin object, checked: ``[B]`` in the cosine's dtype."""
-    psi = margin(cosine, labels, feature_norm)
+    try:
+        psi = margin(cosine, labels, feature_norm)
+    except TypeError as error:
+        if _takes_three(margin):
+            raise
+        raise TypeError(
+            f"margin must be callable as margin(cosine, labels, feature_norm), three [B] tensors: {error}"
+        ) from error
     if not isinstance(psi, Tensor) or psi.shape != cosine.shape:
         returned = list(psi.shape) if isinstance(psi, Tensor) else type(psi).__name__
         raise ValueError(f"margin must return psi of shape [B] = {list(cosine.shape)}, but it returned {returned}")
     return psi.to(cosine.dtype)
+
+
+def _takes_three(margin: Margin) -> bool:
+    """Whether three arguments fit; True where that cannot be told."""
+    function = margin.forward if isinstance(margin, nn.Module) else margin
+    try:
+        inspect.signature(function).bind(None, None, None)
+    except TypeError:
+        return False
+    except ValueError:  # of a builtin
+        return True
+    return True

@@ -152,3 +152,21 @@ def test_a_learned_margin_and_scale() -> None:
     for ours, theirs in zip(head.parameters(), twin.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None and relative(ours.grad, theirs.grad) < FLOAT64
         assert theirs.grad.norm() > 0
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_a_margin_of_another_signature_is_named(backend: str) -> None:
+    features, weight, labels = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
+
+    class OfOne(torch.nn.Module):
+        def forward(self, cosine: Tensor) -> Tensor:
+            return cosine
+
+    def broken(cosine: Tensor, labels: Tensor, feature_norm: Tensor) -> Tensor:
+        return cosine + "a"  # type: ignore[operator]
+
+    for margin in (lambda cosine: cosine, OfOne()):
+        with pytest.raises(TypeError, match=r"margin must be callable as margin\(cosine, labels, feature_norm\)"):
+            ak.am_softmax_loss(features, weight, labels, margin=margin, backend=backend)
+    with pytest.raises(TypeError, match="unsupported operand"):  # the margin's own error stays as it is
+        ak.am_softmax_loss(features, weight, labels, margin=broken, backend=backend)
