@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -106,6 +108,19 @@ def test_compile_takes_the_whole_module(
     actual = learnt(compiled(head), features, labels)
     assert all(map(torch.equal, actual, expected))
     assert max(map(relative, at_once, expected)) < (5e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_compile_comes_first() -> None:
+    """In a process that has not called the loss yet: the backend is not imported in what is traced."""
+    program = """
+import torch, amsoftmax_kernels as ak
+head = torch.compile(ak.AMSoftmaxLoss(8, 50), fullgraph=True, backend="aot_eager")
+x = torch.randn(6, 8, requires_grad=True)
+head(x, torch.arange(6)).backward()
+assert x.grad.any()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_compile_with_predictions() -> None:

@@ -177,6 +177,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """
     check_available(name)
     if name is None and device.type == "cpu":
+        load("chunked")
         return "chunked"  # another that serves CPU tensors only emulates a GPU
     if name is None:
         return next(each for each in NAMES if unavailable_reason(each) is None and _serves(each, device, dtype))
