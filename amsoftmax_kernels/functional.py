@@ -120,25 +120,24 @@ def am_softmax_loss(
         loss = reduce_rows(rows, labels, num_rows, reduction)
         return (loss, predictions) if return_predictions else loss
 
+    scale, s = scale_tensor(scale, features.device)
+    problem = backends.Problem(
+        features, weight, labels, scale, normalize_features, dtype,
+        math.inf if interclass_filter is None else float(interclass_filter),
+    )  # fmt: skip
     constant = margin.margin if type(margin) is AdditiveMargin else margin
-    plain = normalize_features and interclass_filter is None and reduction != "none"
-    if isinstance(constant, (int, float)) and plain:
+    if isinstance(constant, (int, float)) and reduction != "none":
         at_once = backends.load(backend).loss_at_once(
-            features, weight, labels, num_rows, scale, float(constant), reduction == "mean", dtype, return_predictions
+            problem, num_rows, float(constant), reduction == "mean", return_predictions
         )
         if at_once is not None:
             loss = _LossAtOnce.apply(features, weight, scale, at_once)  # type: ignore[no-untyped-call]
             return loss if at_once.predictions is None else (loss, at_once.predictions)
-    scale, s = scale_tensor(scale, features.device)
     differentiated = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad or scale.requires_grad)
     if not differentiated:
         save_bytes = 0
     elif save_bytes is None:
         save_bytes = DEFAULT_SAVE_BYTES
-    problem = backends.Problem(
-        features, weight, labels, scale, normalize_features, dtype,
-        math.inf if interclass_filter is None else float(interclass_filter),
-    )  # fmt: skip
     need_rows = torch.is_grad_enabled() and (features.requires_grad or scale.requires_grad)
     need_weight = torch.is_grad_enabled() and weight.requires_grad
     how = (min(save_bytes, (1 << 63) - 1), return_predictions, need_rows, need_weight, backend)
@@ -248,9 +247,9 @@ class _LossAtOnce(torch.autograd.Function):
     """A loss whose gradients are known: ``apply(features, weight, scale, backends.LossAtOnce)``."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, scale: float | Tensor, at_once: backends.LossAtOnce) -> Tensor:
+    def forward(ctx: Any, features: Tensor, weight: Tensor, scale: Tensor, at_once: backends.LossAtOnce) -> Tensor:
         # The inputs too: a second derivative is an error of theirs.
-        ctx.save_for_backward(features, weight, scale if isinstance(scale, Tensor) else None, *at_once[2:])
+        ctx.save_for_backward(features, weight, scale, *at_once[2:])
         return at_once.loss
 
     @staticmethod
@@ -276,19 +275,19 @@ class _ConstantMarginLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         problem, (*how, backend), of_loss = backends.Problem(*arguments[:7]), arguments[7:12], arguments[12:]
-        out, margin_loss = backends.load(backend).forward_loss(problem, *how, *of_loss)
-        _save(ctx, problem, out, backend, *margin_loss[1:])
+        out, loss, derivatives = backends.load(backend).forward_loss(problem, *how, *of_loss)
+        _save(ctx, problem, out, backend, *derivatives)
         ctx.mark_non_differentiable(out.cosine, out.best, out.best_class)
-        return margin_loss.loss, out.cosine, out.best, out.best_class
+        return loss, out.cosine, out.best, out.best_class
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 16
-        problem, saved, of_loss = _saved(ctx)
+        problem, saved, derivatives = _saved(ctx)
         backend, needs = backends.load(ctx.options[1]), _needs(ctx)
-        grads = backend.backward_loss(problem, saved, backends.MarginLoss(grad, *of_loss), grad, needs)
+        grads = backend.backward_loss(problem, saved, backends.Derivatives(*derivatives), grad, needs)
         return *_arranged(grads, needs), *[None] * 4
 
 

@@ -118,8 +118,8 @@ def of_a_step(
         backend.fused.labels(labels, C, -100)
         how = (problem, save_bytes, predict, True, True)
         if constant_margin:
-            out, of_loss = backend.forward_loss(*how, count, 0.35, "mean", not normalize)
-            backend.backward_loss(problem, out, of_loss, upstream, (True, True, False))
+            out, _, derivatives = backend.forward_loss(*how, count, 0.35, "mean", not normalize)
+            backend.backward_loss(problem, out, derivatives, upstream, (True, True, False))
         else:
             out = backend.forward(*how)
             backend.backward(problem, out, out.z, out.z, None if normalize else out.z, (True, True, False))

@@ -157,9 +157,10 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> None:
     start, first = training.step, ranks.rank == 0
     if first:
         print(_title(args, source, ranks, start), flush=True)
-        if steps and checkpoints.noted(steps[-1]) not in (None, args.steps):
+        planned = checkpoints.noted(steps[-1]) if steps else None
+        if planned not in (None, args.steps):
             print(
-                f"note: that run was of {checkpoints.noted(steps[-1])} steps; the learning rates follow the new end",
+                f"note: that run was of {planned} steps; the learning rates follow the new end",
                 flush=True,
             )
     due = verification_due(args, start)

@@ -128,7 +128,7 @@ def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     ak.am_softmax_loss(features, weight, labels, interclass_filter=0.5)
     ak.am_softmax_loss(features, weight, labels, reduction="none")
     ak.am_softmax_loss(features, weight, labels, margin=lambda t, labels, norm: t)
-    assert len(taken) == 9
+    assert taken[9:] == [False, False]
 
 
 @pytest.mark.parametrize("ignored", [[], [3], [0, 6]])
@@ -180,8 +180,9 @@ def test_long_features_near_every_centre_have_finite_gradients() -> None:
     actual = evaluate(ak.am_softmax_loss, *tensors, scale=64.0, reduction="mean")
     exact = evaluate(ak.reference.am_softmax_loss, *(each.double() for each in tensors[:2]), *tensors[2:], scale=64.0,
                      reduction="mean")  # fmt: skip
-    assert relative(actual[0].double(), exact[0]) < 5e-6 and all(each.isfinite().all() for each in actual)
-    assert relative(actual[2].double(), exact[2]) < 1e-2  # what is left of terms that cancel
+    # Of the gradients a thousandth is left of terms that cancel.
+    for got, expected, tolerance in zip(actual, exact, (1e-6, 2e-3, 5e-4), strict=True):
+        assert relative(got.double(), expected) < tolerance
 
 
 def test_a_loss_scale_saves_float16_gradients() -> None:

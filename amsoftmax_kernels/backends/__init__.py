@@ -45,11 +45,10 @@ class Forward(NamedTuple):
     best_class: Tensor  # [B] int64, the class it belongs to
 
 
-class MarginLoss(NamedTuple):
-    """The loss for a constant margin, and what its gradients take beside :class:`Forward`."""
+class Derivatives(NamedTuple):
+    """What the gradients of the loss for a constant margin take beside :class:`Forward`."""
 
-    loss: Tensor  # 0-d, or [B]
-    derivatives: Tensor  # [2 or 3, B] by log z (over z), by t and, if asked for, by s, for an upstream gradient of 1
+    by_row: Tensor  # [2 or 3, B] by log z (over z), by t and, if asked for, by s, for an upstream gradient of 1
     x_factored: Tensor  # and the rest: a backend's own, of size 0 where it does without
     x_hat: Tensor
     factor: Tensor
@@ -80,18 +79,9 @@ class Backend(Protocol):
         ``need_weight``: that of weight will."""
 
     def loss_at_once(
-        self,
-        features: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        num_rows: Tensor,
-        scale: float | Tensor,
-        margin: float,
-        mean: bool,
-        compute_dtype: torch.dtype,
-        predict: bool,
+        self, problem: Problem, num_rows: Tensor, margin: float, mean: bool, predict: bool
     ) -> LossAtOnce | None:
-        """The sum or mean of the loss for normalized features without a filter, if it is quicker in one go; else None."""
+        """The sum or mean of the loss where it is quicker in one go; else None."""
 
     def forward_loss(
         self,
@@ -104,11 +94,11 @@ class Backend(Protocol):
         margin: float,
         reduction: str,
         need_scale: bool,
-    ) -> tuple[Forward, MarginLoss]:
+    ) -> tuple[Forward, Tensor, Derivatives]:
         """:meth:`forward`, and the loss for one margin with its derivatives, as in :mod:`.margin`."""
 
     def backward_loss(
-        self, problem: Problem, saved: Forward, of_loss: MarginLoss, upstream: Tensor, needs: tuple[bool, bool, bool]
+        self, problem: Problem, saved: Forward, derivatives: Derivatives, upstream: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of :meth:`forward_loss`, as :meth:`backward` returns them, the scale's whole."""
 

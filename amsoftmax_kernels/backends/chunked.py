@@ -21,7 +21,7 @@ from torch import Tensor
 from ..arguments import accumulate_dtype, no_autocast
 from ..arguments import canonical_labels as canonical_labels
 from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced, register
-from . import Forward, LossAtOnce, MarginLoss, Problem, one_chunk
+from . import Derivatives, Forward, LossAtOnce, Problem, one_chunk
 from . import margin as constant_margin
 from .budget import BOUNDED_SCALE, kept_classes
 from .host_memory import advise_huge_pages
@@ -44,27 +44,18 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "mps"  # no float64 there
 
 
-def loss_at_once(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    num_rows: Tensor,
-    scale: float | Tensor,
-    margin: float,
-    mean: bool,
-    compute_dtype: torch.dtype,
-    predict: bool,
-) -> LossAtOnce | None:
-    """Small problems on a CPU: see :mod:`.one_chunk`."""
+def loss_at_once(problem: Problem, num_rows: Tensor, margin: float, mean: bool, predict: bool) -> LossAtOnce | None:
+    """Small and plain problems on a CPU: see :mod:`.one_chunk`."""
+    features, weight, labels, scale = problem[:4]
     (B, D), C, device = features.shape, weight.shape[0], features.device
     if device.type != "cpu" or is_traced(features) or B == 0 or not 1 < C <= _chunk_size(B, D, device):
         return None
-    s, learned = (scale.item(), scale.requires_grad) if isinstance(scale, Tensor) else (scale, False)
-    if s > BOUNDED_SCALE:
+    s = scale.item()
+    if not problem.normalize_features or math.isfinite(problem.interclass_filter) or s > BOUNDED_SCALE:
         return None
     enabled = torch.is_grad_enabled()
-    needs = (enabled and features.requires_grad, enabled and weight.requires_grad, enabled and learned)
-    dtype = accumulate_dtype(compute_dtype)
+    needs = (enabled and features.requires_grad, enabled and weight.requires_grad, enabled and scale.requires_grad)
+    dtype = accumulate_dtype(problem.compute_dtype)
     with torch.no_grad(), no_autocast(device):
         # The number of rows is at least 1, whatever becomes of a single one.
         if num_rows.item() == B and (B > 1 or labels.item() >= 0):
@@ -102,14 +93,14 @@ def backward(
     return grads
 
 
-def forward_loss(problem: Problem, *how: Any) -> tuple[Forward, MarginLoss]:
+def forward_loss(problem: Problem, *how: Any) -> tuple[Forward, Tensor, Derivatives]:
     return constant_margin.forward_loss(forward, problem, *how)
 
 
 def backward_loss(
-    problem: Problem, saved: Forward, of_loss: MarginLoss, upstream: Tensor, needs: tuple[bool, bool, bool]
+    problem: Problem, saved: Forward, derivatives: Derivatives, upstream: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return constant_margin.backward_loss(backward, problem, saved, of_loss, upstream, needs)
+    return constant_margin.backward_loss(backward, problem, saved, derivatives, upstream, needs)
 
 
 @dataclass

@@ -32,7 +32,7 @@ from torch import Tensor
 from .. import arguments
 from ..arguments import no_autocast
 from ..operators import GRADS_SCHEMA, LABELS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced, register
-from . import Forward, MarginLoss, Problem
+from . import Derivatives, Forward, Problem
 from . import margin as constant_margin
 from .budget import BOUNDED_SCALE, kept_classes
 from .kernels import Kernels
@@ -98,18 +98,18 @@ class Fused:
     def loss_at_once(self, *unused: Any) -> None:
         """Not here: multiplying the finished gradients by the upstream one would read and write them once more."""
 
-    def forward_loss(self, problem: Problem, *how: Any) -> tuple[Forward, MarginLoss]:
+    def forward_loss(self, problem: Problem, *how: Any) -> tuple[Forward, Tensor, Derivatives]:
         """In fewer launches than :meth:`forward` and what would follow it."""
         results = self._call("forward_loss", self._forward_loss, problem.features)(*problem, *how)
-        return Forward(*results[:10]), MarginLoss(*results[10:])
+        return Forward(*results[:10]), results[10], Derivatives(*results[11:])
 
     def backward_loss(
-        self, problem: Problem, saved: Forward, of_loss: MarginLoss, upstream: Tensor, needs: tuple[bool, bool, bool]
+        self, problem: Problem, saved: Forward, derivatives: Derivatives, upstream: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
         if upstream.dim():  # one a row: none could be taken out of the sums over rows
-            return constant_margin.backward_loss(self.backward, problem, saved, of_loss, upstream, needs)
+            return constant_margin.backward_loss(self.backward, problem, saved, derivatives, upstream, needs)
         call = self._call("backward_loss", self._backward_loss, problem.features)
-        result: tuple[Tensor, Tensor, Tensor] = call(*problem, *saved[1:6], saved.rows, *of_loss[1:], upstream, *needs)
+        result: tuple[Tensor, Tensor, Tensor] = call(*problem, *saved[1:6], saved.rows, *derivatives, upstream, *needs)
         return result
 
     def backward(

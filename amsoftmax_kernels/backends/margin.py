@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ..operators import is_traced
-from . import Forward, MarginLoss, Problem
+from . import Derivatives, Forward, Problem
 
 
 def forward_loss(
@@ -27,23 +27,23 @@ def forward_loss(
     margin: float,
     reduction: str,
     need_scale: bool,
-) -> tuple[Forward, MarginLoss]:
+) -> tuple[Forward, Tensor, Derivatives]:
     """``forward_loss`` of a backend by its ``forward``."""
     out = forward(problem, save_bytes, predict, need_rows, need_weight)
     loss, derivatives = constant_margin(problem, out, num_rows, margin, reduction, need_scale)
-    return out, MarginLoss(loss, derivatives, *(loss.new_empty(0) for _ in range(3)))
+    return out, loss, Derivatives(derivatives, *(loss.new_empty(0) for _ in range(3)))
 
 
 def backward_loss(
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
     problem: Problem,
     saved: Forward,
-    of_loss: MarginLoss,
+    derivatives: Derivatives,
     upstream: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``backward_loss`` of a backend by its ``backward``."""
-    row_factor, grad_cosine, *grad_s = (of_loss.derivatives * upstream).unbind()
+    row_factor, grad_cosine, *grad_s = (derivatives.by_row * upstream).unbind()
     grad_norm = None if problem.normalize_features else grad_s[0]
     grad_features, grad_weight, grad_scale = backward(problem, saved, row_factor, grad_cosine, grad_norm, needs)
     if needs[2] and problem.normalize_features:
