@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -49,18 +49,22 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit("bench host: unset TRITON_INTERPRET, in whose interpreter there is no dispatch to time")
     cpu = machine.describe(torch.device("cpu"))["cpu"]
     print(f"{cpu}, torch {torch.__version__}; host time, with the kernels of a GPU like: {card.name}\n")
-    print(f"{'backend':10} {'forward':>10} {'backward':>10} {'step, µs':>10} {'launches of ours':>18}")
+    print(f"{'backend':10} {'forward':>10} {'backward':>10} {'step, µs':>10} {'anew, µs':>10} {'launches of ours':>18}")
     for name in ("triton", "cuda"):
         with contextlib.ExitStack() as stack:
             stack.enter_context(_without_products())
             launches = stack.enter_context(_of_triton(card) if name == "triton" else _of_cpp(card))
+            with mock.patch.object(fused, "replayed_on", lambda device: False):
+                anew = sum(_times(name, args.batch, args.dim, args.classes, args.steps))
             forward, backward = _times(name, args.batch, args.dim, args.classes, args.steps)
             before = len(launches)
             _step(name, *problem(args.batch, args.dim, args.classes, torch.device("cpu")))
             count = len(launches) - before
-        print(f"{name:10} {forward * 1e6:10.0f} {backward * 1e6:10.0f} {(forward + backward) * 1e6:10.0f} {count:18}")
+        times = "".join(f" {each * 1e6:10.0f}" for each in (forward, backward, forward + backward, anew))
+        print(f"{name:10}{times} {count:18}")
     print(
-        "\nMedians; the driver's launches, two library products and PyTorch's hand-over to its backward thread not counted."
+        "\nMedians of steps replayed, as those of one layout are from the third on (backends/replay.py), and of steps anew.\n"
+        "The driver's launches, two library products and PyTorch's hand-over to its backward thread are not counted."
     )
     return 0
 
@@ -92,8 +96,9 @@ def _without_products() -> Iterator[None]:
 
     with (
         mock.patch.object(fused, "_product", product),
-        mock.patch.object(backend, "canonical_labels", backend.fused.labels),
-        mock.patch.object(cuda, "canonical_labels", cuda.fused.labels),
+        mock.patch.object(fused, "replayed_on", lambda device: True),
+        mock.patch.object(backend, "canonical_labels", backend.fused._replayed["canonical_labels"]),
+        mock.patch.object(cuda, "canonical_labels", cuda.fused._replayed["canonical_labels"]),
     ):
         yield
 
@@ -107,24 +112,29 @@ class _Utils:
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 1 << 30}
 
-    def fill_tma_descriptor(self, *_: Any) -> bytes:
-        return b""
+    def fill_tma_descriptor(self, *description: Any) -> tuple[Any, ...]:
+        return description
 
 
 @contextlib.contextmanager
-def _of_triton(card: Any) -> Iterator[list[str]]:
+def _of_triton(card: Any, launch: Callable[..., None] = lambda *_: None) -> Iterator[list[str]]:
+    """``launch`` is given what Triton's own launcher would be."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver as nvidia
 
     launches: list[str] = []
 
+    def counted(*rest: Any) -> None:
+        launches.append("")
+        launch(*rest)
+
     class Launcher:
         """CudaLauncher without its C part."""
 
         def __init__(self, source: Any, metadata: Any) -> None:
             meta = getattr(metadata, "tensordesc_meta", None)
-            self.launch = nvidia.wrap_handle_tensordesc(lambda *_: launches.append(""), dict(source.signature), meta)
+            self.launch = nvidia.wrap_handle_tensordesc(counted, dict(source.signature), meta)
 
         def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
             self.launch(x, y, z, stream, function, False, False, None, None, *rest)
@@ -161,14 +171,14 @@ def _of_cpp(card: Any) -> Iterator[list[str]]:
         library = cuda_library.Library(path)
         tiling = library.tiling(torch.device("cpu"), 256, 512, torch.bfloat16)
         tiling.blocks = card.multiprocessors
-        call = library.call
+        launch = library._launch
 
         def counted(name: str, *rest: Any) -> None:
             launches.append(name)
-            call(name, *rest)
+            launch(name, *rest)
 
         with (
-            mock.patch.object(library, "call", counted),
+            mock.patch.object(library, "_launch", counted),
             mock.patch.object(cuda, "_library", lambda device: library),
             mock.patch.object(cuda, "_tiling", lambda *_: tiling),
             mock.patch.object(cuda, "serves", lambda *_: True),

@@ -16,13 +16,15 @@ L2 cache half as efficiently as a library product does (a tile of 64 x 512 carri
 
 Logits past scale 64 take a first pass for the row maxima alone (also without feature normalization), so that E has one
 shift a row and stays a plain matrix. E is bfloat16 for half-precision operands: float16 cannot hold its range.
+
+What is launched depends on the layout of tensors and on plain values alone: for a small problem, which the host is slower at
+than the GPU, it is noted and repeated (:mod:`.replay`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +38,15 @@ from . import Derivatives, Forward, Problem
 from . import margin as constant_margin
 from .budget import BOUNDED_SCALE, kept_classes
 from .kernels import Kernels
+from .replay import Replayed, on_device
+from .triton_configs import kind
 
 # Classes a chunk: what is not kept of E, and ŵ, take at most this many elements.
 CHUNK_ELEMENTS = 1 << 27
 # Classes of which dŵ is computed at a time, in elements: still in the L2 cache when the Jacobian reads it.
 FINISH_ELEMENTS = 1 << 23
+# Logits up to which the host is the slower one and replays what it did: some 0.5 ms of an H200's time.
+REPLAYED_LOGITS = 1 << 24
 _ALIGN = 16  # elements: rows of operands start at multiples of 16 bytes, as bulk copies want
 
 
@@ -49,6 +55,13 @@ class Fused:
 
     def __init__(self, name: str, kernels: Kernels) -> None:
         self.name, self.kernels = name, kernels
+        self._replayed = {
+            "canonical_labels": Replayed(self.labels, _of_labels),
+            "forward": Replayed(self._forward, _of_problem),
+            "backward": Replayed(self._backward, _of_problem),
+            "forward_loss": Replayed(self._forward_loss, _of_problem),
+            "backward_loss": Replayed(self._backward_loss, _of_problem),
+        }
         vectors = "Tensor shift, Tensor cosine, Tensor norm"
         register(
             f"{name}_canonical_labels", LABELS_SCHEMA, self.labels, arguments.canonical_labels_fake, differentiable=False
@@ -86,13 +99,11 @@ class Fused:
     def canonical_labels(self, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
         if labels.device.type == "cpu":  # whose values are checked
             return arguments.canonical_labels(labels, num_classes, ignore_index)
-        result: tuple[Tensor, Tensor] = self._call("canonical_labels", self.labels, labels)(
-            labels, num_classes, ignore_index
-        )
+        result: tuple[Tensor, Tensor] = self._call("canonical_labels", labels)(labels, num_classes, ignore_index)
         return result
 
     def forward(self, problem: Problem, save_bytes: int, predict: bool, need_rows: bool, need_weight: bool) -> Forward:
-        call = self._call("forward", self._forward, problem.features)
+        call = self._call("forward", problem.features)
         return Forward(*call(*problem, save_bytes, predict, need_rows, need_weight))
 
     def loss_at_once(self, *unused: Any) -> None:
@@ -100,7 +111,7 @@ class Fused:
 
     def forward_loss(self, problem: Problem, *how: Any) -> tuple[Forward, Tensor, Derivatives]:
         """In fewer launches than :meth:`forward` and what would follow it."""
-        results = self._call("forward_loss", self._forward_loss, problem.features)(*problem, *how)
+        results = self._call("forward_loss", problem.features)(*problem, *how)
         return Forward(*results[:10]), results[10], Derivatives(*results[11:])
 
     def backward_loss(
@@ -108,7 +119,7 @@ class Fused:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if upstream.dim():  # one a row: none could be taken out of the sums over rows
             return constant_margin.backward_loss(self.backward, problem, saved, derivatives, upstream, needs)
-        call = self._call("backward_loss", self._backward_loss, problem.features)
+        call = self._call("backward_loss", problem.features)
         result: tuple[Tensor, Tensor, Tensor] = call(*problem, *saved[1:6], saved.rows, *derivatives, upstream, *needs)
         return result
 
@@ -121,22 +132,28 @@ class Fused:
         grad_norm: Tensor | None,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        call = self._call("backward", self._backward, problem.features)
+        call = self._call("backward", problem.features)
         result: tuple[Tensor, Tensor, Tensor] = call(
             *problem, *saved[1:6], saved.rows, row_factor, grad_cosine, grad_norm, *needs
         )
         return result
 
-    def _call(self, name: str, body: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
-        traced = is_traced(tensor)
-        operator: Callable[..., Any] = getattr(torch.ops.amsoftmax_kernels, f"{self.name}_{name}") if traced else body
+    def _call(self, name: str, tensor: Tensor) -> Callable[..., Any]:
+        if not is_traced(tensor):
+            return self._replayed[name]
+        operator: Callable[..., Any] = getattr(torch.ops.amsoftmax_kernels, f"{self.name}_{name}")
         return operator
+
+    def forget(self) -> None:
+        """Programs that are replayed, where what they do not depend on has changed after all: a test's own chunks, say."""
+        for each in self._replayed.values():
+            each.forget()
 
     def labels(self, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
         """One launch in the place of ten."""
         result = torch.empty(labels.shape, dtype=torch.int64, device=labels.device)
         count = torch.empty((), dtype=torch.int64, device=labels.device)
-        with _on(labels.device):
+        with on_device(labels.device):
             self.kernels.canonical_labels(labels.contiguous(), ignore_index, num_classes, result, count)
         return result, count
 
@@ -176,7 +193,7 @@ class Fused:
         features, weight, labels, scale, normalize = problem[:5]
         (B, D), C = features.shape, weight.shape[0]
         kernels = self.kernels
-        with no_autocast(features.device), _on(features.device):
+        with no_autocast(features.device), on_device(features.device):
             count = kept_count(B, C, D, problem.compute_dtype, save_bytes)
             # Of what is not kept, E is made again for the centres' gradient, if that is wanted, and serves both there.
             at_once = need_rows and not need_weight
@@ -248,7 +265,7 @@ class Fused:
             x_hat = features.new_empty(B, width, dtype=problem.compute_dtype) if recompute else None
             factor = features.new_empty(B, dtype=torch.float32) if recompute else None
             s = scale_of(problem.scale, problem.normalize_features)
-            with _on(features.device):
+            with on_device(features.device):
                 self.kernels.factor_rows(problem, norm, row_factor, s, x_factored, x_hat, factor)
         return self._gradients(problem, vectors, row_factor, grad_cosine, grad_norm, None, x_factored, x_hat, factor, needs)
 
@@ -285,7 +302,7 @@ class Fused:
         features, weight, _, scale, normalize = problem[:5]
         (B, D), C = features.shape, weight.shape[0]
         kernels = self.kernels
-        with no_autocast(features.device), _on(features.device):
+        with no_autocast(features.device), on_device(features.device):
             grad_features = features.new_empty((B, D) if need_features else 0)
             grad_weight = weight.new_empty((C, D) if need_weight else 0)
             grad_scale = scale.new_zeros(() if need_scale else 0)
@@ -414,9 +431,22 @@ def _bounded(s: float | Tensor, normalize: bool) -> bool:
     return normalize and isinstance(s, float) and s <= BOUNDED_SCALE
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current device."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+def _of_problem(*arguments: Any) -> tuple[Any, ...] | None:
+    """What a small problem's pass depends on beside its arguments: a scale's value, and how float32 is multiplied."""
+    features, weight, _, scale, normalize, compute_dtype = arguments[:6]
+    device = features.device
+    if not replayed_on(device) or features.shape[0] * weight.shape[0] > REPLAYED_LOGITS:
+        return None
+    s = scale.item() if normalize and scale.device.type == "cpu" else scale.device
+    return device, s, kind(compute_dtype) if compute_dtype == torch.float32 else None
+
+
+def _of_labels(labels: Tensor, *unused: Any) -> torch.device | None:
+    return labels.device if replayed_on(labels.device) else None
+
+
+def replayed_on(device: torch.device) -> bool:
+    return device.type == "cuda"  # a CPU only emulates one
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Forward, Problem
+from . import Forward, Problem, replay
 from .fused import Fused, padded, streams_for
 from .triton_configs import Config, config, kind
 
@@ -80,7 +80,7 @@ class _Kernels:
         return blocks, streams_for(_multiprocessors(device) * c.resident, blocks, -(-classes // c.classes))
 
     def canonical_labels(self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor) -> None:
-        kernels.canonical_labels[(1,)](labels, ignore_index, result, count, labels.shape[0], num_classes, 1024)
+        _launch(kernels.canonical_labels, (1,), labels, ignore_index, result, count, labels.shape[0], num_classes, 1024)
 
     def prepare_rows(
         self, problem: Problem, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor, factor: Tensor,
@@ -90,7 +90,8 @@ class _Kernels:
         width = x_hat.shape[1]
         block, rows = _rows_a_program(width)
         centres = 0 if w_hat is None else -(-weight.shape[0] // rows)
-        kernels.prepare_rows[(features.shape[0] + centres,)](
+        _launch(
+            kernels.prepare_rows, (features.shape[0] + centres,),
             features, *features.stride(), weight, *weight.stride(), problem.labels, s, x_hat, cosine, norm, factor, shift,
             x_hat if w_hat is None else w_hat, inverse_norm, features.shape[0], *weight.shape, width,
             isinstance(s, Tensor), problem.normalize_features, _tf32(x_hat), w_hat is not None, rows, block,
@@ -98,7 +99,8 @@ class _Kernels:
 
     def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None) -> None:
         block, rows = _rows_a_program(w_hat.shape[1])
-        kernels.prepare_centres[(-(-weight.shape[0] // rows),)](
+        _launch(
+            kernels.prepare_centres, (-(-weight.shape[0] // rows),),
             weight, *weight.stride(), w_hat, inverse_norm, inverse_norm if unless_bounded is None else unless_bounded,
             *weight.shape, w_hat.shape[1], unless_bounded is not None, _tf32(w_hat), rows, block,
         )  # fmt: skip
@@ -116,7 +118,8 @@ class _Kernels:
             operands = [TensorDescriptor.from_tensor(*each) for each in zip(operands, tiles, strict=True)]
         parts = z if z is not None else best
         blocks, streams = self._programs(problem, w_hat.shape[0])
-        kernels.cosine_exp[(blocks, streams if parts is None else parts.shape[0])](
+        _launch(
+            kernels.cosine_exp, (blocks, streams if parts is None else parts.shape[0]),
             *operands,
             problem.labels, factor, factor if shift is None else shift,
             factor if z is None else z, factor if best is None else best, factor if best_class is None else best_class,
@@ -131,7 +134,7 @@ class _Kernels:
 
     def reduce_sums(self, z_parts: Tensor, labels: Tensor, z: Tensor) -> None:
         parts = z_parts.shape[0] * z_parts.shape[1]
-        kernels.reduce_sums[(-(-z.shape[0] // 32),)](z_parts, labels, z, z.shape[0], parts, ROWS=32, PARTS=32)
+        _launch(kernels.reduce_sums, (-(-z.shape[0] // 32),), z_parts, labels, z, z.shape[0], parts, ROWS=32, PARTS=32)
 
     def reduce_best(self, best_parts: Tensor, class_parts: Tensor, best: Tensor, best_class: Tensor) -> None:
         self._reduce_best(best_parts, class_parts, best, best, best_class, best, False)
@@ -142,9 +145,10 @@ class _Kernels:
     def _reduce_best(self, best_parts: Tensor, class_parts: Tensor, *vectors: Any) -> None:
         chunks, streams, batch = best_parts.shape
         *tensors, is_shift = vectors
-        kernels.reduce_best[(-(-batch // 32),)](
-            best_parts, class_parts, *tensors, batch, chunks * streams, SHIFT=is_shift, ROWS=32, PARTS=32
-        )
+        _launch(
+            kernels.reduce_best, (-(-batch // 32),),
+            best_parts, class_parts, *tensors, batch, chunks * streams, SHIFT=is_shift, ROWS=32, PARTS=32,
+        )  # fmt: skip
 
     def constant_margin(
         self, problem: Problem, saved: Forward, z_parts: Tensor | None, num_rows: Tensor, s: float | Tensor, margin: float,
@@ -155,7 +159,8 @@ class _Kernels:
             return
         width = padded(features.shape[1])
         parts = 0 if z_parts is None else z_parts.shape[0] * z_parts.shape[1]
-        kernels.constant_margin[(features.shape[0] + reduced,)](
+        _launch(
+            kernels.constant_margin, (features.shape[0] + reduced,),
             saved.z if z_parts is None else z_parts, saved.z, saved.shift, saved.cosine, saved.norm, problem.labels,
             num_rows, s, margin, loss, derivatives, features, *features.stride(),
             loss if x_factored is None else x_factored, features.shape[0], *problem.weight.shape, width, parts,
@@ -169,7 +174,8 @@ class _Kernels:
         x_hat: Tensor | None, factor: Tensor | None,
     ) -> None:  # fmt: skip
         features, width = problem.features, x_factored.shape[1]
-        kernels.factor_rows[(features.shape[0],)](
+        _launch(
+            kernels.factor_rows, (features.shape[0],),
             features, *features.stride(), problem.labels, norm, row_factor, s, x_factored,
             x_factored if x_hat is None else x_hat, norm if factor is None else factor,
             features.shape[1], width, isinstance(s, Tensor), problem.normalize_features, x_hat is not None,
@@ -180,7 +186,8 @@ class _Kernels:
         self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
     ) -> None:
         block, rows = _rows_a_program(grad_unit.shape[1])
-        kernels.finish_centres[(-(-grad.shape[0] // rows),)](
+        _launch(
+            kernels.finish_centres, (-(-grad.shape[0] // rows),),
             grad_unit, weight, *weight.stride(), inverse_norm, inverse_norm if upstream is None else upstream,
             grad, *grad.shape, grad_unit.shape[1], upstream is not None, rows, block,
         )  # fmt: skip
@@ -193,7 +200,8 @@ class _Kernels:
         features, weight = problem.features, problem.weight
         B, D = features.shape
         width = padded(D)
-        kernels.finish_rows[(B,)](
+        _launch(
+            kernels.finish_rows, (B,),
             features, *features.stride(), weight, *weight.stride(), problem.labels, saved.norm, saved.cosine, s,
             row_factor, grad_cosine, row_factor if grad_norm is None else grad_norm,
             row_factor if upstream is None else upstream, saved.rows,
@@ -203,6 +211,57 @@ class _Kernels:
             grad_features is not None, grad_weight is not None, grad_scale is not None,
             _power_of_2(width), 1024,
         )  # fmt: skip
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    compiled = kernel[grid](*args, **kwargs)
+    recorder = replay.recorder()
+    if recorder is None:
+        return
+    if compiled is None:  # interpreted
+        recorder.give_up()
+        return
+    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    recorder.add(_relaunch(recorder, compiled, grid, [named[name] for name in kernel.arg_names]))
+
+
+def _relaunch(recorder: replay.Recorder, compiled: Any, grid: tuple[int, ...], args: list[Any]) -> replay.Step:
+    """The launch again, of the kernel that Triton chose by these arguments: the choice takes three times as long."""
+    grid = (*grid, 1, 1)[:3]
+    moving: list[tuple[int, int, int, TensorDescriptor | None]] = []
+    for i, each in enumerate(args):
+        descriptor = each if isinstance(each, TensorDescriptor) else None
+        if descriptor is not None or isinstance(each, Tensor):
+            place = recorder.address((each if descriptor is None else descriptor.base).data_ptr())
+            if place is None:
+                args[i] = 0
+            else:
+                moving.append((i, *place, descriptor))
+
+    def step(tensors: list[Tensor], addresses: list[int], stream: int) -> None:
+        values = args.copy()
+        for i, place, offset, descriptor in moving:
+            address = addresses[place] + offset
+            values[i] = address if descriptor is None else _Described(address, descriptor)
+        compiled[grid](*values, stream=stream)
+
+    return step
+
+
+class _Described:
+    """A TensorDescriptor of an address alone, as Triton's launcher reads it."""
+
+    __slots__ = ("_address", "padding", "shape", "strides")
+
+    def __init__(self, address: int, like: TensorDescriptor) -> None:
+        self._address, self.shape, self.strides, self.padding = address, like.shape, like.strides, like.padding
+
+    @property
+    def base(self) -> _Described:
+        return self
+
+    def data_ptr(self) -> int:
+        return self._address
 
 
 def _interpreted() -> bool:

@@ -1,0 +1,103 @@
+"""Run as a program, without the interpreter: the Triton backend's launches when they are repeated, against the first ones.
+
+What reaches the launcher must be the same but for the addresses of buffers, which must change one for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from amsoftmax_kernels import am_softmax_loss
+from amsoftmax_kernels.backends import triton
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"save_bytes": 0},
+    {"scale": 100.0, "return_predictions": True},
+    {"normalize_features": False, "interclass_filter": 0.5},
+    {"reduction": "none"},
+)
+
+
+def main() -> None:
+    from bench import host
+    from bench.estimate import CARDS
+
+    launches: list[tuple[Any, ...]] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(host._without_products())
+        stack.enter_context(host._of_triton(CARDS["sm_90"], lambda *launch: launches.append(launch)))
+        tensors = host.problem(48, 128, 1000, torch.device("cpu"))
+        for options in OPTIONS:
+            runs = []
+            triton.fused.forget()
+            for _ in range(4):
+                launches.clear()
+                with _Hoard():
+                    _step(options, *tensors)
+                runs.append([_plain(launch) for launch in launches])
+            for later in runs[1:]:
+                _check(runs[0], later, {each.data_ptr() for each in tensors})
+            print(f"{options}: {len(runs[0])} launches the same")
+
+
+class _Hoard(TorchDispatchMode):
+    """Keeps what is made, so that no address is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made.append(func(*args, **(kwargs or {})))
+        return self.made[-1]
+
+
+def _step(options: dict[str, Any], features: Tensor, weight: Tensor, labels: Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        out = am_softmax_loss(features, weight, labels, backend="triton", **options)
+    loss = out[0] if isinstance(out, tuple) else out
+    torch.autograd.grad(loss, (features, weight), torch.ones_like(loss))
+
+
+def _plain(launch: tuple[Any, ...]) -> list[Any]:
+    """Tensors as the launcher reads them; a bulk copy's description one after the other."""
+    plain: list[Any] = []
+    for each in launch:
+        if isinstance(each, Tensor):
+            plain.append(("address", each.data_ptr()))
+        elif type(each).__name__ == "LazyDict":  # of profilers
+            plain.append(each.data["name"])
+        elif isinstance(each, tuple):
+            plain += [("address", each[0]), *each[1:]]
+        else:
+            plain.append(each)
+    return plain
+
+
+def _check(first: list[list[Any]], later: list[list[Any]], given: set[int]) -> None:
+    assert len(first) == len(later) > 4
+    there: dict[int, int] = {}
+    back: dict[int, int] = {}
+    for launch, again in zip(first, later, strict=True):
+        assert len(launch) == len(again), (launch, again)
+        for one, other in zip(launch, again, strict=True):
+            if not (isinstance(one, tuple) and one[0] == "address"):
+                assert type(one) is type(other) or {type(one), type(other)} <= {list, tuple, torch.Size}, (one, other)
+                assert list(one) == list(other) if isinstance(one, (list, tuple)) else one == other, (one, other)
+                continue
+            address = other[1] if isinstance(other, tuple) else other
+            assert isinstance(address, int)
+            if one[1] in given:
+                assert address == one[1], (launch, again)
+            assert there.setdefault(one[1], address) == address
+            assert back.setdefault(address, one[1]) == one[1]
+
+
+if __name__ == "__main__":
+    main()

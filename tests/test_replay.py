@@ -1,0 +1,319 @@
+"""What is repeated is what would have been done: bit for bit, whatever the addresses, and nothing that is not understood."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import amsoftmax_kernels as ak
+from amsoftmax_kernels.backends import cuda, fused, replay
+
+from . import replayed_triton
+from .cases import Case
+from .test_cuda import BY_NAME, emulated, emulated_library, ours
+
+__all__ = ["emulated", "emulated_library"]  # fixtures
+
+
+@pytest.fixture
+def replayed(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "replayed_on", lambda device: True)
+    cuda.fused.forget()
+
+
+def programs(name: str) -> list[replay.Program | None]:
+    return list(cuda.fused._replayed[name]._programs.values())
+
+
+def without(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Any]) -> Any:
+    """Its result where nothing is replayed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "replayed_on", lambda device: False)
+        return function()
+
+
+def check_repeated(
+    monkeypatch: pytest.MonkeyPatch, step: Callable[..., tuple[Tensor, ...]], case: Case, dtype: torch.dtype = torch.float32
+) -> None:
+    """Steps on new values at new addresses: two until it is noted, and two repeated."""
+    alive = []
+    for seed in range(4):
+        tensors = case.tensors(dtype, seed)
+        actual = step(*tensors)
+        expected = without(monkeypatch, lambda tensors=tensors: step(*tensors))
+        assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(actual, expected, strict=True)), seed
+        alive.append((tensors, actual))
+
+
+@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.bfloat16) for name in ("plain", "no-fn", "filter", "s1000")]
+    + [("plain", torch.float16), ("plain", torch.float32)],
+)
+def test_a_step_is_repeated(
+    name: str, reduction: str, save_bytes: int | None, dtype: torch.dtype, replayed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = BY_NAME[name]
+    options = {**case.options, "reduction": reduction, "save_bytes": save_bytes}
+    check_repeated(monkeypatch, lambda *tensors: ours(dtype, *tensors, **options), case)
+    for passes in ("forward_loss", "backward_loss" if reduction == "mean" else "backward"):
+        assert len(programs(passes)) == 1
+    assert programs("forward_loss")[0] is not None
+    if reduction == "mean":
+        assert programs("backward_loss")[0] is not None
+
+
+def test_the_function_is_left_alone_from_the_third_call_on(replayed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name, each in cuda.fused._replayed.items():
+        right = each.function
+        monkeypatch.setattr(each, "function", lambda *a, right=right, name=name: (calls.append(name), right(*a))[1])
+    monkeypatch.setattr(cuda, "canonical_labels", lambda *a: cuda.fused._replayed["canonical_labels"](*a))
+    for seed, expected in enumerate((3, 3, 0, 0)):
+        calls.clear()
+        ours(torch.bfloat16, *BY_NAME["plain"].tensors(torch.float32, seed), reduction="mean")
+        assert len(calls) == expected, calls
+
+
+@pytest.mark.parametrize("what", ["predictions", "margin a class", "margin object", "scale", "bf16 centres", "no gradient"])
+def test_other_steps_are_repeated(what: str, replayed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["plain"]
+
+    def step(features: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+        weight = weight.to(torch.bfloat16) if what == "bf16 centres" else weight
+        leaves = [each.detach().requires_grad_(what != "no gradient") for each in (features, weight)]
+        options: dict[str, Any] = {"return_predictions": what == "predictions"}
+        if what == "scale":
+            options["scale"] = torch.tensor(20.0, requires_grad=True)
+            leaves.append(options["scale"])
+        if what == "margin a class":
+            options["margin"] = torch.linspace(0, 1, case.C)
+        if what == "margin object":
+            options["margin"] = lambda cosine, labels, norm: cosine.clamp(-0.9, 0.9) - 0.2
+        with torch.autocast("cpu", torch.bfloat16):
+            out = ak.am_softmax_loss(*leaves[:2], labels, backend="cuda", **options)
+        loss, *more = out if isinstance(out, tuple) else (out,)
+        if what == "no gradient":
+            return (loss,)
+        return loss.detach(), *more, *torch.autograd.grad(loss, leaves, upstream[0].float())
+
+    check_repeated(monkeypatch, step, case)
+    assert any(programs("forward_loss") + programs("forward"))
+
+
+def test_values_that_change(replayed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a program of its own: none is run with another's numbers."""
+    case = BY_NAME["plain"]
+    tensors = case.tensors(torch.float32)
+    varied = itertools.product((30.0, 20.0), (0.35, 0.1), (None, 0.2), ("mean", "sum"))
+    found = []
+    for _, options in itertools.product(range(3), list(varied)):
+        scale, margin, limit, reduction = options
+        named = {"scale": scale, "margin": margin, "interclass_filter": limit, "reduction": reduction}
+        actual = ours(torch.bfloat16, *tensors, **named)
+        expected = without(monkeypatch, lambda named=named: ours(torch.bfloat16, *tensors, **named))
+        assert all(map(torch.equal, actual, expected)), named
+        found.append(actual[0].item())
+    assert len(set(found)) == 16 and len(programs("forward_loss")) == 16
+
+
+def test_addresses_layouts_and_sizes_that_change(replayed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["plain"]
+    features, weight, labels, upstream = case.tensors(torch.float32)
+    memory = torch.empty(features.numel() + 8)
+    for _ in range(4):
+        for variant in ("guarded", "contiguous", "odd address", "columns", "fewer rows", "int32"):
+            x, rows = features, slice(None)
+            if variant == "contiguous":
+                x = features.contiguous()
+            elif variant == "odd address":
+                x = memory[1 : 1 + features.numel()].view(features.shape).copy_(features)
+            elif variant == "columns":
+                x = features.T.contiguous().T
+            elif variant == "fewer rows":
+                rows = slice(7)
+            y = labels.int() if variant == "int32" else labels
+            given = (x[rows], weight, y[rows], upstream[rows])
+            actual = ours(torch.bfloat16, *given, reduction="mean")
+            expected = without(monkeypatch, lambda given=given: ours(torch.bfloat16, *given, reduction="mean"))
+            assert all(map(torch.equal, actual, expected)), variant
+
+
+def test_large_problems_are_left_alone(replayed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["plain"]
+    monkeypatch.setattr(fused, "REPLAYED_LOGITS", case.B * case.C - 1)
+    for _ in range(3):
+        ours(torch.bfloat16, *case.tensors(torch.float32))
+    assert not cuda.fused._replayed["forward_loss"]._seen
+
+
+def test_a_launch_that_fails(replayed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it is repeated."""
+    tensors = BY_NAME["plain"].tensors(torch.float32)
+    for _ in range(3):
+        ours(torch.bfloat16, *tensors)
+    library = cuda._library(torch.device("cpu"))
+    monkeypatch.setitem(library._functions, "ak_cosine_exp", lambda *_: b"out of luck")
+    with pytest.raises(RuntimeError, match="ak_cosine_exp: out of luck"):
+        ours(torch.bfloat16, *tensors)
+
+
+def alone(function: Callable[..., tuple[Tensor, ...]]) -> replay.Replayed:
+    return replay.Replayed(function, lambda *_: ())
+
+
+def test_operators_of_pytorch() -> None:
+    """New tensors, in-place ones, views, outputs, results that are inputs or parts of them, under autocast too."""
+
+    def function(a: Tensor, b: Tensor, factor: float) -> tuple[Tensor, ...]:
+        product = a @ b.T
+        out = a.new_empty(4, 6)
+        torch.mul(product[:2, :3].T, factor, out=out[1:4, :4:2])
+        out[1:4, 1:4:2] = product[:3, 1:].to(out.dtype)
+        out[0].zero_()
+        out[1:, 4:] = product.sum()
+        return product, out, a, out[1:], a.new_empty(0), product.to(torch.float64)
+
+    repeated = alone(function)
+    for seed in range(4):
+        a, b = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed)), torch.full((3, 5), float(seed))
+        with torch.autocast("cpu", torch.bfloat16):
+            actual, exact = repeated(a, b, 2.0), function(a, b, 2.0)
+        for got, expected in zip(actual, exact, strict=True):
+            assert got.dtype == expected.dtype and torch.equal(got, expected)
+    assert [each is not None for each in repeated._programs.values()] == [True]
+
+
+def test_what_is_not_understood() -> None:
+    memory = torch.zeros(8)
+    elsewhere = torch.zeros(3)
+
+    def makes_two(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return tuple(a.sort())
+
+    def takes_a_tensor_from_elsewhere(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return (a + elsewhere[0],)
+
+    def takes_a_list(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat([a, b]),)
+
+    for function in (makes_two, takes_a_tensor_from_elsewhere, takes_a_list):
+        repeated = alone(function)
+        for seed in range(4):
+            a, b = torch.full((2,), float(seed)), torch.ones(2)
+            assert all(map(torch.equal, repeated(a, b), function(a, b)))
+            elsewhere += 1
+        assert list(repeated._programs.values()) == [None], function
+    # Two inputs in one memory, of which an address may be either's.
+    repeated = alone(lambda a, b: (a + b,))
+    for _ in range(4):
+        assert torch.equal(*repeated(memory[:4], memory[4:]), torch.zeros(4))
+    assert list(repeated._programs.values()) == [None]
+    for _ in range(4):
+        assert torch.equal(*repeated(memory[:4], torch.ones(4)), torch.ones(4))
+
+
+def test_a_value_on_the_device_is_not_read() -> None:
+    recorder = replay.Recorder([torch.zeros(3)])
+    value = torch.ones(1)
+    with recorder:
+        assert replay.recorder() is recorder
+        value.item()  # the host's own
+        assert recorder._understood
+        seen: list[Any] = []
+        thread = threading.Thread(target=lambda: seen.append(replay.recorder()))
+        thread.start()
+        thread.join()
+        assert seen == [None]
+        with pytest.raises(RuntimeError, match="meta"):
+            torch.ones(1, device="meta").item()
+    assert replay.recorder() is None
+    recorder.address(value.data_ptr())
+    assert recorder.program(()) is None
+
+
+def test_an_error_leaves_nothing_behind() -> None:
+    def function(a: Tensor, fail: list[bool]) -> tuple[Tensor, ...]:
+        if failing:
+            raise ValueError("no")
+        return (a + 1,)
+
+    failing: list[int] = []
+    repeated = replay.Replayed(lambda a: function(a, []), lambda *_: ())
+    for step in range(6):
+        if step in (1, 2):
+            failing.append(1)
+            with pytest.raises(ValueError, match="no"):
+                repeated(torch.zeros(2))
+            assert replay.recorder() is None
+            failing.clear()
+        else:
+            assert torch.equal(*repeated(torch.full((2,), float(step))), torch.full((2,), step + 1.0))
+    assert all(repeated._programs.values())
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MAX_PROGRAMS", 3)
+    repeated = alone(lambda a: (a + 1,))
+    for size in range(1, 20):
+        for _ in range(3):
+            assert torch.equal(*repeated(torch.zeros(size)), torch.ones(size))
+            assert len(repeated._programs) <= len(repeated._seen) <= 3
+
+
+def test_triton_launches_the_same() -> None:
+    """Its dispatch and its launcher run as on a GPU, in a process without the interpreter; kernels are not launched."""
+    pytest.importorskip("triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", replayed_triton.__name__], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("launches the same") == len(replayed_triton.OPTIONS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_on_a_gpu(backend: str, save_bytes: int | None) -> None:
+    """One step after the other, all at once on the GPU, and in a CUDA graph that is captured while repeating."""
+    reason = ak.backends.unavailable_reason(backend)
+    if reason is not None:
+        pytest.skip(reason)
+    device = torch.device("cuda")
+    loaded = ak.backends.load(backend)
+    loaded.fused.forget()  # type: ignore[attr-defined]
+
+    def step(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, w = (each.detach().requires_grad_() for each in tensors[:2])
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = ak.am_softmax_loss(x, w, tensors[2], backend=backend, save_bytes=save_bytes)
+        return loss.detach(), *torch.autograd.grad(loss, (x, w))
+
+    given = [
+        tuple(each.to(device) for each in Case("", "", 256, 1000, 512).tensors(torch.float32, seed)) for seed in range(8)
+    ]
+    results = [step(each) for each in given]
+    assert all(loaded.fused._replayed["forward_loss"]._programs.values())  # type: ignore[attr-defined]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(given[3])
+    graph.replay()
+    assert all(map(torch.equal, captured, results[3]))
+    loaded.fused.forget()  # type: ignore[attr-defined]
+    for tensors, actual in zip(given, results, strict=True):
+        loaded.fused.forget()  # type: ignore[attr-defined]
+        assert all(map(torch.equal, step(tensors), actual))
+        assert not math.isnan(actual[0].item())
