@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         times = "".join(f" {each * 1e6:10.0f}" for each in (forward, backward, forward + backward, anew))
         print(f"{name:10}{times} {count:18}")
     print(
-        "\nMedians of steps replayed, as those of one layout are from the third on (backends/replay.py), and of steps anew.\n"
+        "\nMedians of steps replayed, as those of one layout are from the third on (backends/replay.py), and of others.\n"
         "The driver's launches, two library products and PyTorch's hand-over to its backward thread are not counted."
     )
     return 0
