@@ -114,8 +114,11 @@ def _cosine_exp(card: Card, config: Config, B: int, D: int, C: int, stored: bool
     }
 
 
-def hopper_cosine_exp(card: Card, B: int, D: int, C: int) -> dict[str, float]:
-    """Seconds of the C++ kernel for Hopper (csrc/kernel_sm90.cuh) by what could bound it; all overlaps but its ends."""
+def hopper_cosine_exp(card: Card, B: int, D: int, C: int, size: int = 2) -> dict[str, float]:
+    """Seconds of the C++ kernel for Hopper (csrc/kernel_sm90.cuh) by what could bound it; all overlaps but its ends.
+
+    Operands and E take ``size`` bytes an element: 4 in TF32, whose products take twice as long.
+    """
     tile, cluster = 128, 2 if B > 128 else 1
     rows, tiles = -(-B // tile), -(-C // tile)
     blocks, slots = -(-rows // cluster), card.multiprocessors // cluster
@@ -124,25 +127,28 @@ def hopper_cosine_exp(card: Card, B: int, D: int, C: int) -> dict[str, float]:
     # A tile takes what its products take at a library's rate, or its epilogue if that is longer: 16 exponentials a clock, or
     # a warp's instructions, 800 in the machine code, one warp to each of an SM's schedulers. The ends: x̂ at 64 bytes a
     # clock, and the last epilogue.
-    products = 2 * tile * tile * D / (card.products / card.multiprocessors / card.clock)
+    products = size * tile * tile * D / (card.products / card.multiprocessors / card.clock)
     clocks = max(products, tile * tile / 16, 800)
-    ends = tile * D * 2 / 64 + 1500
-    x_again = 0 if D <= 512 else tile * D * 2
+    ends = tile * D * size / 64 + 1500
+    x_again = 0 if D * size <= 1024 else tile * D * size
     return {
         "busy": rounds * (-(-tiles // streams) * clocks + ends) / card.clock,
-        "l2": rows * tiles * (tile * D * 2 / cluster + x_again + tile * tile * 2) / card.l2,
-        "memory": (2 * C * D + 2 * B * C) / card.copy,
+        "l2": rows * tiles * (tile * D * size / cluster + x_again + tile * tile * size) / card.l2,
+        "memory": size * (C * D + B * C) / card.copy,
     }
 
 
 def printed_hopper(card: Card) -> str:
     """The estimate of the C++ kernel beside that of Triton's, as text."""
-    lines = ["cosine_exp alone, E stored: estimated milliseconds, in C++ by what could bound it, and in Triton"]
-    lines.append(f"{'B':>5} {'D':>4} {'C':>11} {'busy':>8} {'l2':>8} {'memory':>8} {'C++':>8} {'Triton':>8}")
+    lines = [
+        "cosine_exp alone, E stored: estimated milliseconds, in C++ by what could bound it, in Triton, and in C++ in TF32"
+    ]
+    lines.append(f"{'B':>5} {'D':>4} {'C':>11} {'busy':>8} {'l2':>8} {'memory':>8} {'C++':>8} {'Triton':>8} {'C++ TF32':>8}")
     for B, D, C in SHAPES:
         bounds = hopper_cosine_exp(card, B, D, C)
         of_triton = step(card, B, D, C, True, 0)["pieces_s"]["cosine_exp"]
-        values = (*bounds.values(), max(bounds.values()), of_triton)
+        tf32 = max(hopper_cosine_exp(card, B, D, C, 4).values())
+        values = (*bounds.values(), max(bounds.values()), of_triton, tf32)
         lines.append(f"{B:5} {D:4} {C:11,} " + " ".join(f"{1e3 * value:8.3f}" for value in values))
     return "\n".join(lines)
 

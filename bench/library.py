@@ -47,7 +47,7 @@ def rows(arch: str) -> list[dict[str, Any]]:
         resources = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[name])}
         hopper, variant = "sm90" in name, _variant(name)
         # A width that stays in shared memory, and one that does not.
-        width = 512 if "comes again" not in variant else 1024
+        width = 1024 if "comes again" in variant else 256 if hopper else 512
         threads, shared = built.block(hopper, width, _DTYPES[variant.split(",")[0]])
         fits = card.programs_resident(resources["REG"], shared + resources["SHARED"], threads // 32)
         planned = 1 if hopper or "maxima" in variant else 2 if 2 * shared < card.shared_memory else 1

@@ -1,5 +1,5 @@
 // Piece 2 of a step: its arguments' checks, and the choice of a kernel: Hopper's own on that GPU if the library was built
-// with CUTLASS's headers, else, and for TF32, the portable one.
+// with CUTLASS's headers, else the portable one.
 #include "cosine.h"
 
 #include "launch.cuh"
@@ -17,11 +17,9 @@ bool is_hopper([[maybe_unused]] int device) {
     return major == 9;
 }
 
-const CosineKernel& kernel_for(int device, int32_t type) {
-    return is_hopper(device) && type != AK_TFLOAT32 ? hopper_cosine : portable_cosine;
-}
+const CosineKernel& kernel_for(int device) { return is_hopper(device) ? hopper_cosine : portable_cosine; }
 #else
-const CosineKernel& kernel_for(int, int32_t) { return portable_cosine; }
+const CosineKernel& kernel_for(int) { return portable_cosine; }
 #endif
 
 const char* wrong(const AkCosine& p) {
@@ -55,13 +53,13 @@ int32_t ak_has_hopper() {
 const char* ak_check(const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     const char* error = ak::portable_cosine.check();
-    const ak::CosineKernel& kernel = ak::kernel_for(where->device, AK_BFLOAT16);
+    const ak::CosineKernel& kernel = ak::kernel_for(where->device);
     return error || &kernel == &ak::portable_cosine ? error : kernel.check();
 }
 
 const char* ak_tiling(AkTiling* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
-    return ak::kernel_for(where->device, p->type).tiling(*p);
+    return ak::kernel_for(where->device).tiling(*p);
 }
 
 const char* ak_block(AkBlock* p, const AkWhere*) {
@@ -78,6 +76,6 @@ const char* ak_block(AkBlock* p, const AkWhere*) {
 const char* ak_cosine_exp(const AkCosine* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     const char* error = ak::wrong(*p);
-    return error ? error : ak::kernel_for(where->device, p->x_hat.type).launch(*p, *where);
+    return error ? error : ak::kernel_for(where->device).launch(*p, *where);
 }
 }

@@ -26,12 +26,17 @@ Encode encode_function() {
     return found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
 }
 
-// How bulk copies see a matrix: boxes of `rows` rows and 64 columns, zeros outside it, never written there.
+// How bulk copies see a matrix: boxes of `rows` rows and 128 bytes, zeros outside it, never written there.
 bool describe(Encode encode, CUtensorMap& map, const AkMatrix& matrix, int rows) {
+    const bool half = matrix.type == AK_FLOAT16 || matrix.type == AK_BFLOAT16;
+    const unsigned bytes = half ? 2 : 4;
     const cuuint64_t size[2] = {cuuint64_t(matrix.columns), cuuint64_t(matrix.rows)};
-    const cuuint64_t stride[1] = {cuuint64_t(matrix.row_stride) * 2};
-    const cuuint32_t box[2] = {kDepth, cuuint32_t(rows)}, step[2] = {1, 1};
-    const auto type = matrix.type == AK_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const cuuint64_t stride[1] = {cuuint64_t(matrix.row_stride) * bytes};
+    const cuuint32_t box[2] = {128 / bytes, cuuint32_t(rows)}, step[2] = {1, 1};
+    // Operands have been rounded to TF32: copies need not.
+    const auto type = matrix.type == AK_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                      : half                    ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
     return encode(&map, type, 2, matrix.data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
@@ -56,14 +61,18 @@ Variant variant() {
 }
 
 template <class T>
-Variant variant(bool general, bool stays) {
+Variant variant(bool general, int64_t width) {
+    const bool stays = width <= kMostSteps * kDepth<T>;
     if (general) return stays ? variant<T, true, true>() : variant<T, true, false>();
     return stays ? variant<T, false, true>() : variant<T, false, false>();
 }
 
-Variant variant(bool float16, bool general, int64_t width) {
-    const bool stays = width <= kMostSteps * kDepth;
-    return float16 ? variant<cutlass::half_t>(general, stays) : variant<cutlass::bfloat16_t>(general, stays);
+Variant variant(int32_t type, bool general, int64_t width) {
+    switch (type) {
+        case AK_FLOAT16: return variant<cutlass::half_t>(general, width);
+        case AK_BFLOAT16: return variant<cutlass::bfloat16_t>(general, width);
+        default: return variant<cutlass::tfloat32_t>(general, width);
+    }
 }
 
 // The grid's first side: blocks of rows, whole clusters of them. The attribute must outlive the configuration.
@@ -83,10 +92,10 @@ cudaLaunchConfig_t configure(cudaLaunchAttribute& attribute, int64_t batch, int 
 }
 
 const char* check() {
-    for (bool float16 : {false, true})
+    for (int32_t type : {AK_FLOAT16, AK_BFLOAT16, AK_TFLOAT32})
         for (bool general : {false, true})
             for (int64_t width : {16, 1024}) {
-                const Variant v = variant(float16, general, width);
+                const Variant v = variant(type, general, width);
                 auto error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared);
                 if (error != cudaSuccess) return message(error);
             }
@@ -96,7 +105,7 @@ const char* check() {
 const char* tiling(AkTiling& p) {
     const int cluster = cluster_of(p.batch);
     p.rows = cluster * kRows, p.classes = kClasses, p.parts = kParts;
-    const Variant v = variant(false, false, p.width);
+    const Variant v = variant(p.type, false, p.width);
     auto error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared);
     if (error != cudaSuccess) return message(error);
     cudaLaunchAttribute attribute;
@@ -112,16 +121,16 @@ const char* launch(const AkCosine& p, const AkWhere& where) {
     Parameters parameters = {p, {}, {}, {}};
     if (!filter) parameters.p.filter = INFINITY;
     if (!describe(encode, parameters.x_hat, p.x_hat, kRows) || !describe(encode, parameters.w_hat, p.w_hat, kClasses / 2) ||
-        (p.terms.data && !describe(encode, parameters.terms, p.terms, kSquare)))
+        (p.terms.data && !describe(encode, parameters.terms, p.terms, kBoxRows)))
         return "the driver refuses a matrix's shape for bulk copies";
-    const Variant v = variant(p.x_hat.type == AK_FLOAT16, general, p.x_hat.columns);
+    const Variant v = variant(p.x_hat.type, general, p.x_hat.columns);
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t configuration =
         configure(attribute, p.x_hat.rows, p.parts / kParts, v.shared, where.stream);
     return message(cudaLaunchKernelEx(&configuration, v.kernel, parameters));
 }
 
-void block(AkBlock& p) { p.threads = kThreads, p.bytes = variant(p.type == AK_FLOAT16, false, p.width).shared; }
+void block(AkBlock& p) { p.threads = kThreads, p.bytes = variant(p.type, false, p.width).shared; }
 
 }  // namespace
 }  // namespace sm90

@@ -2,11 +2,11 @@
 // cores, and one that loads.
 //
 // Rows of the batch are the M of the products: a row's sum is then over a thread's own registers and its quad's, and E lies
-// as both products of the backward pass take it. A block keeps its 128 rows of x̂ in shared memory (to a width of 512; wider
-// rows come again with each tile) and the classes stream past: a cluster of two blocks loads each tile of ŵ once, either
-// block half of it for both. That is 256 flops a byte from the L2 cache. A tile of 128 x 128 of whose operands both stream,
-// so shared, has 85: 800 TFLOP/s would take 9.4 TB/s. This is why the main loop is not a collective of CUTLASS's, which
-// streams both.
+// as both products of the backward pass take it. A block keeps its 128 rows of x̂ in shared memory (to a width of 512, in TF32
+// of 256; wider rows come again with each tile) and the classes stream past: a cluster of two blocks loads each tile of ŵ
+// once, either block half of it for both. That is 256 flops a byte from the L2 cache. A tile of 128 x 128 of whose operands
+// both stream, so shared, has 85: 800 TFLOP/s would take 9.4 TB/s. This is why the main loop is not a collective of CUTLASS's,
+// which streams both.
 //
 // The turns: at a width of 512 a tile of 128 x 128 takes the tensor cores 4096 clocks, its exponentials the special-function
 // units 1024, and a warp has some 800 instructions to issue for it; so one warpgroup's epilogue hides under the other's
@@ -33,8 +33,8 @@ namespace sm90 {
 namespace {
 
 constexpr int kThreads = 384, kGroup = 128;
-constexpr int kMostSteps = 8;  // of a row of x̂ that stays: a width of 512
-constexpr int kTileElements = kRows * kDepth, kTileBytes = kTileElements * 2;
+constexpr int kMostSteps = 8;  // of a row of x̂ that stays: 1024 bytes
+constexpr int kTileBytes = kRows * 128;
 constexpr uint64_t kCacheHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 
 struct Parameters {
@@ -47,18 +47,20 @@ struct Shared {
     static constexpr int kStages = STAYS ? 5 : 6;
     static constexpr int kTilesOfX = STAYS ? kMostSteps : kStages;
     static constexpr bool kStays = STAYS;
+    static constexpr int kTileElements = kTileBytes / int(sizeof(T)), kDepth = sm90::kDepth<T>;
     using Pipeline = cutlass::PipelineTmaAsync<kStages>;
     using State = cutlass::PipelineState<kStages>;
     using Order = cutlass::OrderedSequenceBarrier<1, 2>;
 
     alignas(1024) T x[kTilesOfX][kTileElements];
     alignas(1024) T w[kStages][kTileElements];
-    alignas(1024) bfloat16 squares[kParts][kSquare * kSquare];
+    alignas(1024) Term<T> boxes[kParts][kBoxRows * kBoxColumns<T>];
     typename Pipeline::SharedStorage pipeline;
     typename Order::SharedStorage order;
     cutlass::arch::ClusterTransactionBarrier x_arrived[STAYS ? kMostSteps : 1];
 };
 static_assert(sizeof(Shared<cutlass::half_t, true>) == 225 << 10 && sizeof(Shared<cutlass::half_t, false>) == 209 << 10);
+static_assert(sizeof(Shared<cutlass::tfloat32_t, true>) == 225 << 10);
 
 // Bulk copies into shared memory, by one thread.
 template <class Memory>
@@ -74,18 +76,20 @@ struct Copies {
         if (!Memory::kStays) return;
         shared.x_arrived[step].arrive_and_expect_tx(kTileBytes);
         cute::SM90_TMA_LOAD_2D::copy(&p.x_hat, reinterpret_cast<uint64_t*>(&shared.x_arrived[step]), kCacheHint,
-                                     shared.x[step], step * kDepth, first_row());
+                                     shared.x[step], step * Memory::kDepth, first_row());
     }
 
     __device__ void each(const typename Memory::State& state, int first_class, int step) const {
         uint64_t* arrived = pipeline.producer_get_barrier(state);
         const int stage = int(state.index());
         if (!Memory::kStays)
-            cute::SM90_TMA_LOAD_2D::copy(&p.x_hat, arrived, kCacheHint, shared.x[stage], step * kDepth, first_row());
+            cute::SM90_TMA_LOAD_2D::copy(&p.x_hat, arrived, kCacheHint, shared.x[stage], step * Memory::kDepth,
+                                         first_row());
         // Each block of the cluster loads its share for all.
         for (int half = rank; half < 2; half += cluster)
             cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&p.w_hat, arrived, uint16_t((1 << cluster) - 1), kCacheHint,
-                                                   shared.w[stage] + half * kTileElements / 2, step * kDepth,
+                                                   shared.w[stage] + half * Memory::kTileElements / 2,
+                                                   step * Memory::kDepth,
                                                    first_class + half * kClasses / 2);
     }
 };
@@ -163,32 +167,32 @@ struct Work {
     __device__ void finish(int first) {
         const AkCosine& p = parameters.p;
         const auto where = coordinates<T>(thread);
-        const auto leave = [&](int half, int right, const uint32_t(&pairs)[16]) {
-            if (p.terms.data) store_square(where, half, right, pairs, first);
+        const auto leave = [&](int half, int across, const uint32_t(&words)[16]) {
+            if (p.terms.data) store_box(where, half, across, words, first);
         };
         Sum sums[4];
         if (__any_sync(0xFFFFFFFFu, is_special(rows, first, int(p.w_hat.rows))))
-            tile_terms<GENERAL, true>(c, where, first, p, rows, sums, leave);
+            tile_terms<T, GENERAL, true>(c, where, first, p, rows, sums, leave);
         else
-            tile_terms<GENERAL, false>(c, where, first, p, rows, sums, leave);
+            tile_terms<T, GENERAL, false>(c, where, first, p, rows, sums, leave);
         reduce_quad(sums, GENERAL);
         totals.add(one_of(sums, thread % 4));
     }
 
     template <class Where>
-    __device__ void store_square(const Where& where, int half, int right, const uint32_t (&pairs)[16], int first) {
+    __device__ void store_box(const Where& where, int half, int across, const uint32_t (&words)[16], int first) {
         const AkCosine& p = parameters.p;
-        bfloat16* const square = shared.squares[group];
-        if (thread == 0) cute::tma_store_wait<0>();  // the square before has been read
+        Term<T>* const box = shared.boxes[group];
+        if (thread == 0) cute::tma_store_wait<0>();  // the box before has been read
         cutlass::arch::NamedBarrier::sync(kGroup, uint32_t(group));
         keep_stores_here();
-        place_square(where, pairs, square);
+        place_box<T>(where, words, box);
         keep_stores_here();
         cute::tma_store_fence();
         cutlass::arch::NamedBarrier::sync(kGroup, uint32_t(group));
-        const int column = first + right * kSquare, row = first_row + half * kSquare;
+        const int column = first + across * kBoxColumns<T>, row = first_row + half * kBoxRows;
         if (thread == 0 && column < p.terms.columns && row < p.x_hat.rows) {
-            cute::SM90_TMA_STORE_2D::copy(&parameters.terms, square, column, row);
+            cute::SM90_TMA_STORE_2D::copy(&parameters.terms, box, column, row);
             cute::tma_store_arrive();
         }
     }
@@ -209,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_exp(const __grid_constant_
     const AkCosine& p = parameters.p;
     const int group = cutlass::canonical_warp_group_idx() - 1;  // -1 loads
     const int cluster = int(cute::cluster_shape().x), rank = int(cute::block_rank_in_cluster());
-    const int steps = int((p.x_hat.columns + kDepth - 1) / kDepth);
+    const int steps = int((p.x_hat.columns + kDepth<T> - 1) / kDepth<T>);
     Turn turn = {int(blockIdx.y), int(gridDim.y), int((p.w_hat.rows + kClasses - 1) / kClasses)};
     if (p.only_unbounded) {
         bool unbounded = false;
@@ -235,13 +239,13 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_exp(const __grid_constant_
     cute::cluster_sync();
 
     if (group < 0) {
-        cutlass::arch::warpgroup_reg_dealloc<40>();
+        cutlass::arch::warpgroup_reg_dealloc<24>();
         // Elected, the compiler knows it to be one thread, as copies want.
         if (cutlass::canonical_warp_idx_sync() == 0 && cute::elect_one_sync())
             load_tiles(pipeline, cutlass::make_producer_start_state<typename Memory::Pipeline>(), turn, steps,
                        Copies<Memory>{parameters, shared, pipeline, cluster, rank});
     } else {
-        cutlass::arch::warpgroup_reg_alloc<232>();
+        cutlass::arch::warpgroup_reg_alloc<240>();
         Work<T, GENERAL, Memory> work(parameters, shared, group);
         multiply_tiles(pipeline, order, typename Memory::State(), turn, steps, group, work);
         work.end();

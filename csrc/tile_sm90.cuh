@@ -18,21 +18,30 @@ using cute::_;
 using cute::Int;
 using cute::Shape;
 
-constexpr int kDepth = 64;   // of one step of a tile's products
-constexpr int kSquare = 64;  // E leaves in squares: 128 bytes are the widest swizzled box
-using TileShape = Shape<Int<kRows>, Int<kClasses>, Int<kDepth>>;
 using Tile = Shape<Int<kRows>, Int<kClasses>>;
 
+// Bulk copies permute within rows of 128 bytes at most: that much is a step of a tile's products deep, and E leaves in
+// boxes that wide.
 template <class T>
-using Mma = decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<T, T, float, TileShape>()));
+constexpr int kDepth = 128 / int(sizeof(T));
+template <class T>
+using Term = std::conditional_t<sizeof(T) == 4, float, bfloat16>;  // of E, beside operands T
+constexpr int kBoxRows = 64;
+template <class T>
+constexpr int kBoxColumns = 128 / int(sizeof(Term<T>));
+
+template <class T>
+using Mma = decltype(cute::make_tiled_mma(
+    cute::GMMA::ss_op_selector<T, T, float, Shape<Int<kRows>, Int<kClasses>, Int<kDepth<T>>>>()));
 
 // Rows of 128 bytes whose eight 16-byte parts are permuted by the row, as bulk copies write and read them.
 template <class T, int COUNT>
 using Operands = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<T>{},
-                                              Shape<Int<kRows>, Int<kDepth>, Int<COUNT>>{}));
+                                              Shape<Int<kRows>, Int<kDepth<T>>, Int<COUNT>>{}));
 // The same as plain offsets: a layout of products' operands permutes addresses, not offsets.
-using Square = decltype(cute::as_position_independent_swizzle_layout(cute::tile_to_shape(
-    cute::GMMA::Layout_K_SW128_Atom<cutlass::bfloat16_t>{}, Shape<Int<kSquare>, Int<kSquare>>{})));
+template <class T>
+using Box = decltype(cute::as_position_independent_swizzle_layout(cute::tile_to_shape(
+    cute::GMMA::Layout_K_SW128_Atom<Term<T>>{}, Shape<Int<kBoxRows>, Int<kBoxColumns<T>>>{})));
 
 // Coordinates (row, class) of a thread's accumulators in its warpgroup's tile: ((2 sides, 2 rows, 16 eights), 2 halves, 1).
 template <class T>
@@ -77,54 +86,66 @@ CUTE_HOST_DEVICE Sum one_of(const Sum (&sums)[4], int i) {
     return one;
 }
 
-// E of a thread's logits in square (half, right): in pairs, eight a row.
-template <bool GENERAL, bool SPECIAL, class Cosines, class Where>
-CUTE_HOST_DEVICE void square_terms(const Cosines& c, const Where& where, int half, int right, int first, const AkCosine& p,
-                                   const Row (&rows)[4], Sum (&sums)[4], uint32_t (&pairs)[16]) {
+// E of a thread's logits in box (half, across), as words: a row's eight, then the other's.
+template <class T, bool GENERAL, bool SPECIAL, class Cosines, class Where>
+CUTE_HOST_DEVICE void box_terms(const Cosines& c, const Where& where, int half, int across, int first, const AkCosine& p,
+                                const Row (&rows)[4], Sum (&sums)[4], uint32_t (&words)[16]) {
+    constexpr int kEights = kBoxColumns<T> / 8;
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
         const Row& row = rows[2 * half + i];
         CUTE_UNROLL
-        for (int eight = 0; eight < 8; ++eight) {
+        for (int eight = 0; eight < kEights; ++eight) {
             float e[2];
             CUTE_UNROLL
             for (int side = 0; side < 2; ++side) {
-                const auto at = cute::make_coord(side, i, 8 * right + eight);
+                const auto at = cute::make_coord(side, i, kEights * across + eight);
                 const int column = first + cute::get<1>(where(at, half, 0));
                 const bool masked = SPECIAL && (column == row.label || column >= int(p.w_hat.rows));
                 e[side] = term<GENERAL, GENERAL>(c(at, half, 0), column, masked, row, p.filter, p.only_unbounded,
                                                  sums[2 * half + i].most);
                 sums[2 * half + i].sum += e[side];
             }
-            pairs[8 * i + eight] = pack(e);
+            if constexpr (sizeof(Term<T>) == 4) {
+                CUTE_UNROLL
+                for (int side = 0; side < 2; ++side) words[8 * i + 2 * eight + side] = float_to_bits(e[side]);
+            } else {
+                words[8 * i + eight] = pack(e);
+            }
         }
     }
 }
 
-// A thread's part of a square into its place in shared memory. Its two rows are eight apart and permuted alike, so that the
-// parts' places differ in three bits and the rows' by a constant.
-template <class Where>
-CUTE_HOST_DEVICE void place_square(const Where& where, const uint32_t (&pairs)[16], bfloat16* square) {
+// A thread's part of a box into its place in shared memory. Its two rows are eight apart and permuted alike, so that the
+// parts' places differ in a few bits and the rows' by a constant.
+template <class T, class Where>
+CUTE_HOST_DEVICE void place_box(const Where& where, const uint32_t (&words)[16], Term<T>* box) {
+    constexpr int kEights = kBoxColumns<T> / 8;
     const auto corner = where(cute::make_coord(0, 0, 0), 0, 0);
-    const int start = Square{}(cute::get<0>(corner), cute::get<1>(corner));
+    const int start = Box<T>{}(cute::get<0>(corner), cute::get<1>(corner));
     CUTE_UNROLL
-    for (int eight = 0; eight < 8; ++eight)
+    for (int eight = 0; eight < kEights; ++eight)
         CUTE_UNROLL
-        for (int i = 0; i < 2; ++i)
-            *reinterpret_cast<uint32_t*>(square + (start ^ 8 * eight) + 8 * i * kSquare) = pairs[8 * i + eight];
+        for (int i = 0; i < 2; ++i) {
+            auto* place = box + (start ^ 8 * eight) + 8 * i * kBoxColumns<T>;
+            if constexpr (sizeof(Term<T>) == 4)
+                *reinterpret_cast<uint2*>(place) = make_uint2(words[8 * i + 2 * eight], words[8 * i + 2 * eight + 1]);
+            else
+                *reinterpret_cast<uint32_t*>(place) = words[8 * i + eight];
+        }
 }
 
-// The whole tile; leave(half, right, pairs) is called as each square is done.
-template <bool GENERAL, bool SPECIAL, class Cosines, class Where, class Leave>
+// The whole tile; leave(half, across, words) is called as each box is done.
+template <class T, bool GENERAL, bool SPECIAL, class Cosines, class Where, class Leave>
 CUTE_HOST_DEVICE void tile_terms(const Cosines& c, const Where& where, int first, const AkCosine& p, const Row (&rows)[4],
                                  Sum (&sums)[4], const Leave& leave) {
     CUTE_UNROLL
     for (int half = 0; half < 2; ++half)
         CUTE_UNROLL
-        for (int right = 0; right < 2; ++right) {
-            uint32_t pairs[16];
-            square_terms<GENERAL, SPECIAL>(c, where, half, right, first, p, rows, sums, pairs);
-            leave(half, right, pairs);
+        for (int across = 0; across < kClasses / kBoxColumns<T>; ++across) {
+            uint32_t words[16];
+            box_terms<T, GENERAL, SPECIAL>(c, where, half, across, first, p, rows, sums, words);
+            leave(half, across, words);
         }
 }
 

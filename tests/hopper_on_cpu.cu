@@ -14,8 +14,12 @@ using namespace sm90;
 
 constexpr int kGroup = 128;
 
-// Where bulk copies put element (row, column) of rows of 64 elements of two bytes.
-int permuted(int row, int column) { return row * 64 + ((column / 8) ^ (row % 8)) * 8 + column % 8; }
+// Where bulk copies put element (row, column) of rows of 128 bytes: parts of 16 bytes change places.
+template <class E>
+int permuted(int row, int column) {
+    constexpr int kPart = 16 / sizeof(E);
+    return row * 8 * kPart + ((column / kPart) ^ (row % 8)) * kPart + column % kPart;
+}
 
 template <class T>
 std::vector<float> cosines(const AkCosine& p) {
@@ -33,20 +37,22 @@ std::vector<float> cosines(const AkCosine& p) {
     return c;
 }
 
-// What a bulk copy of a square stores: nothing outside the matrix.
-void store(const AkMatrix& terms, const bfloat16* square, int64_t column, int64_t row) {
-    auto* to = static_cast<bfloat16*>(terms.data);
-    for (int r = 0; r < kSquare; ++r)
-        for (int c = 0; c < kSquare; ++c)
+// What a bulk copy of a box stores: nothing outside the matrix.
+template <class E>
+void store(const AkMatrix& terms, const E* box, int64_t column, int64_t row) {
+    auto* to = static_cast<E*>(terms.data);
+    for (int r = 0; r < kBoxRows; ++r)
+        for (int c = 0; c < int(128 / sizeof(E)); ++c)
             if (row + r < terms.rows && column + c < terms.columns)
-                to[(row + r) * terms.row_stride + column + c] = square[permuted(r, c)];
+                to[(row + r) * terms.row_stride + column + c] = box[permuted<E>(r, c)];
 }
 
 template <class T, bool GENERAL>
 void one_tile(const AkCosine& p, const std::vector<float>& all, int64_t first_row, int first, Totals (&totals)[kGroup]) {
     static Sum sums[kGroup][4];
-    static bfloat16 squares[2][2][kSquare * kSquare];
-    memset(squares, 0xFF, sizeof(squares));
+    constexpr int kAcross = kClasses / kBoxColumns<T>;
+    static Term<T> boxes[2][kAcross][kBoxRows * kBoxColumns<T>];
+    memset(boxes, 0xFF, sizeof(boxes));
     static Row rows[kGroup][4];
     for (int thread = 0; thread < kGroup; ++thread)
         for (int i = 0; i < 4; ++i) rows[thread][i] = load_row(p, first_row + row_of_thread(coordinates<T>(thread), i));
@@ -60,18 +66,18 @@ void one_tile(const AkCosine& p, const std::vector<float>& all, int64_t first_ro
         bool special = false;  // the warp's vote
         for (int lane = 0; lane < 32; ++lane)
             special |= is_special(rows[thread / 32 * 32 + lane], first, int(p.w_hat.rows));
-        const auto leave = [&](int half, int right, const uint32_t(&pairs)[16]) {
-            place_square(where, pairs, squares[half][right]);
+        const auto leave = [&](int half, int across, const uint32_t(&words)[16]) {
+            place_box<T>(where, words, boxes[half][across]);
         };
         for (Sum& sum : sums[thread]) sum = {};
         if (special)
-            tile_terms<GENERAL, true>(c, where, first, p, rows[thread], sums[thread], leave);
+            tile_terms<T, GENERAL, true>(c, where, first, p, rows[thread], sums[thread], leave);
         else
-            tile_terms<GENERAL, false>(c, where, first, p, rows[thread], sums[thread], leave);
+            tile_terms<T, GENERAL, false>(c, where, first, p, rows[thread], sums[thread], leave);
     }
     for (int half = 0; half < 2 && p.terms.data; ++half)
-        for (int right = 0; right < 2; ++right)
-            store(p.terms, squares[half][right], first + right * kSquare, first_row + half * kSquare);
+        for (int across = 0; across < kAcross; ++across)
+            store(p.terms, boxes[half][across], first + across * kBoxColumns<T>, first_row + half * kBoxRows);
     for (int quad = 0; quad < kGroup; quad += 4) {
         Sum whole[4];
         for (int i = 0; i < 4; ++i) {
@@ -112,8 +118,8 @@ bool layouts_hold() {
     const auto operands = cute::as_position_independent_swizzle_layout(Operands<T, 3>{});
     for (int stage = 0; stage < 3; ++stage)
         for (int row = 0; row < kRows; ++row)
-            for (int column = 0; column < kDepth; ++column)
-                if (operands(row, column, stage) != stage * kRows * kDepth + permuted(row, column)) return false;
+            for (int column = 0; column < kDepth<T>; ++column)
+                if (operands(row, column, stage) != stage * kRows * kDepth<T> + permuted<T>(row, column)) return false;
     std::vector<int> seen(kRows * kClasses);
     for (int thread = 0; thread < kGroup; ++thread) {
         const auto where = coordinates<T>(thread);
@@ -127,8 +133,9 @@ bool layouts_hold() {
 }
 
 const char* check() {
-    const bool both = layouts_hold<cutlass::half_t>() && layouts_hold<cutlass::bfloat16_t>();
-    return both ? nullptr : "a layout is not as it was meant";
+    const bool all = layouts_hold<cutlass::half_t>() && layouts_hold<cutlass::bfloat16_t>() &&
+                     layouts_hold<cutlass::tfloat32_t>();
+    return all ? nullptr : "a layout is not as it was meant";
 }
 
 const char* tiling(AkTiling& p) {
@@ -141,10 +148,11 @@ const char* launch(const AkCosine& given, const AkWhere&) {
     AkCosine p = given;
     const bool filter = p.filter <= 1.0f, general = filter || p.best;
     if (!filter) p.filter = INFINITY;
-    if (p.x_hat.type == AK_FLOAT16)
-        general ? run<cutlass::half_t, true>(p) : run<cutlass::half_t, false>(p);
-    else
-        general ? run<cutlass::bfloat16_t, true>(p) : run<cutlass::bfloat16_t, false>(p);
+    switch (p.x_hat.type) {
+        case AK_FLOAT16: general ? run<cutlass::half_t, true>(p) : run<cutlass::half_t, false>(p); break;
+        case AK_BFLOAT16: general ? run<cutlass::bfloat16_t, true>(p) : run<cutlass::bfloat16_t, false>(p); break;
+        default: general ? run<cutlass::tfloat32_t, true>(p) : run<cutlass::tfloat32_t, false>(p);
+    }
     return nullptr;
 }
 

@@ -22,7 +22,7 @@ from torch import Tensor
 import amsoftmax_kernels as ak
 from amsoftmax_kernels import __main__ as command
 from amsoftmax_kernels import backends, build
-from amsoftmax_kernels.backends import Problem, cuda, cuda_library
+from amsoftmax_kernels.backends import Problem, cuda, cuda_library, fused
 
 from .cases import CASES, CHUNK, Case
 from .test_cuda import BY_NAME, CPU, DTYPES, NVCC, build_emulated, check, check_the_cosine_kernel, ours, serve, short_chunks
@@ -73,10 +73,11 @@ def test_the_layouts(hopper_library: cuda_library.Library) -> None:
 
 
 def test_one_block_of_few_rows_and_two_that_share_classes(hopper_library: cuda_library.Library) -> None:
-    for batch, rows in ((1, 128), (128, 128), (129, 256), (4096, 256)):
-        tiling = hopper_library.tiling(CPU, batch, 512, torch.bfloat16)
+    for (batch, rows), dtype in itertools.product(
+        ((1, 128), (128, 128), (129, 256), (4096, 256)), (torch.bfloat16, torch.float32)
+    ):
+        tiling = hopper_library.tiling(CPU, batch, 512, dtype)
         assert (tiling.rows, tiling.classes, tiling.parts) == (rows, 128, 2)
-    assert hopper_library.tiling(CPU, 4096, 512, torch.float32).parts == 1  # TF32 is the portable kernel's
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +113,7 @@ def test_a_faulty_schedule_would_be_seen(fault: int, simulate: Callable[..., byt
     assert any(simulate(seed, 2, 5, 8, 1, 5, 1, fault) for seed in range(50))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=["fp16", "bf16", "tf32"])
 @pytest.mark.parametrize("partial_sums", [2, 4, 14])
 @pytest.mark.parametrize(("B", "N", "width"), [(1, 1, 16), (64, 64, 48), (127, 129, 16), (130, 300, 160), (257, 640, 16)])
 def test_the_epilogue(B: int, N: int, width: int, partial_sums: int, dtype: torch.dtype, hopper: None) -> None:
@@ -155,11 +156,12 @@ def test_a_row_of_nan_is_its_own(hopper: None) -> None:
     assert (best[:, 7] == -math.inf).all() and (best_class[:, 7] == -1).all()
 
 
-def test_terms_end_where_their_matrix_does(hopper: None) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "tf32"])
+def test_terms_end_where_their_matrix_does(dtype: torch.dtype, hopper: None) -> None:
     """Rows of E are written into a wider matrix, whose other columns are another chunk's."""
-    x_hat, w_hat = (torch.randn(n, 16).half() for n in (130, 72))
-    problem = Problem(x_hat, w_hat, torch.zeros(130).long(), torch.tensor(30.0), True, torch.float16, math.inf)
-    kept = torch.full((131, 200), 7.0, dtype=torch.bfloat16)
+    x_hat, w_hat = (torch.randn(n, 16).to(dtype) for n in (130, 72))
+    problem = Problem(x_hat, w_hat, torch.zeros(130).long(), torch.tensor(30.0), True, dtype, math.inf)
+    kept = torch.full((131, 200), 7.0, dtype=fused.panel_dtype(dtype))
     terms = kept[:130, 40 : 40 + 80]
     cuda._Kernels().cosine_exp(problem, 0, x_hat, w_hat, torch.ones(130), None, terms, None, None, None, False)
     assert (kept[:130, :40] == 7).all() and (kept[:130, 120:] == 7).all() and (kept[130] == 7).all()
@@ -170,6 +172,14 @@ def test_terms_end_where_their_matrix_does(hopper: None) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_against_the_reference(case: Case, save_bytes: int | None, hopper: None, short_chunks: None) -> None:
     actual = ours(torch.float16, *case.tensors(torch.float32), save_bytes=save_bytes, **case.options)
+    check(case, actual, oracle(case, torch.float32))
+
+
+@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", ["plain", "s64-wrong", "s1000", "no-fn", "filter", "one-dimension"])
+def test_tf32_against_the_reference(name: str, save_bytes: int | None, hopper: None, short_chunks: None) -> None:
+    case = BY_NAME[name]
+    actual = ours(torch.float32, *case.tensors(torch.float32), save_bytes=save_bytes, **case.options)
     check(case, actual, oracle(case, torch.float32))
 
 
@@ -199,18 +209,24 @@ def test_the_machine_code() -> None:
         [triton.knobs.nvidia.cuobjdump.path, "-sass", library.path], capture_output=True, text=True, check=True
     ).stdout
     kernels = [each for each in listing.split("Function : ")[1:] if "sm90" in each.splitlines()[0]]
-    assert len(kernels) == 8  # of two types, with and without maxima and filter, rows that stay or come again
+    assert len(kernels) == 12  # of three types, with and without maxima and filter, rows that stay or come again
     for code in kernels:
-        products = r"HGMMA\.64x128x16\.F32" + (r"\.BF16" if "bfloat16" in code.splitlines()[0] else r"(?!\.BF16)")
+        name = code.splitlines()[0]
+        tf32 = "tfloat32" in name
+        products = r"HGMMA\.64x128x8\.F32\.TF32" if tf32 else r"HGMMA\.64x128x16\.F32"
+        products += r"\.BF16" if "bfloat16" in name else r"(?!\.BF16)"
         copies = (r"UTMALDG\.2D", r"UTMALDG\.2D\.MULTICAST", r"UTMASTG\.2D")
         registers = (r"USETMAXREG\.DEALLOC\.CTAPOOL", r"USETMAXREG\.TRY_ALLOC\.CTAPOOL")
         for instruction in (products, *copies, *registers, r"MUFU\.EX2"):
             assert re.search(rf"\b{instruction}(?![\w.])", code), instruction
         assert not re.search(r"\b(LDL|STL)\b", code)
-        # A square of E: all have come, stores, made visible to bulk copies, all have come, off it goes.
+        # The warps that load give all but 24 registers away.
+        loads = re.search(r"USETMAXREG\.DEALLOC\.CTAPOOL 0x18 ;(.*?)\bEXIT\b", code, re.DOTALL)
+        assert loads is not None and max(int(each) for each in re.findall(r"\bR(\d+)\b", loads[1])) < 24
+        # A box of E: all have come, stores, made visible to bulk copies, all have come, off it goes.
         order = re.findall(r"\b(?:(STS)|(FENCE\.VIEW)|(BAR\.SYNC)|(UTMASTG))", code)
         letters = "".join("SFBU"[[bool(each) for each in found].index(True)] for found in order)
-        assert re.fullmatch(r"[FB]*(BS{16}FBU){8}[FB]*", letters), letters
+        assert re.fullmatch(r"[FB]*(BS{8}FBU){16}[FB]*" if tf32 else r"[FB]*(BS{16}FBU){8}[FB]*", letters), letters
 
 
 def _commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arch: str) -> list[list[str]]:
