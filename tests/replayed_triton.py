@@ -6,6 +6,8 @@ What reaches the launcher must be the same but for the addresses of buffers, whi
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from typing import Any
 
 import torch
@@ -38,24 +40,35 @@ def main() -> None:
             triton.fused.forget()
             for _ in range(4):
                 launches.clear()
-                with _Hoard():
+                with Hoard() as hoard:
                     _step(options, *tensors)
                 runs.append([_plain(launch) for launch in launches])
+                made = hoard.forget()
+                launches.clear()
+                gc.collect()
+                assert not any(each() is not None for each in made), "a program keeps memory"
             for later in runs[1:]:
                 _check(runs[0], later, {each.data_ptr() for each in tensors})
             print(f"{options}: {len(runs[0])} launches the same")
 
 
-class _Hoard(TorchDispatchMode):
-    """Keeps what is made, so that no address is used twice."""
+class Hoard(TorchDispatchMode):
+    """Keeps what is made, so that no address is used twice, until it is told to forget."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.made: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.made.append(func(*args, **(kwargs or {})))
-        return self.made[-1]
+        result = func(*args, **(kwargs or {}))
+        self.made.append(result)
+        return result
+
+    def forget(self) -> list[weakref.ref[Any]]:
+        """References to the tensors made, views among them, which should be gone, but for those of no memory."""
+        references = [weakref.ref(each) for each in self.made if isinstance(each, Tensor) and each.numel()]
+        self.made.clear()
+        return references
 
 
 def _step(options: dict[str, Any], features: Tensor, weight: Tensor, labels: Tensor) -> None:

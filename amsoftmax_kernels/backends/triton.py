@@ -228,21 +228,26 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> No
 def _relaunch(recorder: replay.Recorder, compiled: Any, grid: tuple[int, ...], args: list[Any]) -> replay.Step:
     """The launch again, of the kernel that Triton chose by these arguments: the choice takes three times as long."""
     grid = (*grid, 1, 1)[:3]
-    moving: list[tuple[int, int, int, TensorDescriptor | None]] = []
+    pointers: list[tuple[int, int, int]] = []
+    descriptors: list[tuple[int, int, int, Any, Any, str]] = []
     for i, each in enumerate(args):
-        descriptor = each if isinstance(each, TensorDescriptor) else None
-        if descriptor is not None or isinstance(each, Tensor):
-            place = recorder.address((each if descriptor is None else descriptor.base).data_ptr())
-            if place is None:
-                args[i] = 0
-            else:
-                moving.append((i, *place, descriptor))
+        if isinstance(each, Tensor):
+            args[i] = 0  # nothing may keep this one's memory
+            place = recorder.address(each.data_ptr())
+            if place is not None:
+                pointers.append((i, *place))
+        elif isinstance(each, TensorDescriptor):
+            args[i] = 0
+            place = recorder.address(each.base.data_ptr())
+            if place is not None:
+                descriptors.append((i, *place, each.shape, each.strides, each.padding))
 
     def step(tensors: list[Tensor], addresses: list[int], stream: int) -> None:
         values = args.copy()
-        for i, place, offset, descriptor in moving:
-            address = addresses[place] + offset
-            values[i] = address if descriptor is None else _Described(address, descriptor)
+        for i, place, offset in pointers:
+            values[i] = addresses[place] + offset
+        for i, place, offset, shape, strides, padding in descriptors:
+            values[i] = _Described(addresses[place] + offset, shape, strides, padding)
         compiled[grid](*values, stream=stream)
 
     return step
@@ -253,8 +258,8 @@ class _Described:
 
     __slots__ = ("_address", "padding", "shape", "strides")
 
-    def __init__(self, address: int, like: TensorDescriptor) -> None:
-        self._address, self.shape, self.strides, self.padding = address, like.shape, like.strides, like.padding
+    def __init__(self, address: int, shape: Any, strides: Any, padding: str) -> None:
+        self._address, self.shape, self.strides, self.padding = address, shape, strides, padding
 
     @property
     def base(self) -> _Described:
