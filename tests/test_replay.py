@@ -60,8 +60,7 @@ def check_repeated(
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.bfloat16) for name in ("plain", "no-fn", "s1000")]
-    + [("plain", torch.float16), ("plain", torch.float32)],
+    [(name, torch.bfloat16) for name in ("plain", "no-fn", "s1000")] + [("plain", torch.float16), ("plain", torch.float32)],
 )
 def test_a_step_is_repeated(
     name: str, reduction: str, save_bytes: int | None, dtype: torch.dtype, replayed: None, monkeypatch: pytest.MonkeyPatch
@@ -118,15 +117,18 @@ def test_values_that_change(replayed: None, monkeypatch: pytest.MonkeyPatch) -> 
     """Each has a program of its own: none is run with another's numbers."""
     case = BY_NAME["plain"]
     tensors = case.tensors(torch.float32)
-    varied = itertools.product((30.0, 20.0), (0.35, 0.1), (None, 0.2), ("mean", "sum"))
+    names = ("scale", "margin", "interclass_filter", "reduction")
+    varied = [
+        dict(zip(names, each, strict=True))
+        for each in itertools.product((30.0, 20.0), (0.35, 0.1), (None, 0.2), ("mean", "sum"))
+    ]
+    expected = without(monkeypatch, lambda: [ours(torch.bfloat16, *tensors, **options) for options in varied])
     found = []
-    for _, options in itertools.product(range(3), list(varied)):
-        scale, margin, limit, reduction = options
-        named = {"scale": scale, "margin": margin, "interclass_filter": limit, "reduction": reduction}
-        actual = ours(torch.bfloat16, *tensors, **named)
-        expected = without(monkeypatch, lambda named=named: ours(torch.bfloat16, *tensors, **named))
-        assert all(map(torch.equal, actual, expected)), named
-        found.append(actual[0].item())
+    for _ in range(3):
+        for options, exact in zip(varied, expected, strict=True):
+            actual = ours(torch.bfloat16, *tensors, **options)
+            assert all(map(torch.equal, actual, exact)), options
+            found.append(actual[0].item())
     assert len(set(found)) == 16 and len(programs("forward_loss")) == 16
 
 
