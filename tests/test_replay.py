@@ -154,6 +154,23 @@ def test_addresses_layouts_and_sizes_that_change(replayed: None, monkeypatch: py
             assert all(map(torch.equal, actual, expected)), variant
 
 
+def test_noted_in_inference_mode(replayed: None) -> None:
+    """What no gradient was wanted of, and then one is."""
+    function = alone(lambda a: (a.new_empty(0, 3), a * 2))
+    for mode in (True, True, True, False):
+        with torch.inference_mode(mode):
+            empty, twice = function(torch.ones(2))
+    leaf = torch.ones(2, requires_grad=True)
+    (leaf * twice).sum().backward()
+    (torch.zeros(0, 3, requires_grad=True) * empty).sum().backward()
+    tensors = BY_NAME["plain"].tensors(torch.float32)
+    for _ in range(3):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            loss = ak.am_softmax_loss(*tensors[:3], backend="cuda")
+    for _ in range(3):
+        assert torch.equal(ours(torch.bfloat16, *tensors, reduction="mean")[0], loss)
+
+
 def test_large_problems_are_left_alone(replayed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     case = BY_NAME["plain"]
     monkeypatch.setattr(fused, "REPLAYED_LOGITS", case.B * case.C - 1)

@@ -92,7 +92,8 @@ class Program:
         self._bytes = 0
         for place, like in buffers.items():
             if like.numel() == 0:  # nothing is ever written to it
-                self._constants.append((place, torch.empty_like(like)))
+                with torch.inference_mode(False):  # or a backward pass could not have it
+                    self._constants.append((place, torch.empty_like(like)))
             elif place in used:
                 self._tensors.append((place, like.shape, like.stride(), like.dtype, like.device))
             else:
