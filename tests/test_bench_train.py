@@ -123,7 +123,13 @@ def test_a_killed_rank_ends_the_run_and_a_resumed_one_has_the_same_losses(whole:
     arguments = ("--steps", "200", "--checkpoint-every", "30", "--eval-every", "100")
     process = start(tmp_path, *arguments)
     wait_for(lambda: (tmp_path / "checkpoints" / "step-000000060").exists(), process)
-    os.kill(workers(process.pid)[1], signal.SIGKILL)
+    survivor, killed = workers(process.pid)
+    process.send_signal(signal.SIGSTOP)  # the launcher, which may end the other rank before that notices by itself
+    try:
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: Path(f"/proc/{survivor}/stat").read_text().rpartition(")")[2].split()[0] == "Z", process)
+    finally:
+        process.send_signal(signal.SIGCONT)
     status, output = ended(process)
     assert status != 0 and "rank 0 ends" in output and "Traceback" not in output.split("rank 0 ends")[0], output
     assert not (tmp_path / "train.json").exists()
