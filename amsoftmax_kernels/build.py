@@ -2,8 +2,8 @@
 
     python -m amsoftmax_kernels.build --arch 80 90a --out libamsoftmax_kernels.so
 
-Hopper's own cosine kernel (sm_90a) takes CUTLASS's headers, those of the package nvidia-cutlass or of the folder that the
-environment variable CUTLASS_PATH names; without them the portable kernel serves Hopper too.
+Hopper's own kernels (sm_90a) take CUTLASS's headers, those of the package nvidia-cutlass or of the folder that the
+environment variable CUTLASS_PATH names; without them the portable ones serve Hopper too.
 
 The library's interface is plain C, so that it needs no PyTorch headers and no PyTorch version of its own.
 """
@@ -31,7 +31,7 @@ ARCHITECTURES = ("80", "86", "87", "89", "90a", "100", "103", "110", "120", "121
 _FALLBACK = "-gencode=arch=compute_80,code=compute_80"
 _PREBUILT = "AMSOFTMAX_KERNELS_LIBRARY"  # names a library that was built ahead of time
 HOPPER = "90a"
-HOPPER_SOURCE = "cosine_sm90.cu"  # what needs CUTLASS, compiled for Hopper alone
+HOPPER_SOURCES = ("cosine_sm90.cu", "gradient_sm90.cu")  # what needs CUTLASS, compiled for Hopper alone
 CUTLASS = "nvidia-cutlass==4.2.0.0"  # what it was written for
 
 
@@ -157,9 +157,9 @@ def build(architectures: Sequence[str], out: Path, strict: bool = False) -> None
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as name:
         folder = Path(name)
         commands = []
-        for source in sorted(sources().glob("*.cu"), key=lambda each: each.name != HOPPER_SOURCE):  # the longest first
+        for source in sorted(sources().glob("*.cu"), key=lambda each: each.name not in HOPPER_SOURCES):  # the longest first
             mine = targets
-            if source.name == HOPPER_SOURCE:
+            if source.name in HOPPER_SOURCES:
                 if cutlass is None:
                     continue
                 mine = [f"-gencode=arch=compute_{HOPPER},code=sm_{HOPPER}", *hopper_flags(cutlass)]

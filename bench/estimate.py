@@ -5,11 +5,12 @@ Each ceiling says where it is from. An estimate is not a measurement: it is writ
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 from amsoftmax_kernels.backends import triton_configs
-from amsoftmax_kernels.backends.fused import streams_for
+from amsoftmax_kernels.backends.fused import chunk_size, finish_size, padded, streams_for
 from amsoftmax_kernels.backends.triton_configs import Config
 
 # (B, D, C): bfloat16 compute, float32 centres.
@@ -72,8 +73,26 @@ CARDS = {
 }  # fmt: skip
 
 
+def more_launches(B: int, D: int, C: int, kept: bool, at_once: bool = False) -> int:
+    """Of a step of many classes beside those of one of few: per chunk, and per piece of the centres' gradient.
+
+    ``at_once``: one kernel a chunk makes that gradient, in place of two a piece.
+    """
+    chunk = chunk_size(B, D)
+    chunks = -(-C // chunk)
+    pieces = sum(-(-min(chunk, C - first) // finish_size(padded(D))) for first in range(0, C, chunk))
+    # ŵ, E and Eŵ; where E is computed again, ŵ and z before. The first of several chunks has its ŵ, and all their z a sum.
+    each = (3 if kept else 5) * (chunks - 1) + 2 * (chunks > 1)
+    return each + (chunks - 2 if at_once else 2 * (pieces - 1))
+
+
+def floor(card: Card, B: int, D: int, C: int, kept: bool) -> float:
+    """Seconds of the products, and of w read once a pass and dw written."""
+    return (3 if kept else 4) * 2 * B * C * D / card.products + 12 * C * D / card.copy
+
+
 def step(card: Card, B: int, D: int, C: int, kept: bool, launches: int) -> dict[str, Any]:
-    """One step's pieces in seconds, its floor, and its share of it."""
+    """One step's pieces in seconds, its floor, and its share of it; ``launches`` are those of few classes."""
     config = triton_configs.config(card.capability, "half")
     flops = 2 * B * C * D
     cosine = _cosine_exp(card, config, B, D, C)
@@ -84,17 +103,16 @@ def step(card: Card, B: int, D: int, C: int, kept: bool, launches: int) -> dict[
         "product with centres": flops / card.products,
         "product with features": flops / card.products,
         "finish": 12 * C * D / card.copy,  # dŵ written (read again out of the L2 cache), w read, dw written
-        "launches": launches * SECONDS_A_LAUNCH,
+        "launches": (launches + more_launches(B, D, C, kept)) * SECONDS_A_LAUNCH,
     }
     if not kept:  # a pass for the sums alone comes first
         pieces["prepare"] *= 2
         pieces["cosine_exp"] += max(summed["tensor"] + summed["epilogue"], summed["l2"])
-    floor = (3 if kept else 4) * flops / card.products + 12 * C * D / card.copy  # w read once a pass, dw written
-    total = sum(pieces.values())
+    total, least = sum(pieces.values()), floor(card, B, D, C, kept)
     return {
         "B": B, "D": D, "C": C, "kept": kept, "flops": (3 if kept else 4) * flops,
         "bytes": (6 + 12 if kept else 12 + 12) * C * D, "pieces_s": pieces, "cosine_exp_s": cosine,
-        "total_s": total, "floor_s": floor, "of_floor": floor / total,
+        "total_s": total, "floor_s": least, "of_floor": least / total,
     }  # fmt: skip
 
 
@@ -114,11 +132,12 @@ def _cosine_exp(card: Card, config: Config, B: int, D: int, C: int, stored: bool
     }
 
 
-def hopper_cosine_exp(card: Card, B: int, D: int, C: int, size: int = 2) -> dict[str, float]:
+def hopper_cosine_exp(card: Card, B: int, D: int, C: int, size: int = 2, stored: bool = True) -> dict[str, float]:
     """Seconds of the C++ kernel for Hopper (csrc/kernel_sm90.cuh) by what could bound it; all overlaps but its ends.
 
-    Operands and E take ``size`` bytes an element: 4 in TF32, whose products take twice as long.
+    Operands and E, if ``stored``, take ``size`` bytes an element: 4 in TF32, whose products take twice as long.
     """
+    e = size if stored else 0
     tile, cluster = 128, 2 if B > 128 else 1
     rows, tiles = -(-B // tile), -(-C // tile)
     blocks, slots = -(-rows // cluster), card.multiprocessors // cluster
@@ -133,13 +152,47 @@ def hopper_cosine_exp(card: Card, B: int, D: int, C: int, size: int = 2) -> dict
     x_again = 0 if D * size <= 1024 else tile * D * size
     return {
         "busy": rounds * (-(-tiles // streams) * clocks + ends) / card.clock,
-        "l2": rows * tiles * (tile * D * size / cluster + x_again + tile * tile * size) / card.l2,
-        "memory": size * (C * D + B * C) / card.copy,
+        "l2": rows * tiles * (tile * D * size / cluster + x_again + tile * tile * e) / card.l2,
+        "memory": (size * C * D + e * B * C) / card.copy,
     }
 
 
+def hopper_grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
+    """Seconds of the C++ kernel for the centres' gradient on Hopper (csrc/gradient_sm90.cuh), to a width of 512."""
+    halves, columns, together = 2 if D > 256 else 1, 256 if D > 128 else 128, 256
+    tiles = -(-C // together)
+    rounds = -(-tiles // (card.multiprocessors // (4 * halves)))
+    products = 2 * 64 * columns * B / (card.products / card.multiprocessors / card.clock)
+    # Of the centres: eight rounds of 16 loads under way together, each some 800 clocks as the L2 cache is busy, and dw
+    # stored. Assumed. One warpgroup's hides under the other's products as far as these reach.
+    epilogue = 8 * 800
+    clocks = max(products, (products + epilogue) / 2)
+    return {
+        "busy": (rounds * clocks + epilogue) / card.clock,
+        "l2": tiles * (2 * B * (together + halves * columns) + 12 * together * D) / card.l2,  # the centres twice, dw
+        "memory": (8 * C * D + 2 * B * C) / card.copy,
+    }
+
+
+def hopper_step(card: Card, B: int, D: int, C: int, kept: bool, launches: int) -> dict[str, Any]:
+    """As :func:`step`, with the C++ kernels for Hopper."""
+    product = 2 * B * C * D / card.products
+    pieces = {
+        "prepare": (6 if kept else 12) * C * D / card.copy,
+        "cosine_exp": max(hopper_cosine_exp(card, B, D, C).values()),
+        "product with centres": product,
+        "grad_centres": max(hopper_grad_centres(card, B, D, C).values()),
+        "launches": (launches + more_launches(B, D, C, kept, at_once=True)) * SECONDS_A_LAUNCH,
+    }
+    if not kept:
+        pieces["cosine_exp"] += max(hopper_cosine_exp(card, B, D, C, stored=False).values())
+    total, least = sum(pieces.values()), floor(card, B, D, C, kept)
+    return {"pieces_s": pieces, "total_s": total, "floor_s": least, "of_floor": least / total}
+
+
 def printed_hopper(card: Card) -> str:
-    """The estimate of the C++ kernel beside that of Triton's, as text."""
+    """The estimates of the C++ kernels, the first beside that of Triton's, as text."""
+    launches = few_launches("sm_90")
     lines = [
         "cosine_exp alone, E stored: estimated milliseconds, in C++ by what could bound it, in Triton, and in C++ in TF32"
     ]
@@ -150,18 +203,37 @@ def printed_hopper(card: Card) -> str:
         tf32 = max(hopper_cosine_exp(card, B, D, C, 4).values())
         values = (*bounds.values(), max(bounds.values()), of_triton, tf32)
         lines.append(f"{B:5} {D:4} {C:11,} " + " ".join(f"{1e3 * value:8.3f}" for value in values))
+    lines += [
+        "",
+        "A step on the C++ kernels for Hopper, estimated: milliseconds. The floor adds products and bytes; grad_centres has"
+        " both at once",
+        f"{'B':>5} {'D':>4} {'C':>11} {'E':>10} {'prepare':>8} {'cosine_exp':>10} {'product':>8} {'grad_centres':>12}"
+        f" {'launches':>8} {'total':>8} {'floor':>8} {'share':>6}",
+    ]
+    for (B, D, C), kept in itertools.product(SHAPES, (True, False)):
+        of = hopper_step(card, B, D, C, kept, launches[kept])
+        p = [1e3 * value for value in of["pieces_s"].values()]
+        lines.append(
+            f"{B:5} {D:4} {C:11,} {'kept' if kept else 'recomputed':>10} {p[0]:8.3f} {p[1]:10.3f} {p[2]:8.3f} {p[3]:12.3f}"
+            f" {p[4]:8.3f} {1e3 * of['total_s']:8.3f} {1e3 * of['floor_s']:8.3f} {of['of_floor']:6.2f}"
+        )
     return "\n".join(lines)
+
+
+def few_launches(arch: str) -> dict[bool, int]:
+    """Those of a step of few classes, E kept or not: counted."""
+    from .launches import of_a_step  # needs Triton
+
+    card, counts = CARDS[arch], {}
+    for kept in (True, False):
+        launched = of_a_step(card.capability, card.multiprocessors, 256, 512, 2048, save_bytes=1 << 40 if kept else 0)
+        counts[kept] = len(launched) + 3  # two products, and the gradient of the loss by itself
+    return counts
 
 
 def table(arch: str) -> list[dict[str, Any]]:
     """Estimates of every shape, E kept and recomputed."""
-    from .launches import of_a_step  # needs Triton
-
-    card = CARDS[arch]
-    counts = {}
-    for kept in (True, False):  # counted on a small problem: the number does not depend on C below a chunk
-        launched = of_a_step(card.capability, card.multiprocessors, 256, 512, 2048, save_bytes=1 << 40 if kept else 0)
-        counts[kept] = len(launched) + 3  # two products, and the gradient of the loss by itself
+    card, counts = CARDS[arch], few_launches(arch)
     return [step(card, B, D, C, kept, counts[kept]) for B, D, C in SHAPES for kept in (True, False)]
 
 

@@ -165,7 +165,7 @@ def _of_cpp(card: Any) -> Iterator[list[str]]:
     launches: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "library.so"
-        sources = [str(each) for each in sorted(build.sources().glob("*.cu")) if each.name != build.HOPPER_SOURCE]
+        sources = [str(each) for each in sorted(build.sources().glob("*.cu")) if each.name not in build.HOPPER_SOURCES]
         options = ["-std=c++17", "-O2", "-w", "-DAK_EMULATE", "-DAK_NO_LAUNCH", "-fPIC", "-shared", "-x", "c++"]
         subprocess.run([compiler, *options, *sources, "-o", str(path)], check=True)
         library = cuda_library.Library(path)

@@ -1,4 +1,4 @@
-"""The C++ library's cosine kernels, read without a GPU: registers, stack and the instructions that matter."""
+"""The C++ library's kernels that multiply, read without a GPU: registers, stack and the instructions that matter."""
 
 from __future__ import annotations
 
@@ -42,19 +42,20 @@ def rows(arch: str) -> list[dict[str, Any]]:
     found = []
     for code in dump("-sass").split("Function : ")[1:]:
         name = code.split(maxsplit=1)[0]
-        if "cosine_exp" not in name:
+        if not re.search("cosine_exp|grad_centres", name):
             continue
         resources = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[name])}
-        hopper, variant = "sm90" in name, _variant(name)
-        # A width that stays in shared memory, and one that does not.
-        width = 1024 if "comes again" in variant else 256 if hopper else 512
-        threads, shared = built.block(hopper, width, _DTYPES[variant.split(",")[0]])
+        hopper, gradient, variant = "sm90" in name, "grad_centres" in name, _variant(name)
+        kernel = 2 if gradient else int(hopper)
+        # A width that stays in shared memory, and one that does not; the most that a block of the gradient kernel has.
+        width = 1024 if "comes again" in variant else 128 if "128" in variant else 256 if hopper else 512
+        threads, shared = built.block(kernel, width, _DTYPES[variant.split(",")[0]])
         fits = card.programs_resident(resources["REG"], shared + resources["SHARED"], threads // 32)
         planned = 1 if hopper or "maxima" in variant else 2 if 2 * shared < card.shared_memory else 1
         counts = {key: len(re.findall(rf"\b(?:{pattern})\b", code)) for key, pattern in INSTRUCTIONS.items()}
         found.append(
             {
-                "kernel": "cosine_exp, Hopper's" if hopper else "cosine_exp, portable",
+                "kernel": cuda_library.KERNELS[kernel],
                 "variant": variant,
                 "warps": threads // 32,
                 "registers": resources["REG"],
@@ -62,7 +63,7 @@ def rows(arch: str) -> list[dict[str, Any]]:
                 "shared_memory": shared + resources["SHARED"],
                 "fits": fits,
                 "instructions": counts,
-                "faults": _faults(hopper, resources["STACK"], counts)
+                "faults": _faults(kernel, resources["STACK"], counts)
                 + ([f"fits an SM {fits} times, {planned} planned"] if fits < planned else []),
             }
         )
@@ -70,6 +71,10 @@ def rows(arch: str) -> list[dict[str, Any]]:
 
 
 def _variant(name: str) -> str:
+    if "grad_centres" in name:
+        (columns,) = re.findall(r"grad_centresILi(\d+)E", name)
+        centres = "bf16" if "bfloat16" in name else "fp16" if "half_t" in name else "fp32"
+        return f"bf16, {columns} columns, {centres} centres"
     dtype = "bf16" if "bfloat16" in name else "tf32" if "tfloat32" in name else "fp16"
     first, second = re.findall(r"Lb([01])E", name)[:2]
     if "sm90" in name:
@@ -79,8 +84,8 @@ def _variant(name: str) -> str:
     return ", ".join(word for word in (dtype, *words) if word)
 
 
-def _faults(hopper: bool, stack: int, counts: dict[str, int]) -> list[str]:
-    wanted = ("HGMMA", "UTMALDG", "multicast", "UTMASTG") if hopper else ("HMMA", "cp.async")
+def _faults(kernel: int, stack: int, counts: dict[str, int]) -> list[str]:
+    wanted = (("HMMA", "cp.async"), ("HGMMA", "UTMALDG", "multicast", "UTMASTG"), ("HGMMA", "UTMALDG", "multicast"))[kernel]
     found = [f"no {name}" for name in wanted if not counts[name]]
     if stack or counts["local"]:
         found.append(f"{stack} bytes of stack, {counts['local']} local loads and stores")
@@ -90,13 +95,13 @@ def _faults(hopper: bool, stack: int, counts: dict[str, int]) -> list[str]:
 def printed(found: list[dict[str, Any]]) -> str:
     """The table as text."""
     names = ("local", "HGMMA", "HMMA", "UTMALDG", "UTMASTG", "cp.async", "exp2")
-    head = f"{'kernel':21} {'variant':38} warps regs shared fits stack "
+    head = f"{'kernel':22} {'variant':38} warps regs shared fits stack "
     lines = [head + " ".join(f"{name:>8}" for name in names)]
     for row in found:
         counts = " ".join(f"{row['instructions'][name]:8}" for name in names)
         fault = "  <- " + "; ".join(row["faults"]) if row["faults"] else ""
         lines.append(
-            f"{row['kernel']:21} {row['variant']:38} {row['warps']:5} {row['registers']:4} {row['shared_memory']:6}"
+            f"{row['kernel']:22} {row['variant']:38} {row['warps']:5} {row['registers']:4} {row['shared_memory']:6}"
             f" {row['fits']:4} {row['stack']:5} {counts}{fault}"
         )
     return "\n".join(lines)

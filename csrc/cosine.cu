@@ -1,6 +1,7 @@
 // Piece 2 of a step: its arguments' checks, and the choice of a kernel: Hopper's own on that GPU if the library was built
 // with CUTLASS's headers, else the portable one.
 #include "cosine.h"
+#include "gradient.h"
 
 #include "launch.cuh"
 
@@ -8,15 +9,6 @@ namespace ak {
 namespace {
 
 #ifdef AK_CUTLASS
-// Its instructions are those of 9.0a alone: neither 8.x nor 10.x has them.
-bool is_hopper([[maybe_unused]] int device) {
-    int major = 9;
-#ifndef AK_EMULATE
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-#endif
-    return major == 9;
-}
-
 const CosineKernel& kernel_for(int device) { return is_hopper(device) ? hopper_cosine : portable_cosine; }
 #else
 const CosineKernel& kernel_for(int) { return portable_cosine; }
@@ -40,7 +32,7 @@ const char* wrong(const AkCosine& p) {
 
 extern "C" {
 
-int32_t ak_version() { return 3; }
+int32_t ak_version() { return 4; }
 
 int32_t ak_has_hopper() {
 #ifdef AK_CUTLASS
@@ -53,8 +45,11 @@ int32_t ak_has_hopper() {
 const char* ak_check(const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     const char* error = ak::portable_cosine.check();
-    const ak::CosineKernel& kernel = ak::kernel_for(where->device);
-    return error || &kernel == &ak::portable_cosine ? error : kernel.check();
+#ifdef AK_CUTLASS
+    if (!error && ak::is_hopper(where->device)) error = ak::hopper_cosine.check();
+    if (!error && ak::is_hopper(where->device)) error = ak::hopper_gradient.check();
+#endif
+    return error;
 }
 
 const char* ak_tiling(AkTiling* p, const AkWhere* where) {
@@ -64,13 +59,12 @@ const char* ak_tiling(AkTiling* p, const AkWhere* where) {
 
 const char* ak_block(AkBlock* p, const AkWhere*) {
 #ifdef AK_CUTLASS
-    (p->hopper ? ak::hopper_cosine : ak::portable_cosine).block(*p);
-    return nullptr;
-#else
-    if (p->hopper) return "this library was built without Hopper's own kernel";
+    if (p->kernel == AK_HOPPER_COSINE) return ak::hopper_cosine.block(*p), nullptr;
+    if (p->kernel == AK_HOPPER_GRADIENT) return ak::hopper_gradient.block(*p), nullptr;
+#endif
+    if (p->kernel != AK_PORTABLE_COSINE) return "this library was built without Hopper's own kernels";
     ak::portable_cosine.block(*p);
     return nullptr;
-#endif
 }
 
 const char* ak_cosine_exp(const AkCosine* p, const AkWhere* where) {

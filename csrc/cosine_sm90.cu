@@ -6,47 +6,11 @@
 //
 #include "cosine.h"
 #include "launch.cuh"
+#include "launch_sm90.cuh"
 
 namespace ak {
 namespace sm90 {
 namespace {
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's own function, without linking its library.
-Encode encode_function() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-    auto error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-#else
-    auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-    if (error != cudaSuccess) cudaGetLastError();
-    return found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
-}
-
-// How bulk copies see a matrix: boxes of `rows` rows and 128 bytes, zeros outside it, never written there.
-bool describe(Encode encode, CUtensorMap& map, const AkMatrix& matrix, int rows) {
-    const bool half = matrix.type == AK_FLOAT16 || matrix.type == AK_BFLOAT16;
-    const unsigned bytes = half ? 2 : 4;
-    const cuuint64_t size[2] = {cuuint64_t(matrix.columns), cuuint64_t(matrix.rows)};
-    const cuuint64_t stride[1] = {cuuint64_t(matrix.row_stride) * bytes};
-    const cuuint32_t box[2] = {128 / bytes, cuuint32_t(rows)}, step[2] = {1, 1};
-    // Operands have been rounded to TF32: copies need not.
-    const auto type = matrix.type == AK_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                      : half                    ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-    return encode(&map, type, 2, matrix.data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-const char* message(cudaError_t error) {
-    if (error == cudaSuccess) return nullptr;
-    cudaGetLastError();  // not left to the next launch
-    return cudaGetErrorString(error);
-}
 
 using Kernel = void (*)(Parameters);
 
@@ -99,7 +63,7 @@ const char* check() {
                 auto error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared);
                 if (error != cudaSuccess) return message(error);
             }
-    return encode_function() ? nullptr : "the driver has no tensor maps: it is older than CUDA 12";
+    return encode_function() ? nullptr : kNoMaps;
 }
 
 const char* tiling(AkTiling& p) {
@@ -115,14 +79,14 @@ const char* tiling(AkTiling& p) {
 
 const char* launch(const AkCosine& p, const AkWhere& where) {
     static const Encode encode = encode_function();
-    if (!encode) return "the driver has no tensor maps: it is older than CUDA 12";
+    if (!encode) return kNoMaps;
     if (p.parts % kParts) return "an odd number of partial sums";
     const bool filter = p.filter <= 1.0f, general = filter || p.best;
     Parameters parameters = {p, {}, {}, {}};
     if (!filter) parameters.p.filter = INFINITY;
     if (!describe(encode, parameters.x_hat, p.x_hat, kRows) || !describe(encode, parameters.w_hat, p.w_hat, kClasses / 2) ||
         (p.terms.data && !describe(encode, parameters.terms, p.terms, kBoxRows)))
-        return "the driver refuses a matrix's shape for bulk copies";
+        return kRefused;
     const Variant v = variant(p.x_hat.type, general, p.x_hat.columns);
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t configuration =

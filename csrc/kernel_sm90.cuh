@@ -16,26 +16,15 @@
 // tile, and keeps their sums in registers. So no order hangs on a scheduler, and no tile's sums go to memory.
 #pragma once
 
-#ifndef NDEBUG
-#define NDEBUG  // else CUTLASS's device code asserts
-#endif
+#include "roles_sm90.cuh"
 #include "tile_sm90.cuh"
-//
-#include <cuda.h>
-#include <cute/arch/cluster_sm90.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
-#include <cutlass/pipeline/sm90_pipeline.hpp>
 
 namespace ak {
 namespace sm90 {
 namespace {
 
-constexpr int kThreads = 384, kGroup = 128;
 constexpr int kMostSteps = 8;  // of a row of x̂ that stays: 1024 bytes
 constexpr int kTileBytes = kRows * 128;
-constexpr uint64_t kCacheHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 
 struct Parameters {
     AkCosine p;
@@ -109,9 +98,6 @@ __device__ inline void reduce_quad(Sum (&sums)[4], bool best) {
         }
 }
 
-// CUTLASS's barriers and fences leave it to the compiler whether stores in C++ stay on their side.
-__device__ inline void keep_stores_here() { asm volatile("" ::: "memory"); }
-
 // What a warpgroup does with its tiles.
 template <class T, bool GENERAL, class Memory>
 struct Work {
@@ -134,7 +120,7 @@ struct Work {
         for (int i = 0; i < 4; ++i) rows[i] = load_row(parameters.p, first_row + row_of_thread(coordinates<T>(thread), i));
     }
 
-    __device__ void begin() { mma.accumulate_ = cute::GMMA::ScaleOut::Zero; }
+    __device__ void begin(int) { mma.accumulate_ = cute::GMMA::ScaleOut::Zero; }
     __device__ void wait_once(int step) {
         if (Memory::kStays) shared.x_arrived[step].wait(0);
     }
@@ -214,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_exp(const __grid_constant_
     const int group = cutlass::canonical_warp_group_idx() - 1;  // -1 loads
     const int cluster = int(cute::cluster_shape().x), rank = int(cute::block_rank_in_cluster());
     const int steps = int((p.x_hat.columns + kDepth<T> - 1) / kDepth<T>);
-    Turn turn = {int(blockIdx.y), int(gridDim.y), int((p.w_hat.rows + kClasses - 1) / kClasses)};
+    Turn turn = {int(blockIdx.y), int(gridDim.y), int((p.w_hat.rows + kClasses - 1) / kClasses), kClasses};
     if (p.only_unbounded) {
         bool unbounded = false;
         const int64_t first = int64_t(blockIdx.x - rank) * kRows;

@@ -36,6 +36,17 @@ inline const char* launch_error() {
 }
 #endif
 
+#ifdef AK_CUTLASS
+// Its own kernels' instructions are those of 9.0a alone: neither 8.x nor 10.x has them.
+inline bool is_hopper([[maybe_unused]] int device) {
+    int major = 9;
+#ifndef AK_EMULATE
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+#endif
+    return major == 9;
+}
+#endif
+
 template <class T>
 struct Tag {
     using type = T;

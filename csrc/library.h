@@ -80,10 +80,12 @@ struct AkTiling {
     int32_t type, reserved;                // given: of the operands
 };
 
-// What a block of a cosine kernel takes of an SM, but for its registers; no device is asked.
+enum AkKernel { AK_PORTABLE_COSINE = 0, AK_HOPPER_COSINE = 1, AK_HOPPER_GRADIENT = 2 };
+
+// What a block of a kernel takes of an SM, but for its registers; no device is asked.
 struct AkBlock {
     int64_t width;           // given
-    int32_t type, hopper;    // given: of the operands; whether Hopper's own kernel is meant
+    int32_t type, kernel;    // given: of the operands; an AkKernel
     int32_t threads, bytes;  // the answer; bytes of dynamic shared memory
 };
 
@@ -125,6 +127,19 @@ struct AkFinishCentres {
     const float* upstream;             // a number to multiply by; null: 1
 };
 
+// The centres' gradient at once: E's product and the normalization's derivative, where clusters of the kernel fit the GPU.
+struct AkGradCentres {
+    AkMatrix terms, x_factored, weight, grad;  // [B, N], [B, width], both bfloat16; [N, D] twice
+    const float* inverse_norm;                 // [N]
+    const float* upstream;                     // a number to multiply by; null: 1
+    int32_t clusters, reserved;                // that share the classes
+};
+
+struct AkGradTiling {
+    int64_t width;           // given
+    int32_t type, clusters;  // given: of the centres; the answer: that run at once, 0 where there is no such kernel
+};
+
 struct AkFinishRows {
     AkMatrix features, weight, unit_rows, grad_features, grad_weight;  // unit_rows [B, width] float32; null grads: unwanted
     const int64_t* labels;
@@ -143,14 +158,16 @@ AK_EXPORT const char* ak_constant_margin(const AkMargin*, const AkWhere*);
 AK_EXPORT const char* ak_factor_rows(const AkFactor*, const AkWhere*);
 AK_EXPORT const char* ak_finish_centres(const AkFinishCentres*, const AkWhere*);
 AK_EXPORT const char* ak_finish_rows(const AkFinishRows*, const AkWhere*);
+AK_EXPORT const char* ak_grad_centres(const AkGradCentres*, const AkWhere*);
 
 AK_EXPORT const char* ak_tiling(AkTiling*, const AkWhere*);
+AK_EXPORT const char* ak_grad_tiling(AkGradTiling*, const AkWhere*);
 AK_EXPORT const char* ak_block(AkBlock*, const AkWhere*);
 
 // Before anything else on a device: whether the kernels run there.
 AK_EXPORT const char* ak_check(const AkWhere*);
 
-// A number that changes with this contract; and whether Hopper's own cosine kernel is in this library.
+// A number that changes with this contract; and whether Hopper's own kernels are in this library.
 AK_EXPORT int32_t ak_version();
 AK_EXPORT int32_t ak_has_hopper();
 }

@@ -1,4 +1,4 @@
-// The order in which Hopper's kernel loads, multiplies and takes turns, apart from what a copy and a product are: tests run
+// The order in which Hopper's kernels load, multiply and take turns, apart from what a copy and a product are: tests run
 // the same loops on a CPU, in whatever order barriers allow.
 #pragma once
 
@@ -7,15 +7,14 @@
 namespace ak {
 namespace sm90 {
 
-constexpr int kRows = 128, kClasses = 128;  // a warpgroup's tile
-constexpr int kParts = 2;                   // warpgroups that take turns
+constexpr int kParts = 2;  // warpgroups that take turns
 
-// A stream's tiles of classes: every so manieth.
+// A stream's tiles of so many classes: every so manieth.
 struct Turn {
-    int stream, streams, tiles;
+    int stream, streams, tiles, classes;
 
     __host__ __device__ int count() const { return tiles > stream ? (tiles - stream - 1) / streams + 1 : 0; }
-    __host__ __device__ int first_class(int i) const { return (stream + i * streams) * kClasses; }
+    __host__ __device__ int first_class(int i) const { return (stream + i * streams) * classes; }
 };
 
 // The thread that loads: the stages of every tile, in turn for either warpgroup.
@@ -40,7 +39,7 @@ __host__ __device__ inline void multiply_tiles(Pipeline& pipeline, Order& order,
     const int count = turn.count();
     for (int i = group; i < count; i += kParts) {
         order.wait();
-        work.begin();
+        work.begin(turn.first_class(i));
         State before = state;
         for (int step = 0; step < steps; ++step) {
             if (i == group) work.wait_once(step);

@@ -18,6 +18,7 @@ using cute::_;
 using cute::Int;
 using cute::Shape;
 
+constexpr int kRows = 128, kClasses = 128;  // a warpgroup's tile
 using Tile = Shape<Int<kRows>, Int<kClasses>>;
 
 // Bulk copies permute within rows of 128 bytes at most: that much is a step of a tile's products deep, and E leaves in

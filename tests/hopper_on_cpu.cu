@@ -1,11 +1,13 @@
-// Hopper's cosine kernel without a GPU: products by plain sums, everything after them by the kernel's own code, for every
+// Hopper's kernels without a GPU: products by plain sums, everything after them by the kernel's own code, for every
 // thread, in its layouts and order. What stands for hardware is spelt out anew: the bulk copies' permutation and the quad's
 // sums.
+#include "gradient_tile_sm90.cuh"
 #include "tile_sm90.cuh"
 //
 #include <vector>
 
 #include "cosine.h"
+#include "gradient.h"
 
 namespace ak {
 namespace {
@@ -100,7 +102,7 @@ void run(const AkCosine& p) {
         for (int rank = 0; rank < cluster; ++rank)
             for (int stream = 0; stream < streams; ++stream)
                 for (int group = 0; group < kParts; ++group) {
-                    const Turn turn = {stream, streams, skip ? 0 : int((p.w_hat.rows + kClasses - 1) / kClasses)};
+                    const Turn turn = {stream, streams, skip ? 0 : int((p.w_hat.rows + kClasses - 1) / kClasses), kClasses};
                     const int64_t first_row = first + rank * kRows;
                     Totals totals[kGroup];
                     for (int i = group; i < turn.count(); i += kParts)
@@ -156,11 +158,118 @@ const char* launch(const AkCosine& given, const AkWhere&) {
     return nullptr;
 }
 
+// Boxes of 64 columns, each as a bulk copy writes it.
+template <int COLUMNS>
+bool panels_hold() {
+    const auto panels = cute::as_position_independent_swizzle_layout(Panels<COLUMNS, 3>{});
+    for (int stage = 0; stage < 3; ++stage)
+        for (int row = 0; row < kDeep; ++row)
+            for (int column = 0; column < COLUMNS; ++column) {
+                const int box = stage * COLUMNS / 64 + column / 64;
+                if (panels(column, row, stage) != box * 64 * kDeep + permuted<bfloat16_t>(row, column % 64)) return false;
+            }
+    return true;
+}
+
+template <int COLUMNS>
+bool gradient_layouts_hold() {
+    std::vector<int> seen(kCentres * COLUMNS);
+    AkGradCentres p = {};
+    std::vector<float> inverse(kCentres);
+    p.weight.rows = kCentres, p.weight.columns = COLUMNS, p.inverse_norm = inverse.data();
+    for (int thread = 0; thread < kGroup; ++thread) {
+        const auto where = gradient_coordinates<COLUMNS>(thread);
+        const Part<COLUMNS, float> part(p, thread, 0, 0);
+        for (int i = 0; i < 2; ++i) {
+            if (part.classes[i] != thread / 32 * 16 + thread % 32 / 4 + 8 * i) return false;
+            for (int eight = 0; eight < COLUMNS / 8; ++eight)
+                for (int side = 0; side < 2; ++side) {
+                    const auto at = where(cute::make_coord(side, i, eight), 0, 0);
+                    const int column = cute::get<1>(at);
+                    if (cute::get<0>(at) != part.classes[i] || column != part.first[i] + 8 * eight + side) return false;
+                    ++seen[cute::get<0>(at) * COLUMNS + cute::get<1>(at)];
+                }
+        }
+    }
+    for (int times : seen)
+        if (times != 1) return false;
+    return panels_hold<COLUMNS>() && panels_hold<kCentres>();
+}
+
+const char* check_gradient() {
+    return gradient_layouts_hold<128>() && gradient_layouts_hold<256>() ? nullptr : "a layout is not as it was meant";
+}
+
+const char* gradient_tiling(AkGradTiling& p) {
+    p.clusters = 3;
+    return nullptr;
+}
+
+template <int COLUMNS, class W>
+void centres_tile(const AkGradCentres& p, int first_class) {
+    using Products = decltype(cute::partition_fragment_C(GradientMma<COLUMNS>{},
+                                                         cute::Shape<cute::Int<kCentres>, cute::Int<COLUMNS>>{}));
+    static Products c[2][kGroup];
+    static float sums[2][kGroup][2];
+    const int halves = halves_of(p.x_factored.columns);
+    auto element = [](const AkMatrix& m, int64_t row, int64_t column) {
+        const bool there = row < m.rows && column < m.columns;
+        return there ? double(float(static_cast<const bfloat16_t*>(m.data)[row * m.row_stride + column])) : 0.0;
+    };
+    for (int half = 0; half < halves; ++half)
+        for (int thread = 0; thread < kGroup; ++thread) {
+            const auto where = gradient_coordinates<COLUMNS>(thread);
+            for (int k = 0; k < cute::size(where); ++k) {
+                double sum = 0;
+                for (int64_t b = 0; b < p.terms.rows; ++b)
+                    sum += element(p.terms, b, first_class + cute::get<0>(where(k))) *
+                           element(p.x_factored, b, half * COLUMNS + cute::get<1>(where(k)));
+                c[half][thread](k) = float(sum);
+            }
+            Part<COLUMNS, W>(p, thread, first_class, half * COLUMNS).along(c[half][thread], sums[half][thread]);
+        }
+    for (int quad = 0; quad < kGroup; quad += 4) {
+        float whole[2] = {};
+        for (int half = 0; half < halves; ++half)
+            for (int i = 0; i < 2; ++i) {
+                const auto& of = sums[half];
+                whole[i] += (of[quad][i] + of[quad + 1][i]) + (of[quad + 2][i] + of[quad + 3][i]);
+            }
+        for (int half = 0; half < halves; ++half)
+            for (int thread = quad; thread < quad + 4; ++thread)
+                Part<COLUMNS, W>(p, thread, first_class, half * COLUMNS).write(c[half][thread], whole);
+    }
+}
+
+template <class W>
+void centres(const AkGradCentres& p) {
+    const int tiles = int((p.weight.rows + kTogether - 1) / kTogether);
+    for (int stream = 0; stream < p.clusters; ++stream) {
+        const Turn turn = {stream, p.clusters, tiles, kTogether};
+        for (int i = 0; i < turn.count(); ++i)
+            for (int share = 0; share < kSharing; ++share) {
+                const int first = turn.first_class(i) + share * kCentres;
+                columns_of(p.x_factored.columns) == 256 ? centres_tile<256, W>(p, first) : centres_tile<128, W>(p, first);
+            }
+    }
+}
+
+const char* launch_gradient(const AkGradCentres& p, const AkWhere&) {
+    switch (p.weight.type) {
+        case AK_FLOAT16: centres<cutlass::half_t>(p); break;
+        case AK_BFLOAT16: centres<bfloat16_t>(p); break;
+        default: centres<float>(p);
+    }
+    return nullptr;
+}
+
 void block(AkBlock& p) { p.threads = 1, p.bytes = 0; }  // nothing of a GPU is taken
 
 }  // namespace
 
 extern AK_EXPORT const CosineKernel hopper_cosine;
 const CosineKernel hopper_cosine = {check, tiling, launch, block};
+extern AK_EXPORT const GradientKernel hopper_gradient;
+const GradientKernel hopper_gradient = {check_gradient, gradient_tiling, launch_gradient, block, kWidest};
 
 }  // namespace ak

@@ -1,6 +1,9 @@
-// Hopper's loops (schedule_sm90.h) on a CPU: two blocks of three roles as fibers, barriers as the hardware counts them, copies
-// and products that end whenever chance has it. Says what is wrong: a deadlock, a stage overwritten or read too early, a turn
-// out of order, a block that others still need gone.
+// Hopper's loops (schedule_sm90.h) on a CPU: a cluster's blocks of three roles as fibers, barriers as the hardware counts them,
+// copies and products that end whenever chance has it. Says what is wrong: a deadlock, a stage overwritten or read too early, a
+// turn out of order, a block that others still need gone.
+//
+// Of the cosine kernel the blocks lie beside one another and share ŵ; x̂ is their own. Of the gradient kernel they share E
+// beside and a∘x̂ below, and the two halves of a row send one another a sum.
 #include <ucontext.h>
 
 #include <deque>
@@ -16,7 +19,9 @@ namespace {
 
 using ak::sm90::Turn;
 
-enum Fault { kNone, kNoTail, kNoWaitForProducts, kReleaseToOneBlock, kNoTurns, kNoWaitForX };
+enum Fault { kNone, kNoTail, kNoWaitForProducts, kReleaseToOneBlock, kNoTurns, kNoWaitForX, kOnePlace };
+
+constexpr int kPieces = 4, kGroups = 2, kMostBlocks = 8;
 
 struct Barrier {
     int count = 1, pending = 1, transactions = 0, phase = 0;
@@ -37,9 +42,11 @@ struct Contents {
 
 struct Block {
     std::vector<Barrier> full, empty, x_arrived;
-    Barrier order[2];
-    std::vector<Contents> w[2], x;  // halves of a stage of ŵ; x̂, by stage or by step
-    std::vector<int> readers;       // products under way, by stage
+    Barrier order[kGroups], sent[kGroups][2];
+    std::vector<Contents> w[2];        // halves of a stage of what is shared beside
+    std::vector<Contents> x[kPieces];  // pieces of the other, by stage or by step
+    std::vector<int> readers;          // products under way, by stage
+    Contents place[kGroups][2][2];     // what the other half has sent, in two parts
     int running = 3, next_tile = 0;
 };
 
@@ -52,12 +59,12 @@ struct Fiber {
 };
 
 struct World {
-    int cluster, stages, steps;
+    int halves, shares, stages, steps;
     bool stays;
     Fault fault;
     Turn turn;
     std::mt19937 chance;
-    Block blocks[2];
+    Block blocks[kMostBlocks];
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<std::function<void()>> under_way;  // copies and products that may end at any time
     std::string wrong;
@@ -75,6 +82,8 @@ struct World {
     void pause() {
         if (chance() % 4 == 0) wait([] { return true; });
     }
+    int cluster() const { return halves * shares; }
+    int pieces() const { return shares > 1 ? kPieces : 1; }
     Block& alive(int block) {
         if (blocks[block].running == 0) fail("a block that is gone is written or signalled");
         return blocks[block];
@@ -103,7 +112,7 @@ struct Pipeline {
     void producer_acquire(const State& s) {
         Block& mine = world->blocks[block];
         world->wait([&mine, s] { return mine.empty[s.index()].passed(s.phase()); });
-        mine.full[s.index()].expect(world->stays ? 2 : 3);
+        mine.full[s.index()].expect(world->stays ? 2 : 2 + world->pieces());
         mine.full[s.index()].arrive();
         world->pause();
     }
@@ -118,16 +127,18 @@ struct Pipeline {
     }
     void consumer_release(const State& s) {
         const bool one = world->fault == kReleaseToOneBlock;
-        for (int to = 0; to < world->cluster; ++to)
-            if (!one || to == block) world->alive(to).empty[s.index()].arrive();
+        const int half = block % world->halves, share = block / world->halves;
+        for (int to = 0; to < world->cluster(); ++to)
+            if (to == block || (!one && (to % world->halves == half || to / world->halves == share)))
+                world->alive(to).empty[s.index()].arrive();
         world->pause();
     }
 };
 
 // What a bulk copy does to its place: not to be read from now on, there once it has ended.
-void copy(std::vector<Contents> Block::* place, int half, int block, int at, int stage, Contents contents,
-          std::function<void()> signal) {
-    auto& where = place ? (world->alive(block).*place)[at] : world->alive(block).w[half][at];
+void copy(std::vector<Contents>& place, int block, int at, int stage, Contents contents, std::function<void()> signal) {
+    world->alive(block);
+    auto& where = place[at];
     if (stage >= 0 && world->blocks[block].readers[stage]) world->fail("a copy into a stage that products still read");
     where = {};
     world->under_way.push_back([&where, contents, block, stage, signal] {
@@ -145,16 +156,25 @@ struct Copies {
         if (!world->stays) return;
         Barrier& arrived = world->blocks[block].x_arrived[step];
         arrived.expect(1), arrived.arrive();
-        copy(&Block::x, 0, block, step, -1, {-1, step}, [&arrived] { arrived.complete(1); });
+        copy(world->blocks[block].x[0], block, step, -1, {-1, step}, [&arrived] { arrived.complete(1); });
     }
     void each(const State& s, int first_class, int step) const {
         const int stage = s.index();
         const Contents contents = {first_class, step};
-        if (!world->stays)
-            copy(&Block::x, 0, block, stage, stage, {-1, step}, [b = block, stage] { world->blocks[b].full[stage].complete(1); });
-        for (int half = block; half < 2; half += world->cluster)
-            for (int to = 0; to < world->cluster; ++to)
-                copy(nullptr, half, to, stage, stage, contents, [to, stage] { world->alive(to).full[stage].complete(1); });
+        const int half = block % world->halves, share = block / world->halves;
+        const auto load = [stage](std::vector<Contents>& place, int to, Contents what) {
+            copy(place, to, stage, stage, what, [to, stage] { world->alive(to).full[stage].complete(1); });
+        };
+        for (int piece = share; !world->stays && piece < world->pieces(); piece += world->shares)
+            for (int s = 0; s < world->shares; ++s) {
+                const int to = half + s * world->halves;
+                load(world->blocks[to].x[piece], to, {-1, step});
+            }
+        for (int piece = half; piece < 2; piece += world->halves)
+            for (int h = 0; h < world->halves; ++h) {
+                const int to = h + share * world->halves;
+                load(world->blocks[to].w[piece], to, contents);
+            }
         world->pause();
     }
 };
@@ -178,10 +198,11 @@ struct Work {
     int block, group, begun = 0, steps_done = 0, under_way = 0;
     std::deque<std::function<void()>> ends = {};
 
-    void begin() {
+    void begin(int first_class) {
         Block& mine = world->blocks[block];
         if (mine.next_tile++ != 2 * begun + group) world->fail("a turn out of order");
         ++begun, steps_done = 0;
+        if (first_class != world->turn.first_class(2 * (begun - 1) + group)) world->fail("another tile's turn");
     }
     void wait_once(int step) {
         Block& mine = world->blocks[block];
@@ -191,7 +212,11 @@ struct Work {
         Block& mine = world->blocks[block];
         const Contents w = {world->turn.first_class(2 * (begun - 1) + group), step}, x = {-1, step};
         const int at = world->stays ? step : stage;
-        const auto there = [&mine, w, x, at, stage] { return mine.w[0][stage] == w && mine.w[1][stage] == w && mine.x[at] == x; };
+        const auto there = [&mine, w, x, at, stage] {
+            for (int piece = 0; piece < world->pieces(); ++piece)
+                if (!(mine.x[piece][at] == x)) return false;
+            return mine.w[0][stage] == w && mine.w[1][stage] == w;
+        };
         if (step != steps_done++ || !there()) world->fail("products of what is not there");
         ++mine.readers[stage], ++under_way;
         ends.push_back([this, &mine, stage, there] {
@@ -215,6 +240,30 @@ struct Work {
     void finish(int first_class) {
         if (first_class != world->turn.first_class(2 * (begun - 1) + group)) world->fail("another tile's epilogue");
         for (int i = 0; i < 3; ++i) world->pause();
+        if (world->shares > 1 && world->halves == 2) exchange(first_class);
+    }
+    // As the gradient kernel's add_the_other_half: parts are sent, one wait for all, each reads.
+    void exchange(int first_class) {
+        const bool one = world->fault == kOnePlace;
+        const int tile = begun - 1, at = one ? 0 : tile % 2, parity = (one ? tile : tile / 2) % 2;
+        const int other = block ^ 1;
+        Barrier& mine = world->blocks[block].sent[group][at];
+        mine.expect(2), mine.arrive();
+        for (int part = 0; part < 2; ++part) {
+            world->alive(other);
+            Contents& to = world->blocks[other].place[group][at][part];
+            world->under_way.push_back([&to, other, at, group = group, first_class] {
+                world->alive(other);
+                to = {first_class, 0};
+                world->blocks[other].sent[group][at].complete(1);
+            });
+            world->pause();
+        }
+        world->wait([&mine, parity] { return mine.passed(parity); });
+        for (int part = 0; part < 2; ++part) {
+            world->pause();
+            if (!(world->blocks[block].place[group][at][part] == Contents{first_class, 0})) world->fail("another tile's sum");
+        }
     }
 };
 
@@ -231,7 +280,7 @@ void start(std::function<void()> body) {
 }
 
 void run() {
-    for (int b = 0; b < world->cluster; ++b) {
+    for (int b = 0; b < world->cluster(); ++b) {
         start([b] {
             Pipeline pipeline = {b};
             load_tiles(pipeline, State{0, world->stages, 1}, world->turn, world->steps, Copies{b});
@@ -268,26 +317,27 @@ void run() {
             end();
         }
     }
-    for (int b = 0; b < world->cluster && world->wrong.empty(); ++b)
+    for (int b = 0; b < world->cluster() && world->wrong.empty(); ++b)
         if (world->blocks[b].next_tile != world->turn.count()) world->fail("a tile left out");
 }
 
 }  // namespace
 
 // Null, or what went wrong in one run of a cluster's stream.
-extern "C" const char* simulate(int seed, int cluster, int stages, int steps, int stays, int tiles, int streams, int fault) {
+extern "C" const char* simulate(int seed, int halves, int shares, int stages, int steps, int stays, int tiles, int streams,
+                                int fault) {
     static std::string message;
     World here;
     world = &here;
-    here.cluster = cluster, here.stages = stages, here.steps = steps, here.stays = stays, here.fault = Fault(fault);
-    here.turn = {0, streams, tiles};
+    here.halves = halves, here.shares = shares, here.stages = stages, here.steps = steps, here.stays = stays, here.fault = Fault(fault);
+    here.turn = {0, streams, tiles, 128};
     here.chance.seed(unsigned(seed));
     for (Block& block : here.blocks) {
         block.full.resize(stages), block.empty.resize(stages), block.x_arrived.resize(steps), block.readers.resize(stages);
         for (Barrier& barrier : block.empty)
-            barrier.count = barrier.pending = here.fault == kReleaseToOneBlock ? 1 : cluster;
+            barrier.count = barrier.pending = here.fault == kReleaseToOneBlock ? 1 : halves + shares - 1;
         for (auto& half : block.w) half.resize(stages);
-        block.x.resize(stays ? steps : stages);
+        for (auto& piece : block.x) piece.resize(stays ? steps : stages);
     }
     run();
     message = here.wrong;

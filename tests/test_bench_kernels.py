@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("triton")
 from amsoftmax_kernels import build
+from amsoftmax_kernels.backends import fused
+from amsoftmax_kernels.backends import triton as backend
 from bench import estimate, kernels, library
 from bench.launches import Launch, of_a_step
 
@@ -100,21 +102,47 @@ def test_estimates_grow_with_the_work_and_never_beat_the_floor() -> None:
 def test_the_cpp_kernels_are_read(arch: str) -> None:
     found = library.rows(arch)
     hopper = [row for row in found if "Hopper" in row["kernel"]]
-    assert len(hopper) == (12 if arch == "90a" and build.find_cutlass() else 0) and len(found) == 12 + len(hopper)
+    assert len(hopper) == (18 if arch == "90a" and build.find_cutlass() else 0) and len(found) == 12 + len(hopper)
     assert len({(row["kernel"], row["variant"]) for row in found}) == len(found)
     assert not any(row["faults"] for row in found) and all(64 < row["registers"] <= 255 for row in found)
     assert len(library.printed(found).splitlines()) == len(found) + 1
     for row in found:  # two share an SM where its shared memory has room and no maxima are sought
         both = "portable" in row["kernel"] and "maxima" not in row["variant"] and arch != "120"
         assert row["fits"] == (2 if both else 1) and 64 << 10 < row["shared_memory"] <= 227 << 10
-    counts = hopper[0]["instructions"] if hopper else found[0]["instructions"]
-    assert library._faults(bool(hopper), 8, dict.fromkeys(counts, 0)) != []
+    for kernel in range(3):
+        assert library._faults(kernel, 0, found[0]["instructions"] | {"HGMMA": 0, "HMMA": 0}) != []
 
 
-def test_estimates_of_the_cpp_kernel() -> None:
-    """Never faster than the card's products, nor than what it must store."""
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("kept", [True, False])
+def test_launches_of_many_chunks(kept: bool, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the estimates add are those that a step has."""
+    products: list[object] = []
+    product = fused._product
+    monkeypatch.setattr(fused, "_product", lambda *args: (products.append(None), product(*args))[1])
+    for module in (fused, estimate):
+        monkeypatch.setattr(module, "chunk_size", lambda batch, dim: 512)
+        monkeypatch.setattr(module, "finish_size", lambda width: 256)
+
+    def launches(classes: int, at_once: bool) -> int:
+        products.clear()
+        if at_once:
+            monkeypatch.setattr(backend._Kernels, "grad_centres", lambda *unused: (products.append(None), True)[1])
+        return len(of_a_step((9, 0), 132, 16, 32, classes, save_bytes=1 << 40 if kept else 0)) + len(products)
+
+    few = launches(200, False)
+    for classes in (200, 512, 513, 1400, 2048):
+        assert launches(classes, at_once) - few == estimate.more_launches(16, 32, classes, kept, at_once)
+
+
+def test_estimates_of_the_cpp_kernels() -> None:
+    """Never faster than the card's products, nor than what must be read and stored."""
     card = estimate.CARDS["sm_90"]
     for B, D, C in estimate.SHAPES:
         bounds = estimate.hopper_cosine_exp(card, B, D, C)
         assert bounds["busy"] >= 2 * B * D * C / card.products and bounds["memory"] >= 2 * B * C / card.copy
-    assert len(estimate.printed_hopper(card).splitlines()) == len(estimate.SHAPES) + 2
+        gradient = estimate.hopper_grad_centres(card, B, D, C)
+        assert gradient["busy"] >= 2 * B * D * C / card.products and gradient["memory"] >= 8 * C * D / card.copy
+        kept, recomputed = (estimate.hopper_step(card, B, D, C, how, 9) for how in (True, False))
+        assert kept["total_s"] < recomputed["total_s"] and kept["total_s"] > 6 * B * C * D / card.products
+    assert len(estimate.printed_hopper(card).splitlines()) == 3 * len(estimate.SHAPES) + 5

@@ -32,7 +32,7 @@ def build_emulated(path: Path, *more: str) -> cuda_library.Library:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the emulation")
-    sources = [str(each) for each in sorted(build.sources().glob("*.cu")) if each.name != build.HOPPER_SOURCE]
+    sources = [str(each) for each in sorted(build.sources().glob("*.cu")) if each.name not in build.HOPPER_SOURCES]
     command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DAK_EMULATE", "-fPIC"]
     command += ["-shared", "-x", "c++", *sources, "-x", "none", *more, "-o", str(path)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -44,6 +44,7 @@ def serve(library: cuda_library.Library, monkeypatch: pytest.MonkeyPatch) -> Non
     """The CUDA backend by this library, on CPU tensors."""
     monkeypatch.setattr(cuda, "_library", lambda device: library)
     monkeypatch.setattr(cuda, "_tiling", library.tiling)
+    monkeypatch.setattr(cuda, "_grad_clusters", library.grad_clusters)
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
     monkeypatch.setattr(cuda, "serves", lambda device, dtype: dtype in (*DTYPES, torch.float32))
 

@@ -1,4 +1,4 @@
-"""Hopper's cosine kernel without a GPU: its schedule and its epilogue on the CPU, in its layouts; and its machine code."""
+"""Hopper's kernels without a GPU: their schedule, the cosine kernel's epilogue in its layouts, and its machine code."""
 
 from __future__ import annotations
 
@@ -82,7 +82,10 @@ def test_one_block_of_few_rows_and_two_that_share_classes(hopper_library: cuda_l
 
 @pytest.fixture(scope="session")
 def simulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes | None]:
-    """The kernel's loops on fibers: (seed, cluster, stages, steps, stays, tiles, streams, fault) -> what went wrong."""
+    """The kernels' loops on fibers: (seed, halves, shares, stages, steps, stays, tiles, streams, fault) -> what went wrong.
+
+    A cluster has ``halves`` x ``shares`` blocks; those of the cosine kernel have no ``shares``.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the schedule")
@@ -96,13 +99,17 @@ def simulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes | 
     return cast("Callable[..., bytes | None]", function)
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
-@pytest.mark.parametrize(("stages", "stays"), [(5, 1), (6, 0)], ids=["x stays", "x comes again"])
-def test_the_schedule(cluster: int, stages: int, stays: int, simulate: Callable[..., bytes | None]) -> None:
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize(
+    ("shares", "stages", "stays"),
+    [(1, 5, 1), (1, 6, 0), (4, 5, 0), (4, 8, 0)],
+    ids=["x stays", "x comes again", "gradient", "gradient of few columns"],
+)
+def test_the_schedule(halves: int, shares: int, stages: int, stays: int, simulate: Callable[..., bytes | None]) -> None:
     """No order of events that barriers allow overwrites what is read, reads what is not there, or comes to a stop."""
     for steps, (tiles, streams) in itertools.product((1, 3, 5, 8, 17), ((0, 1), (1, 1), (2, 1), (5, 1), (23, 3))):
         for seed in range(40):
-            assert simulate(seed, cluster, stages, steps, stays, tiles, streams, 0) is None, (steps, tiles, seed)
+            assert simulate(seed, halves, shares, stages, steps, stays, tiles, streams, 0) is None, (steps, tiles, seed)
 
 
 FAULTS = ["leaves early", "waits for no products", "releases to one block", "takes no turns", "waits for no x"]
@@ -110,7 +117,15 @@ FAULTS = ["leaves early", "waits for no products", "releases to one block", "tak
 
 @pytest.mark.parametrize("fault", range(1, 6), ids=FAULTS)
 def test_a_faulty_schedule_would_be_seen(fault: int, simulate: Callable[..., bytes | None]) -> None:
-    assert any(simulate(seed, 2, 5, 8, 1, 5, 1, fault) for seed in range(50))
+    assert any(simulate(seed, 2, 1, 5, 8, 1, 5, 1, fault) for seed in range(50))
+    # No x stays in the gradient kernel.
+    if fault != 5:
+        assert any(simulate(seed, 2, 4, 5, 8, 0, 5, 1, fault) for seed in range(50))
+
+
+def test_sums_sent_to_one_place_would_be_seen(simulate: Callable[..., bytes | None]) -> None:
+    """The gradient kernel's two places for what the other half sends are both needed."""
+    assert any(simulate(seed, 2, 4, 5, 1, 0, 5, 1, 6) for seed in range(50))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=["fp16", "bf16", "tf32"])
@@ -208,7 +223,7 @@ def test_the_machine_code() -> None:
     listing = subprocess.run(
         [triton.knobs.nvidia.cuobjdump.path, "-sass", library.path], capture_output=True, text=True, check=True
     ).stdout
-    kernels = [each for each in listing.split("Function : ")[1:] if "sm90" in each.splitlines()[0]]
+    kernels = [each for each in listing.split("Function : ")[1:] if re.search("sm90.*cosine_exp", each.splitlines()[0])]
     assert len(kernels) == 12  # of three types, with and without maxima and filter, rows that stay or come again
     for code in kernels:
         name = code.splitlines()[0]
@@ -255,13 +270,15 @@ def test_cutlass_is_for_hopper_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(build, "find_cutlass", lambda: headers)
     commands = _commands(monkeypatch, tmp_path, "90a")
     with_it = [each for each in commands if str(headers) in each]
-    assert len(with_it) == 1 and any(each.endswith(build.HOPPER_SOURCE) for each in with_it[0])
-    assert not any("compute_80" in each for each in with_it[0])
+    sources = {Path(part).name for each in with_it for part in each if part.endswith(".cu")}
+    assert sources == set(build.HOPPER_SOURCES) and len(with_it) == len(sources)
+    assert not any("compute_80" in part for each in with_it for part in each)
     assert all("-DAK_CUTLASS" in each for each in commands[:-1])
     for arch, found in (("80", headers), ("90a", None)):
         monkeypatch.setattr(build, "find_cutlass", lambda found=found: found)
         commands = _commands(monkeypatch, tmp_path, arch)
-        assert not any("AK_CUTLASS" in part or part.endswith(build.HOPPER_SOURCE) for each in commands for part in each)
+        parts = [part for each in commands for part in each]
+        assert not any("AK_CUTLASS" in part or part.endswith(build.HOPPER_SOURCES) for part in parts)
 
 
 def test_finding_cutlass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 which is float32 where PyTorch's setting allows it.
 
 There are two fused kernels: Hopper's own (wgmma, bulk copies and clusters, under CUTLASS's pipeline), which is built where
-CUTLASS's headers are, and the portable one (mma.sync, cp.async) for the rest. nvcc builds the library when it is first
+CUTLASS's headers are, and the portable one (mma.sync, cp.async) for the rest. Beside the first is one that makes the centres'
+gradient at once, in half precision to a width of 512. nvcc builds the library when it is first
 needed; where that fails this backend says so once, and serves nothing. None of it has been timed on a GPU: where both can
 run, Triton's comes first.
 """
@@ -68,6 +69,18 @@ def _library(device: torch.device) -> c.Library:
 @functools.lru_cache(1024)
 def _tiling(device: torch.device, batch: int, width: int, dtype: torch.dtype) -> Any:
     return _library(device).tiling(device, batch, width, dtype)
+
+
+@functools.lru_cache(1024)
+def _grad_clusters(device: torch.device, width: int, dtype: torch.dtype) -> int:
+    return _library(device).grad_clusters(device, width, dtype)
+
+
+def _in_sixteens(tensor: Tensor) -> bool:
+    """Whether rows start at multiples of 16 bytes, and can be read and written in several elements at a time."""
+    element = tensor.element_size()
+    aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(0) * element % 16 == 0
+    return aligned and tensor.stride(1) == 1 and tensor.shape[1] % 8 == 0
 
 
 class _Kernels:
@@ -161,6 +174,21 @@ class _Kernels:
             c.matrix(grad_unit), c.matrix(weight), c.matrix(grad), c.pointer(inverse_norm), c.pointer(upstream)
         )
         _library(grad.device).call("ak_finish_centres", parameters, grad.device)
+
+    def grad_centres(
+        self, terms: Tensor, x_factored: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
+    ) -> bool:
+        if x_factored.dtype != torch.bfloat16 or not (_in_sixteens(weight) and _in_sixteens(grad)):
+            return False
+        clusters = _grad_clusters(weight.device, x_factored.shape[1], weight.dtype)
+        if clusters == 0:
+            return False
+        parameters = c.GradCentres(
+            c.matrix(terms), c.matrix(x_factored), c.matrix(weight), c.matrix(grad), c.pointer(inverse_norm),
+            c.pointer(upstream), clusters, 0,
+        )  # fmt: skip
+        _library(grad.device).call("ak_grad_centres", parameters, grad.device)
+        return True
 
     def finish_rows(
         self, problem: Problem, saved: Forward, s: float | Tensor, row_factor: Tensor, grad_cosine: Tensor,

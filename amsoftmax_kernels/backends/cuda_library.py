@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import build
 from . import replay
 
-VERSION = 3  # of the contract: ak_version()
+VERSION = 4  # of the contract: ak_version()
 _TYPES = {
     torch.float32: 0, torch.float16: 1, torch.bfloat16: 2,
     torch.int64: 3, torch.int32: 4, torch.int16: 5, torch.int8: 6, torch.uint8: 7,
@@ -54,7 +54,7 @@ Cosine = _structure(
 Tiling = _structure(
     "AkTiling", **_named(c_int64, "batch width"), **_named(c_int32, "rows classes parts blocks type reserved")
 )
-Block = _structure("AkBlock", width=c_int64, **_named(c_int32, "type hopper threads bytes"))
+Block = _structure("AkBlock", width=c_int64, **_named(c_int32, "type kernel threads bytes"))
 Reduce = _structure(
     "AkReduce", **_named(c_void_p, "z_parts best_parts class_parts labels factor z best shift best_class"),
     **_named(c_int64, "batch parts"),
@@ -73,6 +73,11 @@ Factor = _structure(
 FinishCentres = _structure(
     "AkFinishCentres", **_named(Matrix, "grad_unit weight grad"), **_named(c_void_p, "inverse_norm upstream")
 )
+GradCentres = _structure(
+    "AkGradCentres", **_named(Matrix, "terms x_factored weight grad"), **_named(c_void_p, "inverse_norm upstream"),
+    **_named(c_int32, "clusters reserved"),
+)  # fmt: skip
+GradTiling = _structure("AkGradTiling", width=c_int64, **_named(c_int32, "type clusters"))
 FinishRows = _structure(
     "AkFinishRows", **_named(Matrix, "features weight unit_rows grad_features grad_weight"),
     **_named(c_void_p, "labels norm cosine row_factor grad_cosine grad_norm grad_scale upstream"), scale=Scale,
@@ -83,9 +88,10 @@ LAUNCHERS = {
     "ak_block": Block,
     "ak_cosine_exp": Cosine, "ak_reduce": Reduce,
     "ak_constant_margin": Margin, "ak_factor_rows": Factor, "ak_finish_centres": FinishCentres,
-    "ak_finish_rows": FinishRows,
+    "ak_finish_rows": FinishRows, "ak_grad_centres": GradCentres, "ak_grad_tiling": GradTiling,
 }  # fmt: skip
 CONSTANTS = ("ak_version", "ak_has_hopper")
+KERNELS = ("cosine_exp, portable", "cosine_exp, Hopper's", "grad_centres, Hopper's")  # as AkKernel has them
 
 
 class Library:
@@ -104,7 +110,7 @@ class Library:
         if version != VERSION:
             raise RuntimeError(f"{path} has version {version} of the interface, this package {VERSION}: build it again")
         self._library.ak_check.argtypes, self._library.ak_check.restype = [ctypes.POINTER(Where)], c_char_p
-        self.has_hopper = bool(self._library.ak_has_hopper())  # its own cosine kernel
+        self.has_hopper = bool(self._library.ak_has_hopper())  # its own kernels
 
     def call(self, name: str, parameters: ctypes.Structure, device: torch.device) -> None:
         """Launch; RuntimeError with the library's own words if it cannot."""
@@ -147,9 +153,15 @@ class Library:
         self.call("ak_tiling", tiling, device)
         return tiling
 
-    def block(self, hopper: bool, width: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Threads of a block of the cosine kernel, and its bytes of dynamic shared memory."""
-        block = Block(width, _OPERANDS[dtype], int(hopper))
+    def grad_clusters(self, device: torch.device, width: int, dtype: torch.dtype) -> int:
+        """Clusters of the gradient kernel that run at once, for centres of this dtype; 0 where there is no such kernel."""
+        tiling = GradTiling(width, _TYPES[dtype])
+        self.call("ak_grad_tiling", tiling, device)
+        return int(tiling.clusters)
+
+    def block(self, kernel: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Threads of a block of a kernel, an index into ``KERNELS``, and its bytes of dynamic shared memory."""
+        block = Block(width, _OPERANDS[dtype], kernel)
         self.call("ak_block", block, torch.device("cpu"))
         return block.threads, block.bytes
 

@@ -2,7 +2,7 @@
 
     forward     for each chunk of classes: ŵ; E = 2^(log2(e)·logit − shift) and z in one kernel; Eŵ by a library product
     backward    for each chunk: E kept, or ŵ, E and Eŵ again; dŵ = Eᵀ(a∘x̂) by a library product, then the Jacobian while
-                dŵ is in the cache; dx and the targets' part of dw by one small kernel
+                dŵ is in the cache, or both by one kernel; dx and the targets' part of dw by one small kernel
 
 Normalization is a pass of its own (6 bytes a weight) and not part of the fused kernel: there each block of rows would read
 the float32 centres again out of the L2 cache, at twice the bytes of ŵ, and the L2 cache is what bounds that kernel.
@@ -10,9 +10,10 @@ the float32 centres again out of the L2 cache, at twice the bytes of ŵ, and the
 Eŵ needs no gradient from above, so it is made in the forward pass where E is kept: the backward pass then reads neither ŵ
 nor x̂. Where E is computed again, it is for both products at once, and the forward pass stores none of it (but where the
 centres are frozen the forward pass makes all of Eŵ, and nothing is computed again). What is not kept goes through a chunk of
-memory: 6 bytes a logit of traffic beside 8·D flops. Fused dx̂ and dŵ kernels would save it, but read their operands from the
-L2 cache half as efficiently as a library product does (a tile of 64 x 512 carries 58 flops a byte, one of 128 x 256 carries
-85).
+memory: 6 bytes a logit of traffic beside 8·D flops. dx̂ and dŵ kernels that make E themselves would save it, but each makes it
+anew, and reads its operands from the L2 cache less efficiently than a library product does (a tile of 64 x 512 carries 58 flops
+a byte, one of 128 x 256 carries 85). The same stands against dŵ with its Jacobian in one kernel, from E as it lies in memory:
+there, clusters of blocks that share what they load have 175, where the hardware has such.
 
 Logits past scale 64 take a first pass for the row maxima alone (also without feature normalization), so that E has one
 shift a row and stays a plain matrix. E is bfloat16 for half-precision operands: float16 cannot hold its range.
@@ -389,10 +390,15 @@ def _grad_centres(
     grad_weight: Tensor,
     upstream: Tensor | None,
 ) -> None:
-    """The gradient of a chunk's centres but for the targets' part, a few thousand classes at a time."""
-    piece = max(FINISH_ELEMENTS // shard.width // 256, 1) * 256
-    in_place = grad_weight.dtype == torch.float32 and grad_weight.shape[1] == shard.width
+    """The gradient of a chunk's centres but for the targets' part: at once, or a few thousand classes at a time."""
     count = shard.classes(start)
+    chunk = slice(start, start + count)
+    if kernels.grad_centres(
+        terms[:, :count], x_factored, shard.weight[chunk], inverse_norm[chunk], grad_weight[chunk], upstream
+    ):
+        return
+    piece = finish_size(shard.width)
+    in_place = grad_weight.dtype == torch.float32 and grad_weight.shape[1] == shard.width
     buffer = x_factored.new_empty(0 if in_place else min(piece, count), shard.width, dtype=torch.float32)
     for first in range(0, count, piece):
         n = min(piece, count - first)
@@ -472,6 +478,11 @@ def padded(size: int) -> int:
 def chunk_size(batch: int, dim: int) -> int:
     """Classes a chunk, a multiple of 256."""
     return max(CHUNK_ELEMENTS // max(batch, dim, 1) // 256, 1) * 256
+
+
+def finish_size(width: int) -> int:
+    """Classes of which dŵ is computed at a time, where that is not done at once."""
+    return max(FINISH_ELEMENTS // width // 256, 1) * 256
 
 
 def kept_count(batch: int, num_classes: int, dim: int, compute_dtype: torch.dtype, save_bytes: int) -> int:

@@ -57,6 +57,12 @@ class Kernels(Protocol):
     ) -> None:  # fmt: skip
         """a∘x̂; x̂ and its factor again where E is recomputed."""
 
+    def grad_centres(
+        self, terms: Tensor, x_factored: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
+    ) -> bool:
+        """The gradient of a chunk's centres at once, Eᵀ(a∘x̂) through the normalization, if there is a kernel for it here;
+        else False, and nothing is done."""
+
     def finish_centres(
         self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
     ) -> None:

@@ -182,6 +182,9 @@ class _Kernels:
             _tf32(x_factored), _power_of_2(width),
         )  # fmt: skip
 
+    def grad_centres(self, *unused: Any) -> bool:
+        return False  # without multicast, rows as wide as the centres are read from the L2 cache too often
+
     def finish_centres(
         self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
     ) -> None:

@@ -1,0 +1,30 @@
+// What Hopper's kernels have in common: two warpgroups that multiply and one that loads, under CUTLASS's pipeline.
+#pragma once
+
+#ifndef NDEBUG
+#define NDEBUG  // else CUTLASS's device code asserts
+#endif
+#include <cute/tensor.hpp>
+//
+#include <cuda.h>
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/pipeline/sm90_pipeline.hpp>
+
+#include "schedule_sm90.h"
+
+namespace ak {
+namespace sm90 {
+namespace {
+
+constexpr int kThreads = 384, kGroup = 128;
+constexpr uint64_t kCacheHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+
+// CUTLASS's barriers and fences leave it to the compiler whether stores in C++ stay on their side.
+__device__ inline void keep_stores_here() { asm volatile("" ::: "memory"); }
+
+}  // namespace
+}  // namespace sm90
+}  // namespace ak

@@ -1,0 +1,179 @@
+"""Hopper's gradient kernel without a GPU: its epilogue for every thread on the CPU, in its layouts; and its machine code."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from amsoftmax_kernels import build
+from amsoftmax_kernels.backends import cuda, cuda_library
+
+from .cases import CASES, CHUNK, Case, relative
+from .test_cuda import CPU, DTYPES, NVCC, check, emulated_library, ours, serve, short_chunks
+from .test_cuda_hopper import CUTLASS, hopper, hopper_library
+from .test_loss import oracle
+
+__all__ = ["emulated_library", "hopper", "hopper_library", "short_chunks"]  # fixtures
+SHAPES = [(1, 1, 8), (3, 64, 64), (64, 65, 128), (65, 257, 136), (20, 300, 256), (70, 63, 264), (9, 300, 512)]
+
+
+def check_the_gradient_kernel(
+    B: int, N: int, D: int, dtype: torch.dtype, upstream: float | None, device: torch.device = CPU
+) -> None:
+    """From the very operands it was given; and nothing is written beside the gradient."""
+    generator = torch.Generator().manual_seed(B + N + D)
+    width = -(-D // 16) * 16
+    terms = torch.rand(B, -(-N // 16) * 16 + 16, generator=generator).to(device, torch.bfloat16)[:, 8 : 8 + N]
+    x_factored = torch.randn(B, width, generator=generator)
+    x_factored[:, D:] = 0
+    x_factored = x_factored.to(device, torch.bfloat16)
+    weight = torch.randn(N + 2, D + 16, generator=generator).to(device, dtype)[1 : N + 1, 8 : D + 8]
+    inverse_norm = 1 / weight.float().norm(dim=1)
+    whole = weight.new_full((N + 2, D + 16), 7)
+    grad = whole[1 : N + 1, 8 : D + 8]
+    factor = None if upstream is None else inverse_norm.new_tensor(upstream)
+    done = cuda._Kernels().grad_centres(terms, x_factored, weight, inverse_norm, grad, factor)
+    assert done
+    unit = weight.double() * inverse_norm.double()[:, None]
+    product = (terms.double().T @ x_factored.double())[:, :D]
+    along = (product * unit).sum(1, keepdim=True)
+    expected = (product - along * unit) * inverse_norm.double()[:, None] * (1 if upstream is None else upstream)
+    assert relative(grad.double(), expected) < {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+    whole[1 : N + 1, 8 : D + 8] = 7
+    assert (whole == 7).all()
+
+
+@pytest.mark.parametrize("upstream", [None, -0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("B", "N", "D"), SHAPES)
+def test_the_gradient_kernel(B: int, N: int, D: int, dtype: torch.dtype, upstream: float | None, hopper: None) -> None:
+    """At every edge of a tile, of the columns of a block and of a cluster; rows of centres in halves and whole."""
+    check_the_gradient_kernel(B, N, D, dtype, upstream)
+
+
+@pytest.mark.parametrize("wrong", ["inverse_norm", "upstream", "centres"])
+def test_a_wrong_epilogue_would_be_seen(wrong: str, hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cuda._Kernels.grad_centres
+
+    def grad_centres(self: Any, terms: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor, up: Any) -> bool:
+        if wrong == "centres":
+            return right(self, terms, x, weight.roll(1, 0), inverse, grad, up)
+        return right(self, terms, x, weight, inverse.roll(1) if wrong == "inverse_norm" else inverse, grad, None)
+
+    monkeypatch.setattr(cuda._Kernels, "grad_centres", grad_centres)
+    with pytest.raises(AssertionError):
+        check_the_gradient_kernel(65, 257, 136, torch.float32, 0.5)
+
+
+def _operands(D: int = 64, dtype: torch.dtype = torch.bfloat16, N: int = 40) -> list[Tensor]:
+    terms, x_factored = torch.ones(16, 48, dtype=dtype)[:, :N], torch.ones(16, -(-D // 16) * 16, dtype=dtype)
+    weight = torch.ones(N, D)
+    return [terms, x_factored, weight, torch.ones(N), torch.full_like(weight, 7)]
+
+
+@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.D > 1], ids=lambda case: case.name)
+def test_against_the_reference(
+    case: Case, save_bytes: int | None, hopper: None, short_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of centres that lie as the kernel wants them, every case, chunk by chunk; no other kernel makes their gradient."""
+    calls: list[str] = []
+    call = cuda_library.Library.call
+    monkeypatch.setattr(
+        cuda_library.Library, "call", lambda self, name, *rest: (calls.append(name), call(self, name, *rest))[1]
+    )
+    case = dataclasses.replace(case, D=24)
+    tensors = [each.clone(memory_format=torch.contiguous_format) for each in case.tensors(torch.float32)]
+    check(case, ours(torch.float16, *tensors, save_bytes=save_bytes, **case.options), oracle(case, torch.float32))
+    assert calls.count("ak_grad_centres") == -(-case.C // CHUNK) and "ak_finish_centres" not in calls
+
+
+@pytest.mark.parametrize(
+    "why", ["tf32", "columns that are no eights", "too wide", "strided centres", "centres that start anywhere", "not Hopper"]
+)
+def test_what_it_leaves_to_others(why: str, hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is done, and the caller is told."""
+    operands = _operands()
+    if why == "tf32":
+        operands = _operands(dtype=torch.float32)
+    elif why == "columns that are no eights":
+        operands = _operands(D=60)
+    elif why == "too wide":
+        operands = _operands(D=520)
+    elif why == "strided centres":
+        operands[2] = torch.ones(40, 128)[:, ::2]
+    elif why == "centres that start anywhere":
+        operands[2] = torch.ones(40 * 64 + 1)[1:].view(40, 64)
+    else:
+        monkeypatch.setattr(cuda, "_grad_clusters", lambda *unused: 0)
+    assert not cuda._Kernels().grad_centres(*operands, None)
+    assert (operands[4] == 7).all()
+
+
+def test_bad_operands_are_errors(hopper: None, hopper_library: cuda_library.Library) -> None:
+    kernels = cuda._Kernels()
+    terms, x_factored, weight, inverse_norm, grad = _operands()
+    for changed, message in [
+        ((terms.float(), x_factored, weight, inverse_norm, grad), "operands must be bfloat16"),
+        ((terms, x_factored, weight, inverse_norm, grad.half()), "one type"),
+        ((terms[:8], x_factored, weight, inverse_norm, grad), "one number of rows"),
+        ((terms[:, :32], x_factored, weight, inverse_norm, grad), "a column for each class"),
+        ((terms, x_factored[:, :32], weight, inverse_norm, grad), "wider than the features"),
+        ((torch.ones(16, 41).bfloat16()[:, :40], x_factored, weight, inverse_norm, grad), "multiples of 16 bytes"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"ak_grad_centres: .*{message}"):
+            kernels.grad_centres(*changed, None)
+
+
+def test_the_portable_library_has_none(emulated_library: cuda_library.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(emulated_library, monkeypatch)
+    assert emulated_library.grad_clusters(CPU, 512, torch.float32) == 0
+    assert not cuda._Kernels().grad_centres(*_operands(), None)
+    monkeypatch.setattr(cuda, "_grad_clusters", lambda *unused: 1)
+    with pytest.raises(RuntimeError, match="without Hopper's own kernels"):
+        cuda._Kernels().grad_centres(*_operands(), None)
+
+
+@NVCC
+@CUTLASS
+def test_the_machine_code() -> None:
+    """Warpgroups' products of operands that lie transposed; copies in bulk for a whole cluster; sums sent; none spilled."""
+    library = cuda_library.Library(build.cached("90a", strict=True))
+    triton = pytest.importorskip("triton")  # which brings a disassembler along
+    listing = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "-sass", library.path], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = [each for each in listing.split("Function : ")[1:] if "grad_centres" in each.splitlines()[0]]
+    assert len(kernels) == 6  # of two numbers of columns, of three types of centres
+    for code in kernels:
+        columns = 256 if "ILi256E" in code.splitlines()[0] else 128
+        products = rf"HGMMA\.64x{columns}x16\.F32\.BF16 R\d+, gdesc\[UR\d+\]\.tnspA\.tnspB"
+        for instruction in (products, r"UTMALDG\.2D\.MULTICAST", r"USETMAXREG\.TRY_ALLOC\.CTAPOOL", "STAS"):
+            assert re.search(rf"\b{instruction}(?![\w.])", code), instruction
+        assert not re.search(r"\b(LDL|STL)\b", code)
+        # The warps that load give all but 24 registers away; the rest have room for the products and what they go with.
+        loads = re.search(r"USETMAXREG\.DEALLOC\.CTAPOOL 0x18 ;(.*?)\bEXIT\b", code, re.DOTALL)
+        assert loads is not None and max(int(each) for each in re.findall(r"\bR(\d+)\b", loads[1])) < 24
+        # The centres come in batches of 16 loads: one by one, their latency would be all that counts.
+        order = "".join("LS"[kind == "STG"] for kind in re.findall(r"\b(LDG|STG)\.E(?:\.64)? ", code))
+        assert re.search(r"(L{16}S{16}){" + str(columns // 64 - 1) + "}", order), order
+
+
+@NVCC
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("B", "N", "D"), [*SHAPES, (1024, 9000, 512), (4096, 3000, 384), (700, 20_000, 256), (1000, 5000, 128)]
+)
+def test_the_gradient_kernel_on_a_gpu(B: int, N: int, D: int, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    if not cuda._grad_clusters(torch.device("cuda", torch.cuda.current_device()), 16, torch.float32):
+        pytest.skip("this GPU has no such kernel")
+    for upstream in (None, -0.25, 3.0):  # a race would not show every time
+        check_the_gradient_kernel(B, N, D, dtype, upstream, device)
