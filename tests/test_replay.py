@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import amsoftmax_kernels as ak
 from amsoftmax_kernels.backends import cuda, fused, replay
 
 from . import replayed_triton
 from .cases import Case
-from .test_cuda import BY_NAME, emulated, emulated_library, ours
+from .test_cuda import BY_NAME, emulated, emulated_library, ours, short_chunks
 
-__all__ = ["emulated", "emulated_library"]  # fixtures
+__all__ = ["emulated", "emulated_library", "short_chunks"]  # fixtures
 
 
 @pytest.fixture
@@ -179,6 +180,32 @@ def test_large_problems_are_left_alone(replayed: None, monkeypatch: pytest.Monke
     assert not cuda.fused._replayed["forward_loss"]._seen
 
 
+def test_several_chunks_are_left_alone(replayed: None, short_chunks: None) -> None:
+    """Repeated, the buffers of all would be there at once."""
+    for _ in range(4):
+        ours(torch.bfloat16, *BY_NAME["plain"].tensors(torch.float32), reduction="mean")
+    assert programs("forward_loss") == programs("backward_loss") == []
+    for _ in range(4):
+        ours(torch.bfloat16, *BY_NAME["one-chunk"].tensors(torch.float32), reduction="mean")
+    assert all(programs("forward_loss") + programs("backward_loss"))
+
+
+@pytest.mark.parametrize("margin", [0.2, lambda cosine, labels, norm: cosine - 0.2], ids=["number", "object"])
+def test_an_empty_batch_has_losses_of_its_own(margin: Any, replayed: None) -> None:
+    """Autograd would let results that are one tensor belong to the last call alone."""
+    features, labels = torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64)
+    weights = [torch.ones(5, 8, requires_grad=True) for _ in range(5)]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [
+            ak.am_softmax_loss(features, weight, labels, backend="cuda", margin=margin, reduction="none")
+            for weight in weights
+        ]
+    for loss, weight in zip(losses, weights, strict=True):
+        assert weight.grad is None
+        loss.sum().backward()
+        assert weight.grad is not None and not weight.grad.any()
+
+
 def test_programs_keep_no_memory(replayed: None) -> None:
     for seed in range(4):
         with replayed_triton.Hoard() as hoard:
@@ -198,6 +225,13 @@ def test_a_launch_that_fails(replayed: None, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(library._functions, "ak_cosine_exp", lambda *_: b"out of luck")
     with pytest.raises(RuntimeError, match="ak_cosine_exp: out of luck"):
         ours(torch.bfloat16, *tensors)
+
+
+def _unless_it_fails(function: Callable[[], str | None]) -> str | None:
+    try:
+        return function()
+    except (AssertionError, RuntimeError):  # what comes after asks the device that is not there
+        return None
 
 
 def alone(function: Callable[..., tuple[Tensor, ...]]) -> replay.Replayed:
@@ -253,6 +287,43 @@ def test_what_is_not_understood() -> None:
     assert list(repeated._programs.values()) == [None]
     for _ in range(4):
         assert torch.equal(*repeated(memory[:4], torch.ones(4)), torch.ones(4))
+    repeated = alone(lambda a, b: (a + b,))
+    array = memory.numpy()
+    for _ in range(4):  # interleaved, and each with a storage of its own
+        a, b = (torch.from_numpy(array[start : start + 6]) for start in (0, 1))
+        assert torch.equal(*repeated(a, b), torch.zeros(6))
+    assert list(repeated._programs.values()) == [None]
+
+
+def test_one_thread_notes_at_a_time() -> None:
+    """Another would leave PyTorch's flags of the process as if a mode were still entered."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(a: Tensor) -> tuple[Tensor, ...]:
+        if replay.recorder() is not None:
+            entered.set()
+            assert leave.wait(60)
+        return (a + 1,)
+
+    def twice() -> None:
+        for _ in range(2):
+            noted(torch.zeros(2))
+
+    noted, other = alone(slow), alone(lambda a: (a + 2,))
+    thread = threading.Thread(target=twice)
+    thread.start()
+    try:
+        assert entered.wait(60)
+        for _ in range(4):
+            assert torch.equal(*other(torch.zeros(2)), torch.full((2,), 2.0))
+        assert not other._programs
+    finally:
+        leave.set()
+        thread.join()
+    assert all(noted._programs.values()) and len(noted._programs) == 1
+    other(torch.zeros(2))
+    assert all(other._programs.values()) and len(other._programs) == 1
+    assert not is_in_torch_dispatch_mode()
 
 
 def test_a_value_on_the_device_is_not_read() -> None:
@@ -301,6 +372,26 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(3):
             assert torch.equal(*repeated(torch.zeros(size)), torch.ones(size))
             assert len(repeated._programs) <= len(repeated._seen) <= 3
+
+
+def test_a_described_address_is_a_whole_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's versions differ in what one holds beside its base."""
+    pytest.importorskip("triton")
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from amsoftmax_kernels.backends import triton
+
+    right = TensorDescriptor(torch.zeros(16, 32), [16, 32], [32, 1], [8, 16])
+    right.of_a_later_version = 7
+    fields = {name: value for name, value in vars(right).items() if name != "base"}
+    again = triton._described(48, fields)
+    assert isinstance(again, TensorDescriptor) and vars(again).keys() == vars(right).keys()
+    assert again.base.data_ptr() == 48 and again.shape == [16, 32] and again.of_a_later_version == 7
+    monkeypatch.setattr(triton, "_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for version, served in (("3.4.0", False), ("3.5.1", False), ("3.6.0", True), ("3.10.1+git", True), ("4.0.0", True)):
+        monkeypatch.setattr(triton.triton, "__version__", version)
+        assert (f"this is {version}" in (_unless_it_fails(triton.unavailable_reason) or "")) != served
 
 
 def test_triton_launches_the_same() -> None:

@@ -2,10 +2,10 @@
 which is float32 where PyTorch's setting allows it.
 
 There are two fused kernels: Hopper's own (wgmma, bulk copies and clusters, under CUTLASS's pipeline), which is built where
-CUTLASS's headers are, and the portable one (mma.sync, cp.async) for the rest. Beside the first is one that makes the centres'
-gradient at once, in half precision to a width of 512. nvcc builds the library when it is first
-needed; where that fails this backend says so once, and serves nothing. None of it has been timed on a GPU: where both can
-run, Triton's comes first.
+CUTLASS's headers are, and the portable one (mma.sync, cp.async) for the rest. Beside the first there is one that makes the
+gradient of the centres at once, in half precision to a width of 512. nvcc builds the library when it is first needed; where
+that fails this backend says so once, and serves nothing. None of it has been timed on a GPU: where both can run, Triton's
+comes first.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ the float32 centres again out of the L2 cache, at twice the bytes of ŵ, and the
 Eŵ needs no gradient from above, so it is made in the forward pass where E is kept: the backward pass then reads neither ŵ
 nor x̂. Where E is computed again, it is for both products at once, and the forward pass stores none of it (but where the
 centres are frozen the forward pass makes all of Eŵ, and nothing is computed again). What is not kept goes through a chunk of
-memory: 6 bytes a logit of traffic beside 8·D flops. dx̂ and dŵ kernels that make E themselves would save it, but each makes it
-anew, and reads its operands from the L2 cache less efficiently than a library product does (a tile of 64 x 512 carries 58 flops
-a byte, one of 128 x 256 carries 85). The same stands against dŵ with its Jacobian in one kernel, from E as it lies in memory:
-there, clusters of blocks that share what they load have 175, where the hardware has such.
+memory: 6 bytes a logit of traffic beside 8·D flops. dx̂ and dŵ kernels that make E themselves would save it, but each makes
+it anew, and they read their operands from the L2 cache less efficiently than a library product does (a tile of 64 x 512
+carries 58 flops a byte, one of 128 x 256 carries 85). The latter stands against dŵ with its Jacobian in one kernel, too,
+from E as it lies in memory; but clusters of blocks that share what they load, where the hardware has such, have 175.
 
 Logits past scale 64 take a first pass for the row maxima alone (also without feature normalization), so that E has one
 shift a row and stays a plain matrix. E is bfloat16 for half-precision operands: float16 cannot hold its range.
@@ -440,8 +440,9 @@ def _bounded(s: float | Tensor, normalize: bool) -> bool:
 def _of_problem(*arguments: Any) -> tuple[Any, ...] | None:
     """What a small problem's pass depends on beside its arguments: a scale's value, and how float32 is multiplied."""
     features, weight, _, scale, normalize, compute_dtype = arguments[:6]
-    device = features.device
-    if not replayed_on(device) or features.shape[0] * weight.shape[0] > REPLAYED_LOGITS:
+    device, (B, D), C = features.device, features.shape, weight.shape[0]
+    # Of several chunks all buffers would be there at once; of an empty batch, results that share a program's tensors.
+    if not replayed_on(device) or not 0 < B * C <= REPLAYED_LOGITS or chunk_size(B, D) < C:
         return None
     s = scale.item() if normalize and scale.device.type == "cpu" else scale.device
     return device, s, kind(compute_dtype) if compute_dtype == torch.float32 else None

@@ -7,6 +7,7 @@ and of PyTorch's operators is remembered: like a CUDA graph, but the addresses m
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,8 @@ _ALIGNMENT = 16  # bytes: kernels are compiled for addresses that are multiples 
 _SPACING = 512  # bytes between buffers of one allocation, as CUDA's allocator has it
 _BUFFERS = frozenset({"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"})
 _local = threading.local()
+# PyTorch keeps by process whether any mode is entered: threads that enter and leave across one another would leave it so.
+_noting = threading.Lock()
 
 # A step of a program, given all its tensors and their addresses, of which it may fill in some, and the stream.
 Step = Callable[[list[Any], list[int], int], None]
@@ -67,10 +70,13 @@ class Replayed:
             if len(self._seen) >= MAX_PROGRAMS:
                 self.forget()
             self._seen.add(key)
-        elif key not in self._programs:
-            with Recorder(tensors) as recorder:
-                result = self.function(*arguments)
-            self._programs[key] = recorder.program(result)
+        elif key not in self._programs and _noting.acquire(blocking=False):
+            try:
+                with Recorder(tensors) as recorder:
+                    result = self.function(*arguments)
+                self._programs[key] = recorder.program(result)
+            finally:
+                _noting.release()
             return result
         return self.function(*arguments)
 
@@ -147,19 +153,21 @@ class Recorder(TorchDispatchMode):
         self._steps: list[Step] = []
         self._understood = True
         self._given = len(tensors)
-        for each in tensors:
-            if each.untyped_storage()._cdata in self._places:
+        storages = sorted((each.untyped_storage() for each in tensors), key=lambda each: each.data_ptr())
+        for before, after in itertools.pairwise(storages):
+            if before._cdata == after._cdata or after.data_ptr() < before.data_ptr() + before.nbytes():
                 self.give_up()  # of two in one memory it cannot be told which an address belongs to
+        for each in tensors:
             self._own(each)
 
     def __enter__(self) -> Recorder:
-        _local.recorder = self
         super().__enter__()  # type: ignore[no-untyped-call]
+        _local.recorder = self
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         _local.recorder = None
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -174,7 +182,7 @@ class Recorder(TorchDispatchMode):
                 self.give_up()
             else:
                 self._steps.append(_operator(func, *noted, self._own(result) if new else None))
-        elif not results and args[0].device.type != "cpu":
+        elif not results and not (args and isinstance(args[0], Tensor) and args[0].device.type == "cpu"):
             self.give_up()  # a value was read
         return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ else:
     _import_error = None
 
 _MIN_CAPABILITY = (8, 0)
+_MIN_VERSION = (3, 6)  # of Triton: what the kernels are compiled and read with
 _INTERPRETED = Config(rows=16, classes=32, depth=16, stages=1, warps=4, bulk=True, split=True)
 
 
@@ -35,6 +37,8 @@ def unavailable_reason() -> str | None:
         return _import_error
     if torch.version.hip is not None:
         return "ROCm has not been tried"
+    if _version() < _MIN_VERSION:
+        return f"needs Triton 3.6 or newer, which PyTorch 2.10 brings, but this is {triton.__version__}"
     reason = _build_failure()
     if reason is not None:
         return reason
@@ -232,7 +236,7 @@ def _relaunch(recorder: replay.Recorder, compiled: Any, grid: tuple[int, ...], a
     """The launch again, of the kernel that Triton chose by these arguments: the choice takes three times as long."""
     grid = (*grid, 1, 1)[:3]
     pointers: list[tuple[int, int, int]] = []
-    descriptors: list[tuple[int, int, int, Any, Any, str]] = []
+    descriptors: list[tuple[int, int, int, dict[str, Any]]] = []
     for i, each in enumerate(args):
         if isinstance(each, Tensor):
             args[i] = 0  # nothing may keep this one's memory
@@ -243,30 +247,35 @@ def _relaunch(recorder: replay.Recorder, compiled: Any, grid: tuple[int, ...], a
             args[i] = 0
             place = recorder.address(each.base.data_ptr())
             if place is not None:
-                descriptors.append((i, *place, each.shape, each.strides, each.padding))
+                fields = {name: value for name, value in vars(each).items() if name != "base"}
+                descriptors.append((i, *place, fields))
 
     def step(tensors: list[Tensor], addresses: list[int], stream: int) -> None:
         values = args.copy()
         for i, place, offset in pointers:
             values[i] = addresses[place] + offset
-        for i, place, offset, shape, strides, padding in descriptors:
-            values[i] = _Described(addresses[place] + offset, shape, strides, padding)
+        for i, place, offset, fields in descriptors:
+            values[i] = _described(addresses[place] + offset, fields)
         compiled[grid](*values, stream=stream)
 
     return step
 
 
-class _Described:
-    """A TensorDescriptor of an address alone, as Triton's launcher reads it."""
+def _described(address: int, fields: dict[str, Any]) -> Any:
+    """A TensorDescriptor of an address alone; what it holds beside is Triton's own affair, and differs between versions."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(fields)
+    descriptor.base = _Address(address)
+    return descriptor
 
-    __slots__ = ("_address", "padding", "shape", "strides")
 
-    def __init__(self, address: int, shape: Any, strides: Any, padding: str) -> None:
-        self._address, self.shape, self.strides, self.padding = address, shape, strides, padding
+class _Address:
+    """All that Triton's launcher asks of a descriptor's base."""
 
-    @property
-    def base(self) -> _Described:
-        return self
+    __slots__ = ("_address",)
+
+    def __init__(self, address: int) -> None:
+        self._address = address
 
     def data_ptr(self) -> int:
         return self._address
@@ -274,6 +283,10 @@ class _Described:
 
 def _interpreted() -> bool:
     return _import_error is None and triton.knobs.runtime.interpret
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(each) for each in re.findall(r"\d+", triton.__version__)[:2])
 
 
 def _tf32(operand: Tensor) -> bool:
