@@ -1,7 +1,8 @@
 """`python -m bench gpu`: everything a GPU is needed for, in one run under ten minutes, each stage written as it ends.
 
-Right before fast: correctness, determinism, graph capture and the sanitizer come first; then this card's ceilings, time and
-peak memory beside the peers, and a profile of our own kernels; the repository's tests last.
+Right before fast: whether each backend runs at all, in a process of its own, correctness, determinism, graph capture and the
+sanitizer come first; then this card's ceilings, time and peak memory beside the peers, and a profile of our own kernels; the
+repository's tests last.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import torch
 
 import amsoftmax_kernels as ak
 
-from . import gpu_checks, gpu_times, machine
+from . import gpu_checks, gpu_smoke, gpu_times, machine
 
-STAGES = ("correctness", "determinism", "graph", "sanitizer", "ceilings", "times", "profile", "tests")
-QUICK = ("correctness", "determinism", "graph", "ceilings", "times", "profile")
+STAGES = ("smoke", "correctness", "determinism", "graph", "sanitizer", "ceilings", "times", "profile", "tests")
+QUICK = ("smoke", "correctness", "determinism", "graph", "ceilings", "times", "profile")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +66,7 @@ def run_stages(
         return found
 
     actions: dict[str, Callable[[], Any]] = {
+        "smoke": lambda: _rows(gpu_smoke.smoke(device)),
         "correctness": lambda: _rows(gpu_checks.correctness(device, quick, **shapes.get("correctness", {}))),
         "determinism": lambda: _rows(
             gpu_checks.determinism(device, 10 if quick else 100, **shapes.get("determinism", {}))
@@ -86,6 +88,9 @@ def run_stages(
             result = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
         report["stages"][stage] = result
         report["stages"].setdefault("seconds", {})[stage] = time.perf_counter() - start
+        if stage == "smoke":
+            left_out = gpu_smoke.leave_out(result)
+            print(f"left out from here on: {', '.join(left_out)}" if left_out else "all run", flush=True)
         _write(path, report)
         rows = result if isinstance(result, list) else [result]
         failed += [f"{stage}: {_short(row)}" for row in rows if row.get("ok") is False]

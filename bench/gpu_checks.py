@@ -127,7 +127,7 @@ def sanitizer() -> Row:
 
 def gpu_tests() -> Row:
     """The repository's own tests of the kernels, on this device."""
-    tests = ("tests/test_triton.py", "tests/test_cuda.py", "tests/test_loss.py")
+    tests = [f"tests/test_{name}.py" for name in ("triton", "cuda", "cuda_gradient", "replay", "loss")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *tests]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=400)

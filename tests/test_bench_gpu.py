@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import gpu, gpu_checks, gpu_peers, gpu_times, tune
+from amsoftmax_kernels import backends
+from bench import gpu, gpu_checks, gpu_peers, gpu_smoke, gpu_times, tune
 from bench.peers import MARGIN, SCALE, eager, problem
 
 from .cases import relative
@@ -28,7 +29,7 @@ SHAPES: dict[str, Any] = {
 
 
 def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stages = ("correctness", "determinism", "times", "profile")
+    stages = ("smoke", "correctness", "determinism", "times", "profile")
     assert gpu.run_stages(tmp_path, stages, True, CPU, SHAPES) == 0
     (path,) = tmp_path.glob("*.json")
     report = json.loads(path.read_text())
@@ -125,3 +126,28 @@ def test_tuning_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "CHUNK_SHAPE", (8, 16, 40))
     rows = list(tune._chunks(CPU, math.inf, (1 << 25,), (1 << 22, 1 << 23)))
     assert len(rows) == 2 and rows[0]["kept"] > 0 and rows[0]["recomputed"] > 0
+
+
+def test_a_backend_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Asked in a process of its own, that may hang or crash; first without the kernel that it can do without."""
+    monkeypatch.setattr(backends, "NAMES", backends.NAMES)
+    names = [name for name in gpu_checks.compared_backends(CPU) if name == "chunked"]
+    monkeypatch.setattr(gpu_smoke, "compared_backends", lambda device: names)
+    assert [row["ok"] for row in gpu_smoke.smoke(CPU)] == [True]
+    (row,) = gpu_smoke.smoke(CPU, seconds=0.01)
+    assert not row["ok"] and row["error"] == "did not end in 0.01 s"
+    assert "no-such-backend" in gpu_smoke._ask(CPU, "no-such-backend", None, 60)["error"]
+    fine, ill = {"backend": "chunked", "without": None, "ok": True}, {"backend": "cuda", "without": None, "ok": False}
+    assert gpu_smoke.leave_out([fine]) == [] and "cuda" in backends.NAMES
+    kernels = backends.load("cuda")._Kernels
+    monkeypatch.setattr(kernels, "grad_centres", kernels.grad_centres)
+    assert gpu_smoke.leave_out([fine, ill, ill | {"without": "grad_centres", "ok": True}]) == ["cuda's grad_centres"]
+    assert kernels().grad_centres() is False and "cuda" in backends.NAMES
+    assert gpu_smoke.leave_out([fine, ill, ill | {"without": "grad_centres"}]) == ["cuda"] and "cuda" not in backends.NAMES
+
+
+def test_a_wrong_result_is_not_called_running(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_smoke.main(["cpu", "chunked"]) == 0
+    right = gpu_smoke._step
+    monkeypatch.setattr(gpu_smoke, "_step", lambda *args: tuple(each * (1 + 0.03 * args[4]) for each in right(*args)))
+    assert gpu_smoke.main(["cpu", "chunked"]) == 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Fastest first, as far as it is known: neither has been timed on a GPU yet, and Triton's kernels need no nvcc, so they come
 # before those in C++. "reference" is always there.
-NAMES = ("triton", "cuda", "chunked", "reference")
+NAMES: tuple[str, ...] = ("triton", "cuda", "chunked", "reference")
 
 
 class Problem(NamedTuple):

@@ -1,0 +1,96 @@
+"""Before all else: does a backend run on this GPU at all? Each is asked in a process of its own.
+
+A kernel that hangs, or reads where it may not, takes its process along, and with it every stage after. What fails here is
+left out of the run; of the C++ backend first the newest kernel alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from amsoftmax_kernels import backends
+
+from .gpu_checks import DTYPES, _relative, _serves, _step, compared_backends
+from .peers import problem
+
+Row = dict[str, Any]
+SECONDS = 200  # for a child: a first build and each kernel's compilation among them
+WITHOUT = {"cuda": "grad_centres"}  # what a backend can do without
+# Tiles' edges; rows in halves, in one and in a narrow one; several tiles a stream.
+SHAPES = [(5, 16, 3), (129, 100, 257), (300, 128, 3_000), (65, 256, 9_000), (256, 512, 10_516), (1024, 512, 30_000)]
+
+
+def smoke(device: torch.device, seconds: float = SECONDS) -> Iterator[Row]:
+    """One row a backend, and one more without what it can do without, if it failed with it."""
+    for name in compared_backends(device):
+        row = _ask(device, name, None, seconds)
+        yield row
+        if not row["ok"] and name in WITHOUT:
+            yield _ask(device, name, WITHOUT[name], seconds)
+
+
+def leave_out(rows: list[Row]) -> list[str]:
+    """Take what failed out of this process, and say what that is."""
+    if not isinstance(rows, list):
+        return []  # the stage itself broke
+    served = {row["backend"]: row["without"] for row in rows if row["ok"]}
+    broken = {row["backend"] for row in rows if row["backend"] not in served}
+    lacking = {name: without for name, without in served.items() if without is not None}
+    backends.NAMES = tuple(name for name in backends.NAMES if name not in broken)
+    for name, without in lacking.items():
+        do_without(name, without)
+    return [*sorted(broken), *(f"{name}'s {without}" for name, without in sorted(lacking.items()))]
+
+
+def do_without(name: str, without: str) -> None:
+    """Take one kernel from a backend, in this process."""
+    kernels: Any = backends.load(name)
+    setattr(kernels._Kernels, without, lambda *unused: False)
+
+
+def _ask(device: torch.device, name: str, without: str | None, seconds: float) -> Row:
+    command = [sys.executable, "-m", "bench.gpu_smoke", str(device), name, *([without] if without else [])]
+    row: Row = {"backend": name, "without": without, "ok": False}
+    start = time.perf_counter()
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return row | {"error": f"did not end in {seconds} s"}
+    row |= {"ok": result.returncode == 0, "seconds": time.perf_counter() - start}
+    return row if row["ok"] else row | {"error": (result.stdout + result.stderr)[-1500:]}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """A child: steps of one backend, against the chunked one; 1 if they differ."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_smoke")
+    parser.add_argument("device", type=torch.device)
+    parser.add_argument("backend")
+    parser.add_argument("without", nargs="?")
+    args = parser.parse_args(arguments)
+    if args.without:
+        do_without(args.backend, args.without)
+    wrong = 0
+    for B, D, C in SHAPES if args.device.type == "cuda" else SHAPES[:2]:
+        tensors = problem(B, D, C, args.device)
+        exact = _step(*tensors, "chunked", 0, {})
+        for dtype, save_bytes in ((dtype, save_bytes) for dtype in DTYPES.values() for save_bytes in (1 << 40, 0)):
+            if not _serves(args.backend, args.device, dtype):
+                continue
+            for _ in range(3):  # the third is a repeated one
+                with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
+                    results = _step(*tensors, args.backend, save_bytes, {})
+            errors = [_relative(*pair) for pair in zip(results, exact, strict=True)]
+            print(f"{args.backend} {dtype} B={B} D={D} C={C} save_bytes={save_bytes}: {max(errors):.1e}", flush=True)
+            wrong += max(errors) > 2e-2
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
