@@ -220,6 +220,21 @@ def printed_hopper(card: Card) -> str:
     return "\n".join(lines)
 
 
+# What the PartialFC algorithm (gpu_peers.partial_fc) reads and writes of each logit, operation by operation.
+PARTIAL_FC_BYTES = {
+    "product stored": 2, "to float32": 6, "clamp": 8, "scale": 8, "maximum": 4, "subtract": 8, "exponential": 8, "sum": 4,
+    "divide": 8, "times the gradient": 8, "of the scale": 8, "of the margin": 8, "of the clamp": 12, "to float16": 6,
+}  # fmt: skip
+# And of each element of the centres: norm, division and cast; their gradients.
+PARTIAL_FC_CENTRES_BYTES = 4 + 8 + 6 + 6 + 28
+
+
+def partial_fc(card: Card, B: int, D: int, C: int) -> dict[str, float]:
+    """Seconds and bytes of a step as InsightFace computes it; of its memory what is held at once: logits three times."""
+    moved = B * C * sum(PARTIAL_FC_BYTES.values()) + C * D * PARTIAL_FC_CENTRES_BYTES
+    return {"total_s": 6 * B * C * D / card.products + moved / card.copy, "held": (4 + 4 + 2) * B * C}
+
+
 def few_launches(arch: str) -> dict[bool, int]:
     """Those of a step of few classes, E kept or not: counted."""
     from .launches import of_a_step  # needs Triton

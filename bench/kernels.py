@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         print("\nThe C++ library's:\n" + library.printed(cpp))
     shapes = estimate.table(args.arch)
     print("\n" + estimate.printed(shapes, card))
+    B, D, C = estimate.SHAPES[2]
+    print(f"The PartialFC algorithm at {B}, {D}, {C:,}: {1e3 * estimate.partial_fc(card, B, D, C)['total_s']:.1f}")
     if args.arch == "sm_90":
         print("\n" + estimate.printed_hopper(card))
     report = {"triton": triton.__version__, "arch": args.arch, "kernels": rows, "cpp_kernels": cpp, "estimates": shapes}

@@ -97,6 +97,15 @@ def test_estimates_grow_with_the_work_and_never_beat_the_floor() -> None:
     assert hopper["flops"] == 6 * 1024 * 512 * 1_000_000 and hopper["bytes"] == 18 * 512 * 1_000_000
 
 
+def test_the_partial_fc_algorithm_is_estimated() -> None:
+    """What is to be reached: a third of its time, a quarter of its memory (save_bytes and a chunk)."""
+    card, shape = estimate.CARDS["sm_90"], (1024, 512, 1_000_000)
+    ours, theirs = estimate.step(card, *shape, True, 9), estimate.partial_fc(card, *shape)
+    assert ours["total_s"] < theirs["total_s"] / 3
+    assert theirs["held"] / 4 > 2 * 1024 * 1_000_000
+    assert theirs["total_s"] > ours["floor_s"] + 90 * 1024 * 1_000_000 / card.copy
+
+
 @pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
 @pytest.mark.parametrize("arch", ["80", "90a", "100", "120"])
 def test_the_cpp_kernels_are_read(arch: str) -> None:
