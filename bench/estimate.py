@@ -159,16 +159,16 @@ def hopper_cosine_exp(card: Card, B: int, D: int, C: int, size: int = 2, stored:
 
 def hopper_grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
     """Seconds of the C++ kernel for the centres' gradient on Hopper (csrc/gradient_sm90.cuh), to a width of 512."""
-    halves, columns, together = 2 if D > 256 else 1, 256 if D > 128 else 128, 256
+    halves, columns, together = 2 if D > 256 else 1, 256 if D > 128 else 128, 512
     tiles = -(-C // together)
     rounds = -(-tiles // (card.multiprocessors // (4 * halves)))
-    products = 2 * 64 * columns * B / (card.products / card.multiprocessors / card.clock)
-    # Of the centres: eight rounds of 16 loads under way together, each some 800 clocks as the L2 cache is busy, and dw
-    # stored. Assumed. One warpgroup's hides under the other's products as far as these reach.
+    # A block's tile, at a library's rate, whose products of 128 x 256 ask the same of an SM's shared memory.
+    products = 2 * 128 * columns * B / (card.products / card.multiprocessors / card.clock)
+    # After it, the centres: eight rounds of 16 loads under way together, each some 800 clocks as the L2 cache is busy; dw is
+    # stored meanwhile. Assumed.
     epilogue = 8 * 800
-    clocks = max(products, (products + epilogue) / 2)
     return {
-        "busy": (rounds * clocks + epilogue) / card.clock,
+        "busy": rounds * (products + epilogue) / card.clock,
         "l2": tiles * (2 * B * (together + halves * columns) + 12 * together * D) / card.l2,  # the centres twice, dw
         "memory": (8 * C * D + 2 * B * C) / card.copy,
     }

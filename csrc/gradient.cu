@@ -8,7 +8,9 @@ namespace ak {
 namespace {
 
 #ifdef AK_CUTLASS
-const char* wrong(const AkGradCentres& p) {
+const char* wrong(const AkGradCentres& p, int device) {
+    if (!is_hopper(device)) return "this device has no such kernel";
+    if (p.terms.rows < 1 || p.terms.columns < 1) return "nothing to sum";
     if (p.terms.type != AK_BFLOAT16 || p.x_factored.type != AK_BFLOAT16) return "operands must be bfloat16";
     if (p.weight.type != p.grad.type) return "the centres and their gradient must have one type";
     const char* error = with_type(p.weight.type, [](auto) -> const char* { return nullptr; });
@@ -48,7 +50,7 @@ const char* ak_grad_tiling(AkGradTiling* p, [[maybe_unused]] const AkWhere* wher
 const char* ak_grad_centres([[maybe_unused]] const AkGradCentres* p, [[maybe_unused]] const AkWhere* where) {
 #ifdef AK_CUTLASS
     ak::DeviceGuard guard(where->device);
-    const char* error = ak::wrong(*p);
+    const char* error = ak::wrong(*p, where->device);
     return error ? error : ak::hopper_gradient.launch(*p, *where);
 #else
     return "this library was built without Hopper's own kernels";

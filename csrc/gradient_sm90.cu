@@ -68,7 +68,7 @@ const char* launch(const AkGradCentres& p, const AkWhere& where) {
     static const Encode encode = encode_function();
     if (!encode) return kNoMaps;
     GradientParameters parameters = {p, {}, {}};
-    if (!describe(encode, parameters.terms, p.terms, kDeep / 2) ||
+    if (!describe(encode, parameters.terms, p.terms, kDeep) ||
         !describe(encode, parameters.x_factored, p.x_factored, kDeep))
         return kRefused;
     const int64_t width = p.x_factored.columns, tiles = (p.weight.rows + kTogether - 1) / kTogether;

@@ -1,13 +1,15 @@
 // Pieces 4 and 5 of a step for the centres on Hopper, as one: dŵ = Eᵀ(a∘x̂), and dw through the normalization's derivative
 // while dŵ is still in registers. The gradient is written once, and never read back.
 //
-// The derivative wants whole rows of dŵ. A tile of 64 classes and 512 columns, by itself, would read 58 flops a byte from the
-// L2 cache, a third of what the tensor cores want. So a cluster of two by four blocks makes one of 256 classes: a block has 64
-// classes and half of the columns; what it loads of E goes to the block beside it too, and of a∘x̂ to the three below it: 175
-// flops a byte. Up to a width of 256 a block has whole rows.
+// The derivative wants whole rows of dŵ. A tile of 128 classes and 512 columns does not fit an SM's registers, and one of 64 by
+// itself would read 57 flops a byte from the L2 cache, a third of what the tensor cores want. So a cluster of two by four blocks
+// makes a tile of 512 classes: a block has 128 of them and half of the columns; what it loads of E goes to the block beside it
+// too, and of a∘x̂ to the three below it: 256 flops a byte. Up to a width of 256 a block has whole rows, and E is its own.
 //
-// As in the cosine kernel, two warpgroups take turns at the tensor cores, so that one's epilogue, which is all memory (the
-// centres are read twice, the second time out of the L2 cache, and dw written), hides under the other's products.
+// A block's two warpgroups have 64 classes each, of the same stages of a∘x̂. To take turns, as in the cosine kernel, would hide
+// the epilogue (the centres read twice, the second time out of the caches, and dw written), but each would want a∘x̂ for itself:
+// with 64 classes to a stage its shared memory would have 160 bytes a clock to move, for the tensor cores' full rate, and has 128.
+// Together they have 128, as a library's product of this tile has.
 #pragma once
 
 #include "roles_sm90.cuh"
@@ -25,16 +27,14 @@ struct GradientParameters {
 
 template <int COLUMNS>
 struct GradientShared {
-    static constexpr int kStages = COLUMNS == 256 ? 5 : 8;
-    static constexpr int kBytes = (kCentres + COLUMNS) * kDeep * int(sizeof(bfloat16_t));  // of a stage
+    static constexpr int kStages = COLUMNS == 256 ? 4 : 6;
+    static constexpr int kBytes = (kParts * kCentres + COLUMNS) * kDeep * int(sizeof(bfloat16_t));  // of a stage
     using Pipeline = cutlass::PipelineTmaAsync<kStages>;
     using State = cutlass::PipelineState<kStages>;
-    using Order = cutlass::OrderedSequenceBarrier<1, 2>;
 
-    alignas(1024) bfloat16_t terms[kStages][kCentres * kDeep];
+    alignas(1024) bfloat16_t terms[kParts][kStages][kCentres * kDeep];  // a warpgroup's own
     alignas(1024) bfloat16_t x[kStages][COLUMNS * kDeep];
     typename Pipeline::SharedStorage pipeline;
-    typename Order::SharedStorage order;
     // What the block beside this one sends: two places, as it may be a tile ahead.
     cutlass::arch::ClusterTransactionBarrier sent[kParts][2];
     float along[kParts][2][kCentres];
@@ -45,6 +45,7 @@ struct Place {
     int halves, half, share;
 
     __device__ int rank(int h, int s) const { return h + s * halves; }
+    __device__ int first_class(int of_cluster, int group) const { return of_cluster + (share * kParts + group) * kCentres; }
     __device__ uint16_t beside() const { return uint16_t(((1 << halves) - 1) << rank(0, share)); }
     __device__ uint16_t below() const {
         int mask = 0;
@@ -68,10 +69,10 @@ struct GradientCopies {
         uint64_t* arrived = pipeline.producer_get_barrier(state);
         const int stage = int(state.index()), row = step * kDeep;
         constexpr int kBox = 64;  // columns
-        for (int part = place.half; part < 2; part += place.halves)
+        static_assert(kBox == kCentres);
+        for (int group = place.half; group < kParts; group += place.halves)
             cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&p.terms, arrived, place.beside(), kCacheHint,
-                                                   shared.terms[stage] + part * kDeep / 2 * kBox,
-                                                   first_class + place.share * kCentres, row + part * kDeep / 2);
+                                                   shared.terms[group][stage], place.first_class(first_class, group), row);
         for (int part = place.share; part < COLUMNS / kBox; part += kSharing)
             cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&p.x_factored, arrived, place.below(), kCacheHint,
                                                    shared.x[stage] + part * kDeep * kBox,
@@ -102,7 +103,7 @@ struct GradientWork {
         const AkMatrix& weight = parameters.p.weight;
         constexpr int kLine = 128 / int(sizeof(W));
         for (int line = thread; line < kCentres * COLUMNS / kLine; line += kGroup) {
-            const int64_t row = first + place.share * kCentres + line / (COLUMNS / kLine);
+            const int64_t row = place.first_class(first, group) + line / (COLUMNS / kLine);
             const int column = place.half * COLUMNS + line % (COLUMNS / kLine) * kLine;
             if (row >= weight.rows || column >= weight.columns) continue;
             const W* from = static_cast<const W*>(weight.data) + row * weight.row_stride + column;
@@ -115,7 +116,7 @@ struct GradientWork {
         using namespace cute;
         const auto slice = mma.get_slice(0);
         const Tensor e = slice.make_fragment_A(
-            slice.partition_A(make_tensor(make_smem_ptr(shared.terms[0]), Panels<kCentres, Memory::kStages>{})));
+            slice.partition_A(make_tensor(make_smem_ptr(shared.terms[group][0]), Panels<kCentres, Memory::kStages>{})));
         const Tensor x = slice.make_fragment_B(
             slice.partition_B(make_tensor(make_smem_ptr(shared.x[0]), Panels<COLUMNS, Memory::kStages>{})));
         warpgroup_fence_operand(c);
@@ -139,7 +140,7 @@ struct GradientWork {
 
     // The epilogue.
     __device__ void finish(int first) {
-        const Part<COLUMNS, W> mine(parameters.p, thread, first + place.share * kCentres, place.half * COLUMNS);
+        const Part<COLUMNS, W> mine(parameters.p, thread, place.first_class(first, group), place.half * COLUMNS);
         float sums[2];
         mine.along(c, sums);
         CUTE_UNROLL
@@ -151,7 +152,7 @@ struct GradientWork {
         ++tiles;
     }
 
-    // Both blocks add the same two numbers. A place is written again only once its block has sent for the tile after, which
+    // Both blocks add the same two numbers. A place is written again only once its warpgroup has sent for the tile after, which
     // each of its warps does after having read.
     __device__ void add_the_other_half(const Part<COLUMNS, W>& mine, float (&sums)[2]) {
         const int at = tiles % 2, lane = thread % 4;
@@ -163,6 +164,7 @@ struct GradientWork {
                                       cute::cast_smem_ptr_to_uint(along + (lane ? mine.classes[1] : mine.classes[0])),
                                       cute::cast_smem_ptr_to_uint(&sent), uint32_t(place.rank(1 - place.half, place.share)));
         sent.wait(uint32_t(tiles / 2 % 2));
+        keep_accesses_here();
         CUTE_UNROLL
         for (int i = 0; i < 2; ++i) sums[i] += along[mine.classes[i]];
     }
@@ -193,10 +195,10 @@ __global__ void __launch_bounds__(kThreads, 1) grad_centres(const __grid_constan
     roles.transaction_bytes = Memory::kBytes;
     roles.role = group < 0 ? Role::Producer : Role::Consumer;
     roles.is_leader = group < 0;  // whichever of them loads
-    roles.num_consumers = kGroup;  // a stage is for one of the two
+    roles.num_consumers = kParts * kGroup;
     typename Memory::Pipeline pipeline(shared.pipeline, roles,
                                        cute::make_shape(place.halves, cute::Int<kSharing>{}, cute::_1{}));
-    typename Memory::Order order(shared.order, {uint32_t(group == 1), kGroup});  // fences the barriers' initialization too
+    cutlass::arch::fence_barrier_init();
     cute::cluster_sync();
 
     if (group < 0) {
@@ -208,7 +210,8 @@ __global__ void __launch_bounds__(kThreads, 1) grad_centres(const __grid_constan
     } else {
         cutlass::arch::warpgroup_reg_alloc<240>();
         GradientWork<COLUMNS, W> work(parameters, shared, place, group);
-        multiply_tiles(pipeline, order, typename Memory::State(), turn, steps, group, work);
+        NoOrder order;
+        multiply_tiles(pipeline, order, typename Memory::State(), turn, steps, 0, 1, work);
     }
 #endif
 }

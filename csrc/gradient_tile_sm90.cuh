@@ -13,10 +13,10 @@
 namespace ak {
 namespace sm90 {
 
-constexpr int kCentres = 64;   // classes of a warpgroup's tile
-constexpr int kDeep = 64;      // rows of the batch a step
-constexpr int kSharing = 4;    // blocks of a cluster that have the same columns, and share a∘x̂
-constexpr int kTogether = kSharing * kCentres;  // classes of a cluster's tile
+constexpr int kCentres = 64;  // classes of a warpgroup's tile; a block's two have the same columns
+constexpr int kDeep = 64;     // rows of the batch a step
+constexpr int kSharing = 4;   // blocks of a cluster that have the same columns, and share a∘x̂
+constexpr int kTogether = kSharing * kParts * kCentres;  // classes of a cluster's tile
 
 // Columns of a block, and blocks side by side: a row of centres must be whole in a cluster.
 CUTE_HOST_DEVICE int columns_of(int64_t width) { return width > 128 ? 256 : 128; }

@@ -171,9 +171,9 @@ struct Work {
         Term<T>* const box = shared.boxes[group];
         if (thread == 0) cute::tma_store_wait<0>();  // the box before has been read
         cutlass::arch::NamedBarrier::sync(kGroup, uint32_t(group));
-        keep_stores_here();
+        keep_accesses_here();
         place_box<T>(where, words, box);
-        keep_stores_here();
+        keep_accesses_here();
         cute::tma_store_fence();
         cutlass::arch::NamedBarrier::sync(kGroup, uint32_t(group));
         const int column = first + across * kBoxColumns<T>, row = first_row + half * kBoxRows;
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_exp(const __grid_constant_
     } else {
         cutlass::arch::warpgroup_reg_alloc<240>();
         Work<T, GENERAL, Memory> work(parameters, shared, group);
-        multiply_tiles(pipeline, order, typename Memory::State(), turn, steps, group, work);
+        multiply_tiles(pipeline, order, typename Memory::State(), turn, steps, group, kParts, work);
         work.end();
     }
 #endif

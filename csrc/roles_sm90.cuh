@@ -22,8 +22,8 @@ namespace {
 constexpr int kThreads = 384, kGroup = 128;
 constexpr uint64_t kCacheHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 
-// CUTLASS's barriers and fences leave it to the compiler whether stores in C++ stay on their side.
-__device__ inline void keep_stores_here() { asm volatile("" ::: "memory"); }
+// CUTLASS's barriers and fences leave it to the compiler whether loads and stores in C++ stay on their side.
+__device__ inline void keep_accesses_here() { asm volatile("" ::: "memory"); }
 
 }  // namespace
 }  // namespace sm90

@@ -7,7 +7,7 @@
 namespace ak {
 namespace sm90 {
 
-constexpr int kParts = 2;  // warpgroups that take turns
+constexpr int kParts = 2;  // warpgroups that multiply
 
 // A stream's tiles of so many classes: every so manieth.
 struct Turn {
@@ -17,7 +17,7 @@ struct Turn {
     __host__ __device__ int first_class(int i) const { return (stream + i * streams) * classes; }
 };
 
-// The thread that loads: the stages of every tile, in turn for either warpgroup.
+// The thread that loads: the stages of every tile.
 template <class Pipeline, class State, class Copies>
 __host__ __device__ inline void load_tiles(Pipeline& pipeline, State state, const Turn& turn, int steps,
                                            const Copies& copies) {
@@ -31,13 +31,14 @@ __host__ __device__ inline void load_tiles(Pipeline& pipeline, State state, cons
     pipeline.producer_tail(state);  // the other block's copies and signals still come here
 }
 
-// A warpgroup: the products of every second tile, in its turn, then the epilogue while the other has its own.
+// A warpgroup, the `group`th of `parts` that take turns: the products of every so manieth tile, in its turn, then the epilogue
+// while another has its own.
 template <class Pipeline, class Order, class State, class Work>
 __host__ __device__ inline void multiply_tiles(Pipeline& pipeline, Order& order, State state, const Turn& turn, int steps,
-                                               int group, Work& work) {
+                                               int group, int parts, Work& work) {
     state.advance(group * steps);
     const int count = turn.count();
-    for (int i = group; i < count; i += kParts) {
+    for (int i = group; i < count; i += parts) {
         order.wait();
         work.begin(turn.first_class(i));
         State before = state;
@@ -53,10 +54,16 @@ __host__ __device__ inline void multiply_tiles(Pipeline& pipeline, Order& order,
         order.arrive();
         work.wait_for_all();
         pipeline.consumer_release(before);
-        state.advance((kParts - 1) * steps);
+        state.advance((parts - 1) * steps);
         work.finish(turn.first_class(i));
     }
 }
+
+// Of warpgroups that all have a part of each tile, and take no turns.
+struct NoOrder {
+    __host__ __device__ void wait() {}
+    __host__ __device__ void arrive() {}
+};
 
 }  // namespace sm90
 }  // namespace ak

@@ -247,8 +247,7 @@ void centres(const AkGradCentres& p) {
     for (int stream = 0; stream < p.clusters; ++stream) {
         const Turn turn = {stream, p.clusters, tiles, kTogether};
         for (int i = 0; i < turn.count(); ++i)
-            for (int share = 0; share < kSharing; ++share) {
-                const int first = turn.first_class(i) + share * kCentres;
+            for (int first = turn.first_class(i); first < turn.first_class(i) + kTogether; first += kCentres) {
                 columns_of(p.x_factored.columns) == 256 ? centres_tile<256, W>(p, first) : centres_tile<128, W>(p, first);
             }
     }

@@ -3,7 +3,7 @@
 // turn out of order, a block that others still need gone.
 //
 // Of the cosine kernel the blocks lie beside one another and share ŵ; x̂ is their own. Of the gradient kernel they share E
-// beside and a∘x̂ below, and the two halves of a row send one another a sum.
+// beside and a∘x̂ below, both warpgroups of a block take every stage, and the two halves of a row send one another a sum.
 #include <ucontext.h>
 
 #include <deque>
@@ -83,7 +83,9 @@ struct World {
         if (chance() % 4 == 0) wait([] { return true; });
     }
     int cluster() const { return halves * shares; }
-    int pieces() const { return shares > 1 ? kPieces : 1; }
+    bool together() const { return shares > 1; }  // no turns
+    int parts() const { return together() ? 1 : kGroups; }
+    int pieces() const { return together() ? kPieces : 1; }
     Block& alive(int block) {
         if (blocks[block].running == 0) fail("a block that is gone is written or signalled");
         return blocks[block];
@@ -185,10 +187,10 @@ struct Order {
     void wait() {
         Barrier& mine = world->blocks[block].order[group];
         const int parity = (turns & 1) ^ (group == 0);
-        if (world->fault != kNoTurns) world->wait([&mine, parity] { return mine.passed(parity); });
+        if (world->fault != kNoTurns && !world->together()) world->wait([&mine, parity] { return mine.passed(parity); });
     }
     void arrive() {
-        world->blocks[block].order[1 - group].arrive();
+        if (!world->together()) world->blocks[block].order[1 - group].arrive();
         ++turns;
         world->pause();
     }
@@ -198,11 +200,12 @@ struct Work {
     int block, group, begun = 0, steps_done = 0, under_way = 0;
     std::deque<std::function<void()>> ends = {};
 
+    int tile() const { return world->together() ? begun - 1 : 2 * (begun - 1) + group; }
     void begin(int first_class) {
         Block& mine = world->blocks[block];
-        if (mine.next_tile++ != 2 * begun + group) world->fail("a turn out of order");
+        if (mine.next_tile++ != 2 * begun + group && !world->together()) world->fail("a turn out of order");
         ++begun, steps_done = 0;
-        if (first_class != world->turn.first_class(2 * (begun - 1) + group)) world->fail("another tile's turn");
+        if (first_class != world->turn.first_class(tile())) world->fail("another tile's turn");
     }
     void wait_once(int step) {
         Block& mine = world->blocks[block];
@@ -210,12 +213,13 @@ struct Work {
     }
     void multiply(int step, int stage) {
         Block& mine = world->blocks[block];
-        const Contents w = {world->turn.first_class(2 * (begun - 1) + group), step}, x = {-1, step};
+        const Contents w = {world->turn.first_class(tile()), step}, x = {-1, step};
         const int at = world->stays ? step : stage;
-        const auto there = [&mine, w, x, at, stage] {
+        const auto there = [&mine, w, x, at, stage, group = group] {
             for (int piece = 0; piece < world->pieces(); ++piece)
                 if (!(mine.x[piece][at] == x)) return false;
-            return mine.w[0][stage] == w && mine.w[1][stage] == w;
+            const bool both = mine.w[0][stage] == w && mine.w[1][stage] == w;
+            return world->together() ? mine.w[group][stage] == w : both;
         };
         if (step != steps_done++ || !there()) world->fail("products of what is not there");
         ++mine.readers[stage], ++under_way;
@@ -238,14 +242,14 @@ struct Work {
         if (steps_done != world->steps) world->fail("a tile without all of its steps");
     }
     void finish(int first_class) {
-        if (first_class != world->turn.first_class(2 * (begun - 1) + group)) world->fail("another tile's epilogue");
+        if (first_class != world->turn.first_class(tile())) world->fail("another tile's epilogue");
         for (int i = 0; i < 3; ++i) world->pause();
-        if (world->shares > 1 && world->halves == 2) exchange(first_class);
+        if (world->together() && world->halves == 2) exchange(first_class);
     }
     // As the gradient kernel's add_the_other_half: parts are sent, one wait for all, each reads.
     void exchange(int first_class) {
         const bool one = world->fault == kOnePlace;
-        const int tile = begun - 1, at = one ? 0 : tile % 2, parity = (one ? tile : tile / 2) % 2;
+        const int nth = begun - 1, at = one ? 0 : nth % 2, parity = (one ? nth : nth / 2) % 2;
         const int other = block ^ 1;
         Barrier& mine = world->blocks[block].sent[group][at];
         mine.expect(2), mine.arrive();
@@ -291,7 +295,8 @@ void run() {
                 Pipeline pipeline = {b};
                 Order order = {b, group};
                 Work work = {b, group};
-                multiply_tiles(pipeline, order, State{0, world->stages, 0}, world->turn, world->steps, group, work);
+                multiply_tiles(pipeline, order, State{0, world->stages, 0}, world->turn, world->steps,
+                               world->together() ? 0 : group, world->parts(), work);
                 --world->blocks[b].running;
             });
     }
@@ -318,7 +323,7 @@ void run() {
         }
     }
     for (int b = 0; b < world->cluster() && world->wrong.empty(); ++b)
-        if (world->blocks[b].next_tile != world->turn.count()) world->fail("a tile left out");
+        if (world->blocks[b].next_tile != world->turn.count() * (world->together() ? kGroups : 1)) world->fail("a tile left out");
 }
 
 }  // namespace
@@ -335,7 +340,7 @@ extern "C" const char* simulate(int seed, int halves, int shares, int stages, in
     for (Block& block : here.blocks) {
         block.full.resize(stages), block.empty.resize(stages), block.x_arrived.resize(steps), block.readers.resize(stages);
         for (Barrier& barrier : block.empty)
-            barrier.count = barrier.pending = here.fault == kReleaseToOneBlock ? 1 : halves + shares - 1;
+            barrier.count = barrier.pending = (here.fault == kReleaseToOneBlock ? 1 : halves + shares - 1) * (here.together() ? kGroups : 1);
         for (auto& half : block.w) half.resize(stages);
         for (auto& piece : block.x) piece.resize(stays ? steps : stages);
     }

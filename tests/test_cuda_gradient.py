@@ -20,7 +20,16 @@ from .test_cuda_hopper import CUTLASS, hopper, hopper_library
 from .test_loss import oracle
 
 __all__ = ["emulated_library", "hopper", "hopper_library", "short_chunks"]  # fixtures
-SHAPES = [(1, 1, 8), (3, 64, 64), (64, 65, 128), (65, 257, 136), (20, 300, 256), (70, 63, 264), (9, 300, 512)]
+SHAPES = [
+    (1, 1, 8),
+    (3, 64, 64),
+    (64, 65, 128),
+    (65, 257, 136),
+    (20, 300, 256),
+    (70, 63, 264),
+    (9, 300, 512),
+    (4, 1100, 256),
+]
 
 
 def check_the_gradient_kernel(
@@ -44,7 +53,10 @@ def check_the_gradient_kernel(
     product = (terms.double().T @ x_factored.double())[:, :D]
     along = (product * unit).sum(1, keepdim=True)
     expected = (product - along * unit) * inverse_norm.double()[:, None] * (1 if upstream is None else upstream)
-    assert relative(grad.double(), expected) < {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+    rounding = {torch.float32: 1e-5 * max(1, B / 1024), torch.float16: 2**-10, torch.bfloat16: 2**-7}[
+        dtype
+    ]  # sums of B terms
+    assert relative(grad.double(), expected) < rounding
     whole[1 : N + 1, 8 : D + 8] = 7
     assert (whole == 7).all()
 
@@ -125,6 +137,7 @@ def test_bad_operands_are_errors(hopper: None, hopper_library: cuda_library.Libr
         ((terms[:8], x_factored, weight, inverse_norm, grad), "one number of rows"),
         ((terms[:, :32], x_factored, weight, inverse_norm, grad), "a column for each class"),
         ((terms, x_factored[:, :32], weight, inverse_norm, grad), "wider than the features"),
+        ((terms[:0], x_factored[:0], weight, inverse_norm, grad), "nothing to sum"),
         ((torch.ones(16, 41).bfloat16()[:, :40], x_factored, weight, inverse_norm, grad), "multiples of 16 bytes"),
     ]:
         with pytest.raises(RuntimeError, match=f"ak_grad_centres: .*{message}"):
@@ -157,6 +170,9 @@ def test_the_machine_code() -> None:
         for instruction in (products, r"UTMALDG\.2D\.MULTICAST", r"USETMAXREG\.TRY_ALLOC\.CTAPOOL", "STAS"):
             assert re.search(rf"\b{instruction}(?![\w.])", code), instruction
         assert not re.search(r"\b(LDL|STL)\b", code)
+        # What the other half sent is read after it was waited for.
+        assert re.search(r"\bSTAS\b.*?\bSYNCS\.PHASECHK\.TRANS64\.TRYWAIT\b.*?\bLDS\b", code, re.DOTALL)
+        assert not re.search(r"\bLDS\b", code[: code.index("STAS")])
         # The warps that load give all but 24 registers away; the rest have room for the products and what they go with.
         loads = re.search(r"USETMAXREG\.DEALLOC\.CTAPOOL 0x18 ;(.*?)\bEXIT\b", code, re.DOTALL)
         assert loads is not None and max(int(each) for each in re.findall(r"\bR(\d+)\b", loads[1])) < 24

@@ -102,7 +102,7 @@ def simulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes | 
 @pytest.mark.parametrize("halves", [1, 2])
 @pytest.mark.parametrize(
     ("shares", "stages", "stays"),
-    [(1, 5, 1), (1, 6, 0), (4, 5, 0), (4, 8, 0)],
+    [(1, 5, 1), (1, 6, 0), (4, 4, 0), (4, 6, 0)],
     ids=["x stays", "x comes again", "gradient", "gradient of few columns"],
 )
 def test_the_schedule(halves: int, shares: int, stages: int, stays: int, simulate: Callable[..., bytes | None]) -> None:
@@ -118,14 +118,13 @@ FAULTS = ["leaves early", "waits for no products", "releases to one block", "tak
 @pytest.mark.parametrize("fault", range(1, 6), ids=FAULTS)
 def test_a_faulty_schedule_would_be_seen(fault: int, simulate: Callable[..., bytes | None]) -> None:
     assert any(simulate(seed, 2, 1, 5, 8, 1, 5, 1, fault) for seed in range(50))
-    # No x stays in the gradient kernel.
-    if fault != 5:
-        assert any(simulate(seed, 2, 4, 5, 8, 0, 5, 1, fault) for seed in range(50))
+    if fault < 4:  # the gradient kernel takes no turns, and keeps no x
+        assert any(simulate(seed, 2, 4, 4, 8, 0, 5, 1, fault) for seed in range(50))
 
 
 def test_sums_sent_to_one_place_would_be_seen(simulate: Callable[..., bytes | None]) -> None:
     """The gradient kernel's two places for what the other half sends are both needed."""
-    assert any(simulate(seed, 2, 4, 5, 1, 0, 5, 1, 6) for seed in range(50))
+    assert any(simulate(seed, 2, 4, 4, 1, 0, 5, 1, 6) for seed in range(50))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=["fp16", "bf16", "tf32"])
