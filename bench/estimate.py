@@ -225,7 +225,7 @@ PARTIAL_FC_BYTES = {
     "product stored": 2, "to float32": 6, "clamp": 8, "scale": 8, "maximum": 4, "subtract": 8, "exponential": 8, "sum": 4,
     "divide": 8, "times the gradient": 8, "of the scale": 8, "of the margin": 8, "of the clamp": 12, "to float16": 6,
 }  # fmt: skip
-# And of each element of the centres: norm, division and cast; their gradients.
+# And of each element of the centres: norm, division, cast; of the gradients the cast, and about 28 of the division and norm.
 PARTIAL_FC_CENTRES_BYTES = 4 + 8 + 6 + 6 + 28
 
 

@@ -39,30 +39,18 @@ Variant variant(int32_t type, bool general, int64_t width) {
     }
 }
 
-// The grid's first side: blocks of rows, whole clusters of them. The attribute must outlive the configuration.
+// The grid's first side: blocks of rows, whole clusters of them.
 cudaLaunchConfig_t configure(cudaLaunchAttribute& attribute, int64_t batch, int streams, int shared, void* stream) {
     const int cluster = cluster_of(batch);
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = unsigned(cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t configuration = {};
     const int64_t clusters = (batch + cluster * kRows - 1) / (cluster * kRows);
-    configuration.gridDim = dim3(unsigned(clusters * cluster), unsigned(streams));
-    configuration.blockDim = dim3(kThreads);
-    configuration.dynamicSmemBytes = size_t(shared);
-    configuration.stream = static_cast<cudaStream_t>(stream);
-    configuration.attrs = &attribute, configuration.numAttrs = 1;
-    return configuration;
+    return configure(attribute, dim3(unsigned(clusters * cluster), unsigned(streams)), dim3(unsigned(cluster)), shared, stream);
 }
 
 const char* check() {
     for (int32_t type : {AK_FLOAT16, AK_BFLOAT16, AK_TFLOAT32})
         for (bool general : {false, true})
-            for (int64_t width : {16, 1024}) {
-                const Variant v = variant(type, general, width);
-                auto error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared);
-                if (error != cudaSuccess) return message(error);
-            }
+            for (int64_t width : {16, 1024})
+                if (const char* error = allow(variant(type, general, width))) return error;
     return encode_function() ? nullptr : kNoMaps;
 }
 
@@ -70,8 +58,7 @@ const char* tiling(AkTiling& p) {
     const int cluster = cluster_of(p.batch);
     p.rows = cluster * kRows, p.classes = kClasses, p.parts = kParts;
     const Variant v = variant(p.type, false, p.width);
-    auto error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared);
-    if (error != cudaSuccess) return message(error);
+    if (const char* error = allow(v)) return error;
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t configuration = configure(attribute, p.batch, 1, v.shared, nullptr);
     return message(cudaOccupancyMaxActiveClusters(&p.blocks, v.kernel, &configuration));

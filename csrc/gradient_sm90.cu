@@ -31,34 +31,21 @@ Variant variant(int32_t type, int64_t width) {
     }
 }
 
-// The attribute must outlive the configuration.
 cudaLaunchConfig_t configure(cudaLaunchAttribute& attribute, int64_t width, int clusters, int shared, void* stream) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = unsigned(halves_of(width));
-    attribute.val.clusterDim.y = kSharing, attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t configuration = {};
-    configuration.gridDim = dim3(unsigned(halves_of(width)), unsigned(kSharing * clusters));
-    configuration.blockDim = dim3(kThreads);
-    configuration.dynamicSmemBytes = size_t(shared);
-    configuration.stream = static_cast<cudaStream_t>(stream);
-    configuration.attrs = &attribute, configuration.numAttrs = 1;
-    return configuration;
-}
-
-const char* prepare(const Variant& v) {
-    return message(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared));
+    const unsigned halves = unsigned(halves_of(width));
+    return configure(attribute, dim3(halves, unsigned(kSharing * clusters)), dim3(halves, kSharing), shared, stream);
 }
 
 const char* check() {
     for (int32_t type : {AK_FLOAT32, AK_FLOAT16, AK_BFLOAT16})
         for (int64_t width : {128, 256})
-            if (const char* error = prepare(variant(type, width))) return error;
+            if (const char* error = allow(variant(type, width))) return error;
     return nullptr;
 }
 
 const char* tiling(AkGradTiling& p) {
     const Variant v = variant(p.type, p.width);
-    if (const char* error = prepare(v)) return error;
+    if (const char* error = allow(v)) return error;
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t configuration = configure(attribute, p.width, 1, v.shared, nullptr);
     return message(cudaOccupancyMaxActiveClusters(&p.clusters, v.kernel, &configuration));

@@ -1,5 +1,5 @@
 // Pieces 4 and 5 of a step for the centres on Hopper, as one: dŵ = Eᵀ(a∘x̂), and dw through the normalization's derivative
-// while dŵ is still in registers. The gradient is written once, and never read back.
+// while dŵ is still in registers. The gradient is written once, and but for the batch's own classes never read back.
 //
 // The derivative wants whole rows of dŵ. A tile of 128 classes and 512 columns does not fit an SM's registers, and one of 64 by
 // itself would read 57 flops a byte from the L2 cache, a third of what the tensor cores want. So a cluster of two by four blocks
@@ -119,24 +119,11 @@ struct GradientWork {
             slice.partition_A(make_tensor(make_smem_ptr(shared.terms[group][0]), Panels<kCentres, Memory::kStages>{})));
         const Tensor x = slice.make_fragment_B(
             slice.partition_B(make_tensor(make_smem_ptr(shared.x[0]), Panels<COLUMNS, Memory::kStages>{})));
-        warpgroup_fence_operand(c);
-        warpgroup_arrive();
-        CUTE_UNROLL
-        for (int k = 0; k < size<2>(x); ++k) {
-            gemm(mma, e(_, _, k, stage), x(_, _, k, stage), c);
-            mma.accumulate_ = GMMA::ScaleOut::One;
-        }
-        warpgroup_commit_batch();
+        multiply_stage(mma, e(_, _, _, stage), x(_, _, _, stage), c);
     }
 
-    __device__ void wait_for_all_but_the_last() {
-        cute::warpgroup_wait<1>();
-        cute::warpgroup_fence_operand(c);
-    }
-    __device__ void wait_for_all() {
-        cute::warpgroup_wait<0>();
-        cute::warpgroup_fence_operand(c);
-    }
+    __device__ void wait_for_all_but_the_last() { wait_for_products<1>(c); }
+    __device__ void wait_for_all() { wait_for_products<0>(c); }
 
     // The epilogue.
     __device__ void finish(int first) {

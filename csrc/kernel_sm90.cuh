@@ -130,24 +130,11 @@ struct Work {
         const auto slice = mma.get_slice(0);
         const Tensor x = slice.make_fragment_A(slice.partition_A(make_tensor(make_smem_ptr(shared.x[0]), X{})));
         const Tensor w = slice.make_fragment_B(slice.partition_B(make_tensor(make_smem_ptr(shared.w[0]), W{})));
-        warpgroup_fence_operand(c);
-        warpgroup_arrive();
-        CUTE_UNROLL
-        for (int k = 0; k < size<2>(w); ++k) {
-            gemm(mma, x(_, _, k, Memory::kStays ? step : stage), w(_, _, k, stage), c);
-            mma.accumulate_ = GMMA::ScaleOut::One;
-        }
-        warpgroup_commit_batch();
+        multiply_stage(mma, x(_, _, _, Memory::kStays ? step : stage), w(_, _, _, stage), c);
     }
 
-    __device__ void wait_for_all_but_the_last() {
-        cute::warpgroup_wait<1>();
-        cute::warpgroup_fence_operand(c);
-    }
-    __device__ void wait_for_all() {
-        cute::warpgroup_wait<0>();
-        cute::warpgroup_fence_operand(c);
-    }
+    __device__ void wait_for_all_but_the_last() { wait_for_products<1>(c); }
+    __device__ void wait_for_all() { wait_for_products<0>(c); }
 
     // The epilogue.
     __device__ void finish(int first) {

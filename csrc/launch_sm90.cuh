@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "library.h"
+#include "roles_sm90.cuh"
 
 namespace ak {
 namespace sm90 {
@@ -44,6 +45,25 @@ inline const char* message(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();  // not left to the next launch
     return cudaGetErrorString(error);
+}
+
+// A grid of whole clusters. The attribute must outlive the configuration.
+inline cudaLaunchConfig_t configure(cudaLaunchAttribute& attribute, dim3 grid, dim3 cluster, int shared, void* stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster.x, attribute.val.clusterDim.y = cluster.y, attribute.val.clusterDim.z = cluster.z;
+    cudaLaunchConfig_t configuration = {};
+    configuration.gridDim = grid;
+    configuration.blockDim = dim3(kThreads);
+    configuration.dynamicSmemBytes = size_t(shared);
+    configuration.stream = static_cast<cudaStream_t>(stream);
+    configuration.attrs = &attribute, configuration.numAttrs = 1;
+    return configuration;
+}
+
+// What a kernel takes of shared memory passes the default; on the current device.
+template <class Variant>
+const char* allow(const Variant& v) {
+    return message(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared));
 }
 
 constexpr const char* kNoMaps = "the driver has no tensor maps: it is older than CUDA 12";

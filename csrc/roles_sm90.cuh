@@ -25,6 +25,27 @@ constexpr uint64_t kCacheHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL)
 // CUTLASS's barriers and fences leave it to the compiler whether loads and stores in C++ stay on their side.
 __device__ inline void keep_accesses_here() { asm volatile("" ::: "memory"); }
 
+// c plus the products of a stage, on their way when this returns; the first of a tile starts from zero.
+template <class Mma, class A, class B, class C>
+__device__ inline void multiply_stage(Mma& mma, const A& a, const B& b, C& c) {
+    using cute::_;
+    cute::warpgroup_fence_operand(c);
+    cute::warpgroup_arrive();
+    CUTE_UNROLL
+    for (int k = 0; k < cute::size<2>(b); ++k) {
+        cute::gemm(mma, a(_, _, k), b(_, _, k), c);
+        mma.accumulate_ = cute::GMMA::ScaleOut::One;
+    }
+    cute::warpgroup_commit_batch();
+}
+
+// Until at most so many stages' products are still under way.
+template <int PENDING, class C>
+__device__ inline void wait_for_products(C& c) {
+    cute::warpgroup_wait<PENDING>();
+    cute::warpgroup_fence_operand(c);
+}
+
 }  // namespace
 }  // namespace sm90
 }  // namespace ak
