@@ -59,8 +59,9 @@ CARDS = {
         (8, 0), "HMMA", 108, 1.41e9, 250e12, 1.7e12, 3.5e12, 164 << 10,
     ),
     "sm_90": Card(
-        "H200", "product and copy as measured on one (790 TFLOP/s, 4.3 TB/s); L2 assumed",
-        (9, 0), "HGMMA", 132, 1.755e9, 790e12, 4.3e12, 6.5e12, 228 << 10,
+        "H200", "product and copy as measured on one (790 TFLOP/s, 4.3 TB/s); L2 as drawn by a float8 product of Triton's,"
+        " tiles of 128 x 256 at most and nothing shared between blocks, on an H100 (1347 TFLOP/s, triton-lang/triton #5461)",
+        (9, 0), "HGMMA", 132, 1.755e9, 790e12, 4.3e12, 7.9e12, 228 << 10,
     ),
     "sm_100": Card(
         "B200", "peak 2.25 PFLOP/s and 8 TB/s by its datasheet; product 75%, copy 85%, L2 assumed",
@@ -83,7 +84,7 @@ def more_launches(B: int, D: int, C: int, kept: bool, at_once: bool = False) -> 
     pieces = sum(-(-min(chunk, C - first) // finish_size(padded(D))) for first in range(0, C, chunk))
     # ŵ, E and Eŵ; where E is computed again, ŵ and z before. The first of several chunks has its ŵ, and all their z a sum.
     each = (3 if kept else 5) * (chunks - 1) + 2 * (chunks > 1)
-    return each + (chunks - 2 if at_once else 2 * (pieces - 1))
+    return each + (chunks - 1 if at_once else 2 * (pieces - 1))
 
 
 def floor(card: Card, B: int, D: int, C: int, kept: bool) -> float:
@@ -91,8 +92,8 @@ def floor(card: Card, B: int, D: int, C: int, kept: bool) -> float:
     return (3 if kept else 4) * 2 * B * C * D / card.products + 12 * C * D / card.copy
 
 
-def step(card: Card, B: int, D: int, C: int, kept: bool, launches: int) -> dict[str, Any]:
-    """One step's pieces in seconds, its floor, and its share of it; ``launches`` are those of few classes."""
+def step(card: Card, B: int, D: int, C: int, kept: bool, launches: dict[bool, int]) -> dict[str, Any]:
+    """One step's pieces in seconds, its floor, and its share of it; ``launches``: :func:`few_launches` of this ``kept``."""
     config = triton_configs.config(card.capability, "half")
     flops = 2 * B * C * D
     cosine = _cosine_exp(card, config, B, D, C)
@@ -101,10 +102,13 @@ def step(card: Card, B: int, D: int, C: int, kept: bool, launches: int) -> dict[
         "prepare": 6 * C * D / card.copy,  # float32 read, bfloat16 written
         "cosine_exp": max(cosine["tensor"] + cosine["epilogue"], cosine["l2"]),
         "product with centres": flops / card.products,
-        "product with features": flops / card.products,
-        "finish": 12 * C * D / card.copy,  # dŵ written (read again out of the L2 cache), w read, dw written
-        "launches": (launches + more_launches(B, D, C, kept)) * SECONDS_A_LAUNCH,
+        # A library's product; then dŵ written (read again out of the L2 cache), w read, dw written.
+        "gradient": flops / card.products + 12 * C * D / card.copy,
     }
+    at_once = gradient_at_once(card, B, D)
+    if at_once:
+        pieces["gradient"] = max(grad_centres(card, B, D, C).values())
+    pieces["launches"] = (launches[at_once] + more_launches(B, D, C, kept, at_once)) * SECONDS_A_LAUNCH
     if not kept:  # a pass for the sums alone comes first
         pieces["prepare"] *= 2
         pieces["cosine_exp"] += max(summed["tensor"] + summed["epilogue"], summed["l2"])
@@ -114,6 +118,28 @@ def step(card: Card, B: int, D: int, C: int, kept: bool, launches: int) -> dict[
         "bytes": (6 + 12 if kept else 12 + 12) * C * D, "pieces_s": pieces, "cosine_exp_s": cosine,
         "total_s": total, "floor_s": least, "of_floor": least / total,
     }  # fmt: skip
+
+
+def gradient_at_once(card: Card, B: int, D: int) -> bool:
+    """Whether Triton's backend makes the centres' gradient in one kernel."""
+    config = triton_configs.GRADIENT.get(card.capability[0])
+    return config is not None and config.serves(B, padded(D))
+
+
+def grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
+    """Seconds of Triton's kernel for the centres' gradient by what could bound it."""
+    config = triton_configs.GRADIENT[card.capability[0]]
+    columns = config.columns_for(padded(D))
+    across, tiles = -(-D // columns), -(-C // config.classes)
+    rounds = -(-tiles // card.multiprocessors)
+    part = config.classes * columns
+    products = 2 * part * across * B / (card.products / card.multiprocessors / card.clock)
+    # Of a part: its centres read for dŵ·ŵ and again for dw, which is written; dŵ written and read but for the last one.
+    moved = 4 * part * (3 * across + 2 * (across - 1))
+    return {
+        "one after the other": rounds * products / card.clock + 8 * C * D / card.copy,
+        "l2": tiles * (2 * (config.classes + columns) * B * across + moved) / card.l2,
+    }
 
 
 def _cosine_exp(card: Card, config: Config, B: int, D: int, C: int, stored: bool = True) -> dict[str, float]:
@@ -174,7 +200,7 @@ def hopper_grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
     }
 
 
-def hopper_step(card: Card, B: int, D: int, C: int, kept: bool, launches: int) -> dict[str, Any]:
+def hopper_step(card: Card, B: int, D: int, C: int, kept: bool, launches: dict[bool, int]) -> dict[str, Any]:
     """As :func:`step`, with the C++ kernels for Hopper."""
     product = 2 * B * C * D / card.products
     pieces = {
@@ -182,7 +208,7 @@ def hopper_step(card: Card, B: int, D: int, C: int, kept: bool, launches: int) -
         "cosine_exp": max(hopper_cosine_exp(card, B, D, C).values()),
         "product with centres": product,
         "grad_centres": max(hopper_grad_centres(card, B, D, C).values()),
-        "launches": (launches + more_launches(B, D, C, kept, at_once=True)) * SECONDS_A_LAUNCH,
+        "launches": (launches[True] + more_launches(B, D, C, kept, at_once=True)) * SECONDS_A_LAUNCH,
     }
     if not kept:
         pieces["cosine_exp"] += max(hopper_cosine_exp(card, B, D, C, stored=False).values())
@@ -199,7 +225,7 @@ def printed_hopper(card: Card) -> str:
     lines.append(f"{'B':>5} {'D':>4} {'C':>11} {'busy':>8} {'l2':>8} {'memory':>8} {'C++':>8} {'Triton':>8} {'C++ TF32':>8}")
     for B, D, C in SHAPES:
         bounds = hopper_cosine_exp(card, B, D, C)
-        of_triton = step(card, B, D, C, True, 0)["pieces_s"]["cosine_exp"]
+        of_triton = step(card, B, D, C, True, launches[True])["pieces_s"]["cosine_exp"]
         tf32 = max(hopper_cosine_exp(card, B, D, C, 4).values())
         values = (*bounds.values(), max(bounds.values()), of_triton, tf32)
         lines.append(f"{B:5} {D:4} {C:11,} " + " ".join(f"{1e3 * value:8.3f}" for value in values))
@@ -235,14 +261,16 @@ def partial_fc(card: Card, B: int, D: int, C: int) -> dict[str, float]:
     return {"total_s": 6 * B * C * D / card.products + moved / card.copy, "held": (4 + 4 + 2) * B * C}
 
 
-def few_launches(arch: str) -> dict[bool, int]:
-    """Those of a step of few classes, E kept or not: counted."""
+def few_launches(arch: str) -> dict[bool, dict[bool, int]]:
+    """Those of a step of few classes: counted; E kept or not, and the centres' gradient in one kernel or two."""
     from .launches import of_a_step  # needs Triton
 
     card, counts = CARDS[arch], {}
     for kept in (True, False):
         launched = of_a_step(card.capability, card.multiprocessors, 256, 512, 2048, save_bytes=1 << 40 if kept else 0)
-        counts[kept] = len(launched) + 3  # two products, and the gradient of the loss by itself
+        others = [each for each in launched if each.kernel not in ("grad_centres", "finish_centres")]
+        # E·ŵ, the gradient of the loss by itself, and the centres' gradient.
+        counts[kept] = {at_once: len(others) + 2 + (1 if at_once else 2) for at_once in (True, False)}
     return counts
 
 
@@ -256,15 +284,14 @@ def printed(rows: list[dict[str, Any]], card: Card) -> str:
     """The table as text."""
     lines = [
         f"Estimated, not measured: {card.name}; {card.source}. Milliseconds.",
-        f"{'B':>5} {'D':>4} {'C':>11} {'E':>10} {'prepare':>8} {'cosine_exp':>10} {'products':>9} {'finish':>7}"
+        f"{'B':>5} {'D':>4} {'C':>11} {'E':>10} {'prepare':>8} {'cosine_exp':>10} {'product':>8} {'gradient':>8}"
         f" {'launches':>8} {'total':>8} {'floor':>8} {'share':>6}",
     ]
     for row in rows:
         p = {name: 1e3 * value for name, value in row["pieces_s"].items()}
-        products = p["product with centres"] + p["product with features"]
         lines.append(
             f"{row['B']:5} {row['D']:4} {row['C']:11,} {'kept' if row['kept'] else 'recomputed':>10} {p['prepare']:8.3f}"
-            f" {p['cosine_exp']:10.3f} {products:9.3f} {p['finish']:7.3f} {p['launches']:8.3f}"
+            f" {p['cosine_exp']:10.3f} {p['product with centres']:8.3f} {p['gradient']:8.3f} {p['launches']:8.3f}"
             f" {1e3 * row['total_s']:8.3f} {1e3 * row['floor_s']:8.3f} {row['of_floor']:6.2f}"
         )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Before all else: does a backend run on this GPU at all? Each is asked in a process of its own.
 
 A kernel that hangs, or reads where it may not, takes its process along, and with it every stage after. What fails here is
-left out of the run; of the C++ backend first the newest kernel alone.
+left out of the run; first the newest kernel alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .peers import problem
 
 Row = dict[str, Any]
 SECONDS = 200  # for a child: a first build and each kernel's compilation among them
-WITHOUT = {"cuda": "grad_centres"}  # what a backend can do without
+WITHOUT = {"triton": "grad_centres", "cuda": "grad_centres"}  # what a backend can do without
 # Tiles' edges; rows in halves, in one and in a narrow one; several tiles a stream.
 SHAPES = [(5, 16, 3), (129, 100, 257), (300, 128, 3_000), (65, 256, 9_000), (256, 512, 10_516), (1024, 512, 30_000)]
 

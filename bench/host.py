@@ -149,6 +149,7 @@ def _of_triton(card: Any, launch: Callable[..., None] = lambda *_: None) -> Iter
     triton.runtime.driver.set_active(Driver())
     with (
         mock.patch.object(backend, "_config", lambda _, dtype: triton_configs.config(card.capability, "half")),
+        mock.patch.object(backend, "_gradient_config", lambda _: triton_configs.GRADIENT.get(card.capability[0])),
         mock.patch.object(backend, "_multiprocessors", lambda _: card.multiprocessors),
         mock.patch.object(backend, "serves", lambda *_: True),
         mock.patch.object(backend, "unavailable_reason", lambda: None),

@@ -94,16 +94,18 @@ def faults(launch: Launch, row: dict[str, Any], card: estimate.Card) -> list[str
     counts = row["instructions"]
     if counts["local"] > MOST_LOCAL_ACCESSES:
         found.append(f"{counts['local']} local loads and stores, at most {MOST_LOCAL_ACCESSES} allowed")
-    if launch.kernel != "cosine_exp":
+    if launch.kernel not in ("cosine_exp", "grad_centres"):
         return found
-    tensor = launch.constant("PRECISION") == "tf32" or "fp32" not in dict(launch.signature)["x_hat"]
+    gradient = launch.kernel == "grad_centres"
+    tensor = gradient or launch.constant("PRECISION") == "tf32" or "fp32" not in dict(launch.signature)["x_hat"]
     if tensor and not counts[card.tensor_instruction]:
         found.append(f"no {card.tensor_instruction}")
-    if launch.constant("BULK") and not counts["bulk"]:
+    bulk = gradient or launch.constant("BULK")
+    if bulk and not counts["bulk"]:
         found.append("no bulk copies")
-    if not launch.constant("BULK") and not counts["cp.async"]:
+    if not bulk and not counts["cp.async"]:
         found.append("no asynchronous copies")
-    planned = card.config(launch).resident
+    planned = 1 if gradient else card.config(launch).resident
     if row["fits"] < planned:
         found.append(f"fits an SM {row['fits']} times, {planned} planned")
     return found

@@ -20,7 +20,7 @@ from amsoftmax_kernels.backends import triton_kernels as kernels
 
 NAMES = (
     "canonical_labels", "prepare_rows", "prepare_centres", "cosine_exp", "reduce_sums", "reduce_best",
-    "constant_margin", "factor_rows", "finish_centres", "finish_rows",
+    "constant_margin", "factor_rows", "grad_centres", "finish_centres", "finish_rows",
 )  # fmt: skip
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -90,6 +90,8 @@ def _recording(capability: tuple[int, int], multiprocessors: int) -> Iterator[li
             backend, "_config", lambda _, dtype: triton_configs.config(capability, triton_configs.kind(dtype))
         )
         stack.enter_context(how)
+        gradient = triton_configs.GRADIENT.get(capability[0])
+        stack.enter_context(mock.patch.object(backend, "_gradient_config", lambda _: gradient))
         stack.enter_context(mock.patch.object(backend, "_multiprocessors", lambda _: multiprocessors))
         yield launches
 
@@ -150,4 +152,6 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
         torch.set_float32_matmul_precision(precision)
     if not quick:  # a dimension that fills no tile
         found |= dict.fromkeys(of_a_step(capability, multiprocessors, 100, 200, 1000))
+        for D in (128, 1024):  # the centres' gradient in one tile, and in four
+            found |= dict.fromkeys(of_a_step(capability, multiprocessors, 256, D, 2048))
     return list(found)

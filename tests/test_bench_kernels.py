@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ pytest.importorskip("triton")
 from amsoftmax_kernels import build
 from amsoftmax_kernels.backends import fused
 from amsoftmax_kernels.backends import triton as backend
-from bench import estimate, kernels, library
+from bench import estimate, kernels, library, plan_time
 from bench.launches import Launch, of_a_step
 
 INSTRUCTIONS = {
@@ -26,6 +27,7 @@ INSTRUCTIONS = {
     "sm_120": ("HMMA", "cp.async"),
 }
 ROOT = Path(__file__).parents[1]
+NO_LAUNCHES = {True: 0, False: 0}
 
 
 @pytest.mark.parametrize("arch", list(estimate.CARDS))
@@ -35,10 +37,14 @@ def test_every_kernel_compiles_as_planned(arch: str, tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     report = json.loads((tmp_path / arch / "kernels.json").read_text())
-    assert {row["kernel"] for row in report["kernels"]} >= {"cosine_exp", "prepare_centres", "finish_centres", "finish_rows"}
+    found = {row["kernel"] for row in report["kernels"]}
+    assert found >= {"cosine_exp", "prepare_centres", "finish_centres", "finish_rows"}
+    assert ("grad_centres" in found) == (arch == "sm_90")
     for row in report["kernels"]:
         assert (tmp_path / arch / row["cubin"]).stat().st_size > 1000
         assert row["instructions"]["local"] <= 16 and row["registers"] <= 255
+        if row["kernel"] == "grad_centres":
+            assert row["instructions"]["HGMMA"] > 0 and row["instructions"]["bulk"] > 2  # pipelined: more than once each
         if row["kernel"] == "cosine_exp" and "fp32" not in row["variant"].split()[0]:
             counts = row["instructions"]
             tensor, copies = INSTRUCTIONS[arch]
@@ -56,6 +62,10 @@ def test_what_is_not_as_planned_is_found() -> None:
     for name, value, fault in (("local", 17, "local"), ("HGMMA", 0, "HGMMA"), ("bulk", 0, "bulk")):
         assert fault in kernels.faults(launch, {"instructions": counts | {name: value}, "fits": 1}, card)[0]
     assert "planned" in kernels.faults(launch, good | {"fits": 0}, card)[0]
+    gradient = Launch("grad_centres", (), (), (), 8, 4)
+    assert kernels.faults(gradient, good, card) == []
+    for name in ("HGMMA", "bulk"):
+        assert name in kernels.faults(gradient, {"instructions": counts | {name: 0}, "fits": 1}, card)[0]
     loads = dataclasses.replace(launch, constants=(("BULK", False), ("PRECISION", "ieee")))
     assert "asynchronous" in kernels.faults(loads, good, card)[0]
 
@@ -64,11 +74,13 @@ def test_few_launches() -> None:
     """At 10 thousand classes they are what a step costs."""
     kept = [each.kernel for each in of_a_step((9, 0), 132, 256, 512, 2048)]
     assert kept == [
-        "canonical_labels", "prepare_rows", "cosine_exp", "constant_margin", "finish_centres", "finish_rows",
+        "canonical_labels", "prepare_rows", "cosine_exp", "constant_margin", "grad_centres", "finish_rows",
     ]  # fmt: skip
+    assert [each.kernel for each in of_a_step((8, 0), 108, 256, 512, 2048)][4] == "finish_centres"
     assert not any("upstream" in each.divisible_by_16 for each in of_a_step((9, 0), 132, 256, 512, 2048))
     recomputed = [each.kernel for each in of_a_step((9, 0), 132, 256, 512, 2048, save_bytes=0)]
     assert len(recomputed) == len(kept) + 2
+    assert estimate.few_launches("sm_90") == plan_time._LAUNCHES
 
 
 def test_sizes_that_change_compile_nothing_new() -> None:
@@ -93,14 +105,14 @@ def test_estimates_grow_with_the_work_and_never_beat_the_floor() -> None:
             assert kept["total_s"] < recomputed["total_s"]
         totals = [row["total_s"] for row in rows[::2]]
         assert totals == sorted(totals)
-    hopper = estimate.step(estimate.CARDS["sm_90"], 1024, 512, 1_000_000, True, 0)
+    hopper = estimate.step(estimate.CARDS["sm_90"], 1024, 512, 1_000_000, True, NO_LAUNCHES)
     assert hopper["flops"] == 6 * 1024 * 512 * 1_000_000 and hopper["bytes"] == 18 * 512 * 1_000_000
 
 
 def test_the_partial_fc_algorithm_is_estimated() -> None:
     """What is to be reached: a third of its time, a quarter of its memory (save_bytes and a chunk)."""
     card, shape = estimate.CARDS["sm_90"], (1024, 512, 1_000_000)
-    ours, theirs = estimate.step(card, *shape, True, 9), estimate.partial_fc(card, *shape)
+    ours, theirs = estimate.step(card, *shape, True, NO_LAUNCHES), estimate.partial_fc(card, *shape)
     assert ours["total_s"] < theirs["total_s"] / 3
     assert theirs["held"] / 4 > 2 * 1024 * 1_000_000
     assert theirs["total_s"] > ours["floor_s"] + 90 * 1024 * 1_000_000 / card.copy
@@ -133,15 +145,19 @@ def test_launches_of_many_chunks(kept: bool, at_once: bool, monkeypatch: pytest.
         monkeypatch.setattr(module, "chunk_size", lambda batch, dim: 512)
         monkeypatch.setattr(module, "finish_size", lambda width: 256)
 
-    def launches(classes: int, at_once: bool) -> int:
+    def launches(classes: int) -> int:
         products.clear()
-        if at_once:
-            monkeypatch.setattr(backend._Kernels, "grad_centres", lambda *unused: (products.append(None), True)[1])
         return len(of_a_step((9, 0), 132, 16, 32, classes, save_bytes=1 << 40 if kept else 0)) + len(products)
 
-    few = launches(200, False)
+    def grad_centres(*unused: Any) -> bool:
+        if at_once:
+            products.append(None)
+        return at_once
+
+    monkeypatch.setattr(backend._Kernels, "grad_centres", grad_centres)
+    few = launches(200)
     for classes in (200, 512, 513, 1400, 2048):
-        assert launches(classes, at_once) - few == estimate.more_launches(16, 32, classes, kept, at_once)
+        assert launches(classes) - few == estimate.more_launches(16, 32, classes, kept, at_once)
 
 
 def test_estimates_of_the_cpp_kernels() -> None:
@@ -152,6 +168,20 @@ def test_estimates_of_the_cpp_kernels() -> None:
         assert bounds["busy"] >= 2 * B * D * C / card.products and bounds["memory"] >= 2 * B * C / card.copy
         gradient = estimate.hopper_grad_centres(card, B, D, C)
         assert gradient["busy"] >= 2 * B * D * C / card.products and gradient["memory"] >= 8 * C * D / card.copy
-        kept, recomputed = (estimate.hopper_step(card, B, D, C, how, 9) for how in (True, False))
+        kept, recomputed = (estimate.hopper_step(card, B, D, C, how, NO_LAUNCHES) for how in (True, False))
         assert kept["total_s"] < recomputed["total_s"] and kept["total_s"] > 6 * B * C * D / card.products
+
+
+def test_the_centres_gradient_is_made_at_once_where_that_is_estimated_faster() -> None:
+    card = estimate.CARDS["sm_90"]
+    for B, D, C in itertools.product((256, 512, 1024, 2048, 4096), (64, 128, 256, 512, 1024), (100_000, 10_000_000)):
+        bounds = estimate.grad_centres(card, B, D, C)
+        assert bounds["one after the other"] >= 2 * B * D * C / card.products + 8 * C * D / card.copy
+        other = 2 * B * D * C / card.products + 12 * C * D / card.copy
+        other += 2 * -(-C // fused.finish_size(D)) * estimate.SECONDS_A_LAUNCH
+        if estimate.gradient_at_once(card, B, D):
+            assert max(bounds.values()) < other
+        elif D != 256:
+            assert max(bounds.values()) > 0.9 * other
+    assert not estimate.gradient_at_once(estimate.CARDS["sm_80"], 256, 512)
     assert len(estimate.printed_hopper(card).splitlines()) == 3 * len(estimate.SHAPES) + 5

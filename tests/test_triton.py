@@ -124,6 +124,76 @@ def test_the_tables_tiles(entry: tuple[int, str], monkeypatch: pytest.MonkeyPatc
         assert max(map(relative, ours(*tensors), exact)) < 8e-3
 
 
+def gradient_operands(B: int, C: int, D: int) -> tuple[Tensor, ...]:
+    """E, a∘x̂, w, 1/‖w‖ and a place for dw, for ``_Kernels.grad_centres``."""
+    generator = torch.Generator().manual_seed(B * C + D)
+    terms = torch.rand(B, fused.padded(C) + 16, generator=generator).bfloat16()[:, :C]
+    x_factored, weight = torch.randn(B, D, generator=generator).bfloat16(), torch.randn(C, D, generator=generator)
+    weight[C // 2] = 0
+    norm = weight.double().norm(dim=1)
+    inverse = torch.where(norm > 0, 1 / norm, 0).float()
+    grad = torch.full((C, D), math.nan)
+    # One allocation each: what a slice has beside it, too.
+    return terms._base.to(DEVICE)[:, :C], *(each.to(DEVICE) for each in (x_factored, weight, inverse, grad))
+
+
+@pytest.mark.parametrize("upstream", [None, -3.0])
+@pytest.mark.parametrize(
+    ("B", "C", "D"), [(1, 1, 16), (16, 16, 32), (17, 33, 48), (40, 300, 128), (15, 100, 96), (70, 129, 112), (200, 1000, 64)]
+)
+def test_the_gradient_kernel(B: int, C: int, D: int, upstream: float | None) -> None:
+    """Around its tiles' edges; several tiles of columns, and of classes a program."""
+    terms, x_factored, weight, inverse, grad = gradient_operands(B, C, D)
+    factor = None if upstream is None else torch.tensor(upstream, device=DEVICE)
+    done = backend._Kernels().grad_centres(terms, x_factored, weight, inverse, grad, factor)
+    assert done == (backend._gradient_config(DEVICE) is not None)
+    if not done:
+        pytest.skip("there is no such kernel for this GPU")
+    g, unit = terms.double().T @ x_factored.double(), weight.double() * inverse.double()[:, None]
+    exact = (
+        (g - (g * unit).sum(1, keepdim=True) * unit) * inverse.double()[:, None] * (1.0 if upstream is None else upstream)
+    )
+    assert relative(grad, exact) < 2e-6 and not grad[C // 2].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("B", "C", "D"), [(256, 10_516, 512), (1024, 70_000, 512), (2000, 20_001, 1024), (1024, 40_000, 256)]
+)
+def test_the_gradient_kernel_at_its_sizes(B: int, C: int, D: int) -> None:
+    """Several tiles of classes a program, hundreds of times the same: what waits in memory is read after it is written."""
+    operands = gradient_operands(B, C, D)
+    terms, x_factored, weight, inverse, grad = operands
+    if not backend._Kernels().grad_centres(*operands, None):
+        pytest.skip("there is no such kernel for this GPU")
+    g, unit = terms.float().T @ x_factored.float(), weight * inverse[:, None]
+    exact = (g - (g * unit).sum(1, keepdim=True) * unit) * inverse[:, None]
+    assert relative(grad, exact) < 1e-5
+    for _ in range(300):
+        again = torch.full_like(grad, math.nan)
+        assert backend._Kernels().grad_centres(*operands[:4], again, None)
+        assert torch.equal(again, grad)
+
+
+def test_what_the_gradient_kernel_leaves_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    terms, x_factored, weight, inverse, grad = gradient_operands(40, 50, 64)
+    monkeypatch.setattr(backend, "_gradient_config", lambda _: triton_configs.GRADIENT[9])
+    shifted = torch.zeros(50 * 64 + 1, device=DEVICE)[1:].view(50, 64)
+    many, wide = torch.zeros(2049, 64, device=DEVICE).bfloat16(), torch.zeros(40, 1040, device=DEVICE).bfloat16()
+    for left in (
+        (terms, x_factored.float(), weight, inverse, grad),
+        (terms, x_factored, weight.bfloat16(), inverse, grad.bfloat16()),
+        (terms, x_factored, shifted, inverse, grad),
+        (terms, x_factored, weight, inverse, shifted),
+        (terms, x_factored, weight.T.contiguous().T, inverse, grad),
+        (terms, x_factored, weight[:, :60], inverse, grad[:, :60].contiguous()),
+        (many[:, :50], many, weight, inverse, grad),
+        (terms, wide, weight.repeat(1, 17)[:, :1040], inverse, grad.repeat(1, 17)[:, :1040].contiguous()),
+    ):
+        assert not backend._Kernels().grad_centres(*left, None)
+    assert grad.isnan().all()
+
+
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 

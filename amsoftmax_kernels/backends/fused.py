@@ -12,8 +12,9 @@ nor x̂. Where E is computed again, it is for both products at once, and the for
 centres are frozen the forward pass makes all of Eŵ, and nothing is computed again). What is not kept goes through a chunk of
 memory: 6 bytes a logit of traffic beside 8·D flops. dx̂ and dŵ kernels that make E themselves would save it, but each makes
 it anew, and they read their operands from the L2 cache less efficiently than a library product does (a tile of 64 x 512
-carries 57 flops a byte, one of 128 x 256 carries 85). The latter stands against dŵ with its Jacobian in one kernel, too,
-from E as it lies in memory; but clusters of blocks that share what they load, where the hardware has such, have 256.
+carries 57 flops a byte, one of 128 x 256 carries 85). From E as it lies in memory, dŵ and its Jacobian in one kernel spare
+dŵ's way to memory and back: in C++ by clusters of blocks that hold whole rows and share what they load; in Triton a program
+makes a row's tiles one after the other, which loads as much as two products of such tiles, so for moderate batches only.
 
 Logits past scale 64 take a first pass for the row maxima alone (also without feature normalization), so that E has one
 shift a row and stays a plain matrix. E is bfloat16 for half-precision operands: float16 cannot hold its range.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import Forward, Problem, replay
 from .fused import Fused, padded, streams_for
-from .triton_configs import Config, config, kind
+from .triton_configs import GRADIENT, Config, GradientConfig, config, kind
 
 try:
     import triton
@@ -26,6 +26,9 @@ else:
 _MIN_CAPABILITY = (8, 0)
 _MIN_VERSION = (3, 6)  # of Triton: what the kernels are compiled and read with
 _INTERPRETED = Config(rows=16, classes=32, depth=16, stages=1, warps=4, bulk=True, split=True)
+_INTERPRETED_GRADIENT = GradientConfig(
+    rows=16, classes=16, columns=32, stages=1, warps=4, most_rows=1 << 62, most_columns=128
+)
 
 
 def unavailable_reason() -> str | None:
@@ -186,8 +189,28 @@ class _Kernels:
             _tf32(x_factored), _power_of_2(width),
         )  # fmt: skip
 
-    def grad_centres(self, *unused: Any) -> bool:
-        return False  # without multicast, rows as wide as the centres are read from the L2 cache too often
+    def grad_centres(
+        self, terms: Tensor, x_factored: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
+    ) -> bool:
+        device, (B, width), N = grad.device, x_factored.shape, grad.shape[0]
+        c = _gradient_config(device)
+        if c is None or x_factored.dtype == torch.float32 or not c.serves(B, width):
+            return False
+        if weight.dtype != torch.float32 or not (_in_sixteens(weight) and _in_sixteens(grad)):
+            return False  # read and written in smaller pieces it would not fit the registers
+        columns = c.columns_for(width)
+        across = -(-width // columns)
+        programs = min(_multiprocessors(device), -(-N // c.classes))
+        scratch = inverse_norm.new_empty(programs, c.classes, (across - 1) * columns)
+        tiles = (terms, [c.rows, c.classes]), (x_factored, [c.rows, columns])
+        _launch(
+            kernels.grad_centres, (programs,),
+            *(TensorDescriptor.from_tensor(*each) for each in tiles), weight, *weight.stride(), inverse_norm,
+            inverse_norm if upstream is None else upstream, grad, scratch, B, *grad.shape,
+            UPSTREAM=upstream is not None, INTERPRETED=_interpreted(), ACROSS=across,
+            BLOCK_B=c.rows, BLOCK_C=c.classes, BLOCK_D=columns, num_stages=c.stages, num_warps=c.warps,
+        )  # fmt: skip
+        return True
 
     def finish_centres(
         self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
@@ -295,6 +318,15 @@ def _tf32(operand: Tensor) -> bool:
 
 def _config(device: torch.device, dtype: torch.dtype) -> Config:
     return _INTERPRETED if device.type == "cpu" else config(_capability(device), kind(dtype))
+
+
+def _in_sixteens(tensor: Tensor) -> bool:
+    """Whether Triton can know that rows start at multiples of 16 bytes, and of 16 elements."""
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 16 == 0 and tensor.stride(1) == 1 and tensor.shape[1] % 16 == 0
+
+
+def _gradient_config(device: torch.device) -> GradientConfig | None:
+    return _INTERPRETED_GRADIENT if device.type == "cpu" else GRADIENT.get(_capability(device)[0])
 
 
 @functools.cache

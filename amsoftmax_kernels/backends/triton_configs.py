@@ -1,4 +1,4 @@
-"""Tile sizes of the cosine kernel, by compute capability and operand dtype.
+"""Tile sizes of the two kernels with a product, by compute capability and operand dtype.
 
 ``python -m bench tune`` measures the candidates on a GPU and prints the table; there is no autotuning at run time.
 """
@@ -40,6 +40,35 @@ TABLE: dict[tuple[int, str], Config] = {
 
 # Consumer Blackwell has the older cards' shared memory and instructions.
 TABLE |= {(12, how): entry for (major, how), entry in TABLE.items() if major == 8}
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """How :func:`.triton_kernels.grad_centres` is cut and compiled: half-precision operands, float32 centres."""
+
+    rows: int  # of the batch a step
+    classes: int  # in a tile
+    columns: int  # embedding dimensions in a tile, at most
+    stages: int
+    warps: int
+    most_rows: int  # of the batch, for the widest tile; of others in proportion
+    most_columns: int  # of the centres
+
+    def serves(self, batch: int, width: int) -> bool:
+        """Whether it is used; else a library's product and a pass after it are."""
+        return width <= self.most_columns and batch * self.columns <= self.most_rows * self.columns_for(width)
+
+    def columns_for(self, width: int) -> int:
+        """Of a tile, a power of 2, for centres of this width."""
+        return min(self.columns, max(1 << (width - 1).bit_length(), 32))
+
+
+# By the same counts (bench/estimate.py). A library's product has clusters of blocks that share what they load: it draws less
+# from the L2 cache, which is worth more than the pass that is spared where the batch is large. Where none is listed neither
+# has been counted.
+GRADIENT: dict[int, GradientConfig] = {
+    9: GradientConfig(rows=64, classes=128, columns=256, stages=4, warps=8, most_rows=2048, most_columns=1024),
+}
 
 
 def kind(dtype: torch.dtype) -> str:

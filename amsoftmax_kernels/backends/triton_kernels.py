@@ -452,6 +452,110 @@ def finish_centres(
     tl.store(grad + rows[:, None] * D + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile's columns in two parts, in order."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    left, right = _halves(tile, ROWS, COLUMNS)
+    return _halves(left, ROWS, COLUMNS // 2) + _halves(right, ROWS, COLUMNS // 2)
+
+
+@triton.jit
+def _eighths(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    left, right = _halves(tile, ROWS, COLUMNS)
+    return _quarters(left, ROWS, COLUMNS // 2) + _quarters(right, ROWS, COLUMNS // 2)
+
+
+@triton.jit
+def _unit(weight, stride_class, stride_dim, rows, columns, inverse, N, D):
+    """A tile of ŵ, not rounded."""
+    inside = (rows < N)[:, None] & (columns < D)[None, :]
+    w = tl.load(weight + rows[:, None] * stride_class + columns[None, :] * stride_dim, mask=inside, other=0.0)
+    return w.to(tl.float32) * inverse[:, None]
+
+
+@triton.jit
+def _store_tangent(g, unit, along, outer, grad, rows, columns, N, D):
+    """A tile of dw from those of dŵ and ŵ, given dŵ·ŵ of the whole rows."""
+    inside = (rows < N)[:, None] & (columns < D)[None, :]
+    g = (g - along[:, None] * unit) * outer[:, None]
+    tl.store(grad + rows[:, None] * D + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["B", "N", "upstream"])
+def grad_centres(
+    terms,  # [B, N or a little more] bfloat16; a descriptor
+    x_factored,  # [B, D_padded] bfloat16; a descriptor
+    weight, stride_class, stride_dim,  # [C, D], from the chunk's first class
+    inverse_norm,  # [N]
+    upstream,  # a number to multiply by, if UPSTREAM
+    grad,  # [N, D]
+    scratch,  # [programs, BLOCK_C, (ACROSS - 1)·BLOCK_D] float32
+    B, N, D,
+    UPSTREAM: tl.constexpr, INTERPRETED: tl.constexpr, ACROSS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dŵ = Eᵀ(a∘x̂) of a chunk's classes, and from it dw = (dŵ − (dŵ·ŵ) ŵ)/‖w‖.
+
+    A program takes a tile of classes, its columns in ACROSS tiles one after the other. Those before the last wait in memory
+    of the program's own, which stays in the L2 cache, until dŵ·ŵ of the whole rows is known.
+    """
+    WIDTH: tl.constexpr = BLOCK_D // 8
+    scale = 1.0
+    if UPSTREAM:
+        scale = tl.load(upstream)
+    slot = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    waiting = scratch + slot[:, None] * ((ACROSS - 1) * BLOCK_D)
+    tiles = tl.cdiv(tl.cdiv(N, BLOCK_C) - tl.program_id(0), tl.num_programs(0))
+    steps = tl.cdiv(B, BLOCK_B)
+    along = tl.zeros([BLOCK_C], tl.float32)
+    g = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    # One loop over all tiles' steps: operands of the next tile are on their way while this one is finished.
+    for i in range(0, tiles * ACROSS * steps):
+        tile = i // steps
+        row = (i % steps) * BLOCK_B
+        first = (tl.program_id(0) + (tile // ACROSS) * tl.num_programs(0)) * BLOCK_C
+        column = (tile % ACROSS) * BLOCK_D
+        e = terms.load([row, first])
+        x = x_factored.load([row, column])
+        if INTERPRETED:  # there bfloat16 products are wrong
+            e, x = e.to(tl.float32), x.to(tl.float32)
+        g = tl.dot(e.T, x, g)
+        if row + BLOCK_B >= B:
+            rows = first + tl.arange(0, BLOCK_C).to(tl.int64)
+            inverse = tl.load(inverse_norm + rows, mask=rows < N, other=0.0)
+            parts = _eighths(g, BLOCK_C, BLOCK_D)  # a whole tile of centres beside g would not fit the registers
+            if column == 0:
+                along = tl.zeros([BLOCK_C], tl.float32)
+            for part in tl.static_range(8):
+                columns = column + part * WIDTH + tl.arange(0, WIDTH).to(tl.int64)
+                along += tl.sum(parts[part] * _unit(weight, stride_class, stride_dim, rows, columns, inverse, N, D), 1)
+            if column < (ACROSS - 1) * BLOCK_D:
+                for part in tl.static_range(8):
+                    tl.store(waiting + (column + part * WIDTH + tl.arange(0, WIDTH))[None, :], parts[part])
+            else:
+                outer = inverse * scale
+                for part in tl.static_range(8):
+                    columns = column + part * WIDTH + tl.arange(0, WIDTH).to(tl.int64)
+                    unit = _unit(weight, stride_class, stride_dim, rows, columns, inverse, N, D)
+                    _store_tangent(parts[part], unit, along, outer, grad, rows, columns, N, D)
+                if ACROSS > 1 and not INTERPRETED:
+                    # Other threads may have stored what these load. (Around Triton's own barrier a loop's loads would not be
+                    # asynchronous.) The next stores come after the barriers of the steps between.
+                    tl.inline_asm_elementwise(
+                        "bar.sync 0; mov.b32 $0, $1;", "=r,r", [tl.program_id(0)], tl.int32, is_pure=False, pack=1
+                    )
+                for earlier in tl.static_range((ACROSS - 1) * 8):
+                    columns = earlier * WIDTH + tl.arange(0, WIDTH).to(tl.int64)
+                    unit = _unit(weight, stride_class, stride_dim, rows, columns, inverse, N, D)
+                    _store_tangent(tl.load(waiting + columns[None, :]), unit, along, outer, grad, rows, columns, N, D)
+            g = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+
+
 @triton.jit(do_not_specialize=["B", "C", "row_factor", "grad_cosine", "grad_norm", "upstream"])
 def finish_rows(
     features, stride_row, stride_column,  # [B, D]
