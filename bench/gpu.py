@@ -60,7 +60,7 @@ def run_stages(
     )
 
     def known_ceilings() -> dict[str, Any]:
-        if "ceilings" not in report["stages"]:
+        if "shapes" not in report["stages"].get("ceilings", {}):
             report["stages"]["ceilings"] = gpu_times.ceilings(device, shapes.get("times"), shapes.get("size", 8192))
         found: dict[str, Any] = report["stages"]["ceilings"]
         return found
@@ -72,13 +72,14 @@ def run_stages(
             gpu_checks.determinism(device, 10 if quick else 100, **shapes.get("determinism", {}))
         ),
         "graph": lambda: _rows(gpu_checks.graph_capture(device)),
-        "sanitizer": gpu_checks.sanitizer,
+        "sanitizer": lambda: _rows(gpu_checks.sanitizer(device)),
         "ceilings": lambda: gpu_times.ceilings(device, shapes.get("times"), shapes.get("size", 8192)),
         "times": lambda: _rows(gpu_times.times(device, known_ceilings(), quick, shapes.get("times"))),
         "profile": lambda: gpu_times.profile(device, **shapes.get("profile", {})),
-        "tests": gpu_checks.gpu_tests,
+        "tests": lambda: _rows(gpu_checks.gpu_tests()),
     }  # fmt: skip
     failed: list[str] = []
+    not_run: list[str] = []
     for stage in stages:
         print(f"\n== {stage}", flush=True)
         start = time.perf_counter()
@@ -94,22 +95,27 @@ def run_stages(
         _write(path, report)
         rows = result if isinstance(result, list) else [result]
         failed += [f"{stage}: {_short(row)}" for row in rows if row.get("ok") is False]
+        not_run += [f"{stage}: {_short(row)}" for row in rows if row.get("ok", True) is None]
         if not isinstance(result, list):
             print(_short(result), flush=True)
         elif stage == "profile":
             print("\n".join(_profiled(row) for row in result), flush=True)
         print(f"-- {stage}: {time.perf_counter() - start:.0f} s", flush=True)
     drawn = _plot(path.with_suffix(".png"), report)
-    print("\n" + ("\n".join(["FAILED", *failed]) if failed else "every check passed"))
+    print("\n" + ("\n".join(["FAILED", *failed]) if failed else "every check that ran passed"))
+    print("\n".join(["NOT RUN", *not_run]) if not_run else "every check ran")
     print(f"written: {path}" + (f", {path.with_suffix('.png').name}" if drawn else ""))
     return int(bool(failed))
 
 
 def _rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = []
-    for row in rows:
-        print(("FAIL " if row.get("ok") is False else "") + _short(row), flush=True)
-        found.append(row)
+    found: list[dict[str, Any]] = []
+    try:
+        for row in rows:
+            print(("FAIL " if row.get("ok") is False else "") + _short(row), flush=True)
+            found.append(row)
+    except Exception as error:  # what there is already is kept
+        found.append({"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]})
     return found
 
 

@@ -37,13 +37,27 @@ class Times:
         }
 
 
-def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """How long one call takes; on a GPU by events around it."""
+# Of a GPU's clock, some 0.6 ms: time for the host to queue a few launches.
+_HEAD_START = 1_000_000
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an exception says, if anything, after its type."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+
+
+def seconds(function: Callable[[], Any], device: torch.device, queued: bool = False) -> float:
+    """How long one call takes; on a GPU by events around it, ``queued`` behind something else.
+
+    A kernel of a few µs takes longer to launch: alone, it is the host that would be timed.
+    """
     if device.type != "cuda":
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if queued:
+        torch.cuda._sleep(_HEAD_START)
     first.record()
     function()
     last.record()
