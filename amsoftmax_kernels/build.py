@@ -59,7 +59,7 @@ def architecture(capability: tuple[int, int]) -> str:
 def prebuilt() -> Path | None:
     """The library that the environment variable AMSOFTMAX_KERNELS_LIBRARY names, if it is set."""
     value = os.environ.get(_PREBUILT)
-    return Path(value) if value else None
+    return Path(value).absolute() if value else None  # the loader looks for a bare name elsewhere
 
 
 def find_nvcc() -> str | None:

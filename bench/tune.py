@@ -1,7 +1,8 @@
 """`python -m bench tune`: time the candidates for the Triton backend's table on this GPU, and print the entries that won.
 
 A candidate's cosine kernel runs alone, storing E, on the shapes of the benchmark; its score is the geometric mean of its
-times. Then the sizes of chunks, by whole steps. What is printed goes into backends/triton_configs.py by hand.
+times, if it has the row sums that the table's own entry has. Then the batches to which the centres' gradient is quicker in
+one kernel, and the sizes of chunks, by whole steps. What is printed goes into backends/triton_configs.py by hand.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from amsoftmax_kernels import am_softmax_loss
 from amsoftmax_kernels.backends import Problem, fused, triton_configs
@@ -33,6 +35,8 @@ SHAPES = [(256, 512, 10_496), (1024, 512, 131_072), (4096, 512, 32_768)]
 CHUNK_SHAPE = (1024, 512, 1_000_000)
 CHUNKS = (1 << 25, 1 << 26, 1 << 27, 1 << 28)
 FINISHES = (1 << 22, 1 << 23, 1 << 24, 1 << 30)
+GRADIENT_ROWS = (256, 1024, 2048, 4096)
+SAME_SUMS = 1e-3  # relative, between candidates: their products are summed in other orders
 KINDS = {"half": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 
 
@@ -40,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m bench tune`."""
     parser.add_argument("--out", type=Path, default=Path("out/tune"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--kind", nargs="+", choices=list(KINDS), default=list(KINDS), help="default: all")
-    parser.add_argument("--seconds", type=float, default=240, help="no new candidate after this; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=240, help="shared by all; default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,19 +53,20 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit("bench tune: PyTorch finds no GPU here")
     device = torch.device("cuda")
     capability = torch.cuda.get_device_capability()
-    end = time.perf_counter() + args.seconds
+    begin, share = time.perf_counter(), args.seconds / (len(args.kind) + 1)  # what is left at the end is for whole steps
     report: dict[str, Any] = {"machine": machine.describe(device), "capability": capability, "candidates": []}
     args.out.mkdir(parents=True, exist_ok=True)
     winners: dict[str, Config] = {}
     precision = torch.get_float32_matmul_precision()
-    for how in args.kind:
+    for i, how in enumerate(args.kind):
         torch.set_float32_matmul_precision("high" if how == "tf32" else "highest")
         best = math.inf
-        for config in candidates(capability, how):
-            if time.perf_counter() > end:
+        sums: list[Tensor] = []
+        for config in itertools.chain([triton_configs.config(capability, how)], candidates(capability, how)):
+            if time.perf_counter() > begin + share * (i + 1):
                 print("out of time: the rest of the candidates is left out")
                 break
-            row = _score(config, how, device)
+            row = _score(config, how, device, sums)
             report["candidates"].append(row)
             mark = ""
             if row.get("score", math.inf) < best:
@@ -69,16 +74,22 @@ def run(args: argparse.Namespace) -> int:
             print(_line(row) + mark, flush=True)
             (args.out / "tune.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     torch.set_float32_matmul_precision(precision)
-    report["chunks"] = list(_chunks(device, end))
-    (args.out / "tune.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("\nentries for amsoftmax_kernels/backends/triton_configs.py:")
     for how, config in winners.items():
         print(f'    ({capability[0]}, "{how}"): {config},')
+    end = begin + args.seconds
+    for name, rows in (("gradient", _gradients(device, end)), ("chunks", _chunks(device, end))):
+        report[name] = []
+        try:
+            report[name].extend(rows)
+        except Exception as error:  # whatever a candidate may have left behind
+            print(f"{name}: {measure.first_line(error)}")
+        (args.out / "tune.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
 def candidates(capability: tuple[int, int], how: str) -> Iterator[Config]:
-    """The table's own entry first, then its neighbours that fit the shared memory of an SM."""
+    """The table's own entry first (twice in all: the GPU is cold at first), then its neighbours that fit an SM's memory."""
     yield triton_configs.config(capability, how)
     bulk = capability[0] >= 9 and how != "float32"
     size = 2 if how == "half" else 4
@@ -99,19 +110,26 @@ def candidates(capability: tuple[int, int], how: str) -> Iterator[Config]:
             yield Config(rows, classes, depth, stages, warps, bulk, split, resident)
 
 
-def _score(config: Config, how: str, device: torch.device) -> dict[str, Any]:
+def _score(config: Config, how: str, device: torch.device, sums: list[Tensor]) -> dict[str, Any]:
+    """``sums``: z of each shape, as the first candidate leaves it here and the others must have it."""
     row: dict[str, Any] = {"kind": how, "config": dataclasses.asdict(config)}
     try:
         with mock.patch.object(backend, "_config", lambda *_: config):
-            row["seconds"] = [_cosine_seconds(*shape, KINDS[how], device) for shape in SHAPES]
+            timed = [_cosine_seconds(*shape, KINDS[how], device) for shape in SHAPES]
     except Exception as error:  # a candidate that does not compile or fit
-        return row | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"}
+        return row | {"failed": measure.first_line(error)}
+    row["seconds"] = [seconds for seconds, _ in timed]
+    sums[:] = sums or [z for _, z in timed]
+    apart = max(float(((z - right) / right).abs().max()) for (_, z), right in zip(timed, sums, strict=True))
+    if not apart < SAME_SUMS:
+        return row | {"failed": f"its sums are {apart:.1e} away from those of the table's entry"}
     row["score"] = statistics.geometric_mean(row["seconds"])
     row["tflops"] = [2e-12 * B * D * C / s for (B, D, C), s in zip(SHAPES, row["seconds"], strict=True)]
     return row
 
 
-def _cosine_seconds(B: int, D: int, C: int, dtype: torch.dtype, device: torch.device) -> float:
+def _cosine_seconds(B: int, D: int, C: int, dtype: torch.dtype, device: torch.device) -> tuple[float, Tensor]:
+    """Seconds of a launch, and the row sums."""
     features, weight, labels = (each.detach() for each in problem(B, D, C, device))
     problem_ = Problem(features, weight, labels, torch.tensor(30.0), True, dtype, math.inf)
     shard, kernels = fused.Shard.of(problem_, True, True), backend._Kernels()
@@ -128,7 +146,30 @@ def _cosine_seconds(B: int, D: int, C: int, dtype: torch.dtype, device: torch.de
             launch()
 
     five()
-    return statistics.median(measure.seconds(five, device) / 5 for _ in range(5))
+    seconds = statistics.median(measure.seconds(five, device, queued=True) / 5 for _ in range(5))
+    return seconds, z.sum(0)
+
+
+def _gradients(
+    device: torch.device, end: float, batches: tuple[int, ...] = GRADIENT_ROWS, D: int = 512, C: int = 131_072
+) -> Iterator[dict[str, Any]]:
+    """Whole steps with the centres' gradient in one kernel, and as a product and a pass after it."""
+    for B in batches:
+        listed = backend._gradient_config(device)
+        if time.perf_counter() > end or listed is None:
+            return
+        tensors = problem(B, D, C, device)
+        row: dict[str, Any] = {"B": B, "D": D, "C": C}
+        always = dataclasses.replace(listed, most_rows=1 << 62)
+        for name, config in (("at once", always), ("product and pass", None)):
+            with mock.patch.object(backend, "_gradient_config", lambda _, config=config: config):
+                backend.fused.forget()
+                row[name] = _step_seconds(tensors, 1 << 62, device)
+        backend.fused.forget()
+        print(
+            f"gradient, B={B}: " + ", ".join(f"{name} {1e3 * row[name]:.3f} ms" for name in ("at once", "product and pass"))
+        )
+        yield row
 
 
 def _chunks(

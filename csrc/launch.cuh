@@ -17,7 +17,8 @@ class DeviceGuard {
 public:
     explicit DeviceGuard(int device) {
         cudaGetDevice(&before_);
-        if (before_ != device) cudaSetDevice(device);
+        // Even if it is that one: only this makes its context the thread's, which the driver's own functions ask for.
+        cudaSetDevice(device);
         device_ = device;
     }
     ~DeviceGuard() {

@@ -67,7 +67,7 @@ const char* allow(const Variant& v) {
 }
 
 constexpr const char* kNoMaps = "the driver has no tensor maps: it is older than CUDA 12";
-constexpr const char* kRefused = "the driver refuses a matrix's shape for bulk copies";
+constexpr const char* kRefused = "the driver refuses to describe a matrix for bulk copies: its address, its shape";
 
 }  // namespace
 }  // namespace sm90

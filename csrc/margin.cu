@@ -5,13 +5,13 @@
 namespace ak {
 namespace {
 
-constexpr int kThreads = 256, kRows = kThreads / 32, kAtOnce = kThreads / 2;
+constexpr int kThreads = 256, kRows = kThreads / 32;
 
 __device__ inline MarginRow margin_row(const AkMargin& p, int64_t row, double z) {
     const int64_t label = p.labels[row];
     if (label < 0) return {0, 0, 0, 0};
-    const double t = label < p.classes ? double(p.cosine[row]) : NAN;  // out of range: no silent wrong number
-    return additive_margin(z, p.shift[row], t, scale_of(p.scale, p.norm[row]), p.margin);
+    const double cosine = p.cosine[row], shift = p.shift[row], s = scale_of(p.scale, p.norm[row]);
+    return additive_margin(z, shift, label < p.classes ? cosine : NAN, s, p.margin);  // out of range: no silent wrong number
 }
 
 // A row a warp.
@@ -46,31 +46,26 @@ __device__ inline void one_row(const AkMargin& p, int64_t row, double share) {
     }
 }
 
-// The last block takes the loss alone: every row's margin again, rather than a wait for the others.
+// The first block, if the loss is one number, takes that alone: every row's margin again, rather than a wait for the others.
+// It has the most to do one after the other: a row a thread, as many loads at once as there are parts.
 template <class X, class O>
 __global__ void __launch_bounds__(kThreads) constant_margin(AkMargin p) {
     const double share = p.mean ? 1.0 / double(*p.num_rows) : 1.0;
-    const int64_t row_blocks = (p.batch + kRows - 1) / kRows;
-    if (blockIdx.x < row_blocks) {
-        const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / 32;
+    if (!p.reduce || blockIdx.x > 0) {
+        const int64_t row = int64_t(blockIdx.x - (p.reduce ? 1 : 0)) * kRows + threadIdx.x / 32;
         if (row < p.batch) one_row<X, O>(p, row, share);
         return;
     }
-    __shared__ double sums[kThreads];
-    const int half = threadIdx.x / kAtOnce;
     double total = 0;
-    for (int64_t first = 0; first < p.batch; first += kAtOnce) {
-        const int64_t row = first + threadIdx.x % kAtOnce;
+    for (int64_t row = threadIdx.x; row < p.batch; row += kThreads) {
         double z = 0;
-        if (p.z_parts && row < p.batch) {
-#pragma unroll 8
-            for (int64_t part = half; part < p.parts; part += 2) z += p.z_parts[part * p.batch + row];
+        if (p.z_parts) {
+#pragma unroll 16
+            for (int64_t part = 0; part < p.parts; ++part) z += p.z_parts[part * p.batch + row];
+        } else {
+            z = p.z[row];
         }
-        sums[threadIdx.x] = z;
-        __syncthreads();
-        if (half == 0 && row < p.batch)
-            total += margin_row(p, row, p.z_parts ? z + sums[threadIdx.x + kAtOnce] : double(p.z[row])).loss;
-        __syncthreads();
+        total += margin_row(p, row, z).loss;
     }
     total = block_sum(total);
     if (threadIdx.x == 0) *p.loss = float(total * share);

@@ -171,10 +171,15 @@ def test_tuning_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     if not backend.serves(CPU, torch.float32):
         pytest.skip("Triton is not interpreted here")
     monkeypatch.setattr(tune, "SHAPES", [(8, 16, 40)])
-    row = tune._score(backend._INTERPRETED, "float32", CPU)
-    assert row["score"] > 0 and "TFLOP/s" in tune._line(row)
-    failed = tune._score(dataclasses.replace(backend._INTERPRETED, rows=24), "float32", CPU)
+    sums: list[Tensor] = []
+    row = tune._score(backend._INTERPRETED, "float32", CPU, sums)
+    assert row["score"] > 0 and "TFLOP/s" in tune._line(row) and sums[0].shape == (8,)
+    failed = tune._score(dataclasses.replace(backend._INTERPRETED, rows=24), "float32", CPU, sums)
     assert "failed" in failed and failed["failed"] in tune._line(failed)
+    wrong = tune._score(backend._INTERPRETED, "float32", CPU, [sums[0] * 1.01])
+    assert "9.9e-03 away" in wrong["failed"]
+    (gradient,) = tune._gradients(CPU, math.inf, (8,), 16, 40)
+    assert gradient["at once"] > 0 and gradient["product and pass"] > 0
     monkeypatch.setattr(tune, "CHUNK_SHAPE", (8, 16, 40))
     rows = list(tune._chunks(CPU, math.inf, (1 << 25,), (1 << 22, 1 << 23)))
     assert len(rows) == 2 and rows[0]["kept"] > 0 and rows[0]["recomputed"] > 0

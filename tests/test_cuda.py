@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -384,6 +385,39 @@ def test_a_library_built_ahead_of_time_is_taken(monkeypatch: pytest.MonkeyPatch,
     assert "which is not there" in (build.missing() or "")
     (tmp_path / "library.so").write_bytes(b"")
     assert build.missing() is None and build.prebuilt() == tmp_path / "library.so"
+    monkeypatch.chdir(tmp_path)  # a bare name is here, not where the loader looks for libraries
+    monkeypatch.setenv("AMSOFTMAX_KERNELS_LIBRARY", "library.so")
+    assert build.missing() is None and build.prebuilt() == tmp_path / "library.so"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ('extern "C" int ak_version() { return 1; } extern "C" int ak_has_hopper() { return 0; }', "version 1"),
+        ("", "not a lib"),
+    ],
+    ids=["outdated", "another"],
+)
+def test_another_library_is_refused_in_words(source: str, message: str, tmp_path: Path) -> None:
+    """Also one from before a function was there: then other backends serve."""
+    (tmp_path / "other.cpp").write_text(source)
+    subprocess.run(["g++", "-shared", "-fPIC", tmp_path / "other.cpp", "-o", tmp_path / "other.so"], check=True)
+    with pytest.raises(RuntimeError, match=message):
+        cuda_library.Library(tmp_path / "other.so")
+
+
+def test_nvcc_is_looked_for_until_a_library_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a step asks, and takes a while."""
+    looked: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(build, "missing", lambda: looked.append(None))
+    loaded = functools.lru_cache(lambda arch: object())
+    monkeypatch.setattr(cuda_library, "library", loaded)
+    assert cuda.unavailable_reason() is None and len(looked) == 1
+    loaded("90a")
+    assert cuda.unavailable_reason() is None and len(looked) == 1
 
 
 @NVCC

@@ -34,7 +34,8 @@ def unavailable_reason() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < _MIN_CAPABILITY:
         return f"needs compute capability 8.0 or newer, but this GPU has {capability[0]}.{capability[1]}"
-    return build.missing()
+    # To look for nvcc takes some 50 µs, and a step asks each time.
+    return None if c.library.cache_info().currsize else build.missing()
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
@@ -54,7 +55,7 @@ def remark() -> str | None:
 @functools.cache
 def _builds(device: torch.device) -> bool:
     try:
-        _library(device).check(device)
+        _library(device)
     except (build.BuildError, OSError, RuntimeError) as error:
         warnings.warn(f"amsoftmax_kernels: the CUDA library cannot be had, other backends serve:\n{error}", stacklevel=2)
         return False
@@ -63,7 +64,10 @@ def _builds(device: torch.device) -> bool:
 
 @functools.cache
 def _library(device: torch.device) -> c.Library:
-    return c.library(build.architecture(torch.cuda.get_device_capability(device)))
+    """The library for this device. Its check is also what lets kernels have their shared memory there."""
+    found = c.library(build.architecture(torch.cuda.get_device_capability(device)))
+    found.check(device)
+    return found
 
 
 @functools.lru_cache(1024)
@@ -90,7 +94,7 @@ class _Kernels:
         batch, dim = problem.features.shape
         tiling = _tiling(problem.weight.device, batch, padded(dim), problem.compute_dtype)
         blocks, tiles = -(-batch // tiling.rows), -(-classes // tiling.classes)
-        return int(tiling.parts) * streams_for(tiling.blocks, blocks, tiles)
+        return int(tiling.parts) * streams_for(max(tiling.blocks, 1), blocks, tiles)
 
     def canonical_labels(self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor) -> None:
         parameters = c.Labels(

@@ -100,15 +100,17 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._library = ctypes.CDLL(str(path))
-        self._functions = {name: getattr(self._library, name) for name in LAUNCHERS}
-        for function in self._functions.values():
-            function.argtypes, function.restype = [c_void_p, c_void_p], c_char_p
         for name in CONSTANTS:
-            function = getattr(self._library, name)
+            function = getattr(self._library, name, None)
+            if function is None:
+                raise RuntimeError(f"{path} is not a library of this package: it has no {name}")
             function.argtypes, function.restype = [], c_int32
         version = self._library.ak_version()
         if version != VERSION:
             raise RuntimeError(f"{path} has version {version} of the interface, this package {VERSION}: build it again")
+        self._functions = {name: getattr(self._library, name) for name in LAUNCHERS}
+        for function in self._functions.values():
+            function.argtypes, function.restype = [c_void_p, c_void_p], c_char_p
         self._library.ak_check.argtypes, self._library.ak_check.restype = [ctypes.POINTER(Where)], c_char_p
         self.has_hopper = bool(self._library.ak_has_hopper())  # its own kernels
 

@@ -173,7 +173,7 @@ class _Kernels:
             loss if x_factored is None else x_factored, features.shape[0], *problem.weight.shape, width, parts,
             z_parts is not None, x_factored is not None, isinstance(s, Tensor), problem.normalize_features,
             reduced, reduction == "mean", derivatives.shape[0] == 3, x_factored is not None and _tf32(x_factored),
-            _power_of_2(width), ROWS=128, PARTS=64, num_warps=8,
+            _power_of_2(width), PARTS=64, LOSS_ROWS=512, LOSS_PARTS=16, num_warps=8,
         )  # fmt: skip
 
     def factor_rows(

@@ -332,15 +332,17 @@ def constant_margin(
     B, C, D, D_padded, parts,
     SUM: tl.constexpr, FACTOR: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr,
     REDUCE: tl.constexpr, MEAN: tl.constexpr, NEED_SCALE: tl.constexpr, TF32: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, LOSS_ROWS: tl.constexpr, LOSS_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """AM-Softmax's derivatives by log z (over z), t and s, and a∘x̂, a row a program; the last program, if REDUCE, the loss.
+    """AM-Softmax's derivatives by log z (over z), t and s, and a∘x̂, a row a program; the first program, if REDUCE, the loss.
 
     That one computes every row's margin again rather than wait for the others: B numbers, in float64.
     """
     row = tl.program_id(0)
+    if REDUCE:
+        row -= 1
     count = tl.load(num_rows).to(tl.float64)
-    if row < B:
+    if row >= 0:
         label = tl.load(labels + row)
         if SUM:
             total = tl.zeros([PARTS], tl.float64)
@@ -375,15 +377,15 @@ def constant_margin(
             factored = _operand(factored, x_factored.dtype.element_ty, TF32)
             tl.store(x_factored + place * D_padded + columns, factored, mask=columns < D_padded)
     elif REDUCE:
-        losses = tl.zeros([ROWS], tl.float64)
-        for first in range(0, B, ROWS):
-            rows = first + tl.arange(0, ROWS)
+        losses = tl.zeros([LOSS_ROWS], tl.float64)
+        for first in range(0, B, LOSS_ROWS):
+            rows = first + tl.arange(0, LOSS_ROWS)
             inside = rows < B
             label = tl.load(labels + rows, mask=inside, other=-1)
             if SUM:
-                total = tl.zeros([ROWS], tl.float64)
-                for start in range(0, parts, PARTS):
-                    part = start + tl.arange(0, PARTS)
+                total = tl.zeros([LOSS_ROWS], tl.float64)
+                for start in range(0, parts, LOSS_PARTS):
+                    part = start + tl.arange(0, LOSS_PARTS)
                     mask = (part < parts)[:, None] & inside[None, :]
                     offsets = part.to(tl.int64)[:, None] * B + rows[None, :]
                     total += tl.sum(tl.load(z_partial + offsets, mask=mask, other=0.0), 0)
