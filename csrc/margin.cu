@@ -47,9 +47,9 @@ __device__ inline void one_row(const AkMargin& p, int64_t row, double share) {
 }
 
 // The first block, if the loss is one number, takes that alone: every row's margin again, rather than a wait for the others.
-// It has the most to do one after the other: a row a thread, as many loads at once as there are parts.
+// It has the most to do one after the other: a row a thread, eight of its parts at once.
 template <class X, class O>
-__global__ void __launch_bounds__(kThreads) constant_margin(AkMargin p) {
+__global__ void __launch_bounds__(kThreads, 4) constant_margin(AkMargin p) {
     const double share = p.mean ? 1.0 / double(*p.num_rows) : 1.0;
     if (!p.reduce || blockIdx.x > 0) {
         const int64_t row = int64_t(blockIdx.x - (p.reduce ? 1 : 0)) * kRows + threadIdx.x / 32;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) constant_margin(AkMargin p) {
     for (int64_t row = threadIdx.x; row < p.batch; row += kThreads) {
         double z = 0;
         if (p.z_parts) {
-#pragma unroll 16
+#pragma unroll 8
             for (int64_t part = 0; part < p.parts; ++part) z += p.z_parts[part * p.batch + row];
         } else {
             z = p.z[row];
