@@ -10,9 +10,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what older PyTorc
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the Triton backend then serves CPU tensors
 
-from amsoftmax_kernels.backends import chunked
+from amsoftmax_kernels.backends import chunked, cuda_library, fused
 
 from .cases import CHUNK
+from .emulation import build_emulated, hopper_on_cpu, serve
 from .ranks import Ranks
 
 
@@ -20,6 +21,35 @@ from .ranks import Ranks
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few classes, so that small problems take several."""
     monkeypatch.setattr(chunked, "_chunk_size", lambda batch, dim, device: CHUNK)
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for the backends on fused kernels."""
+    monkeypatch.setattr(fused, "chunk_size", lambda batch, dim: CHUNK)
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.Library:
+    return build_emulated(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def emulated(emulated_library: cuda_library.Library, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(emulated_library, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def hopper_library(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.Library:
+    """The emulated library with Hopper's tiles in the place of the portable kernel."""
+    part = hopper_on_cpu()
+    return build_emulated(tmp_path_factory.mktemp("hopper"), "-DAK_CUTLASS", str(part), f"-Wl,-rpath,{part.parent}")
+
+
+@pytest.fixture
+def hopper(hopper_library: cuda_library.Library, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hopper_library.has_hopper
+    serve(hopper_library, monkeypatch)
 
 
 @pytest.fixture(scope="session", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])

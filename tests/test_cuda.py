@@ -28,43 +28,6 @@ DTYPES = [torch.float16, torch.bfloat16]
 BY_NAME = {case.name: case for case in CASES}
 
 
-def build_emulated(path: Path, *more: str) -> cuda_library.Library:
-    """csrc compiled by the host's compiler, its GPU threads run one after the other."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the emulation")
-    sources = [str(each) for each in sorted(build.sources().glob("*.cu")) if each.name not in build.HOPPER_SOURCES]
-    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DAK_EMULATE", "-fPIC"]
-    command += ["-shared", "-x", "c++", *sources, "-x", "none", *more, "-o", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return cuda_library.Library(path)
-
-
-def serve(library: cuda_library.Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA backend by this library, on CPU tensors."""
-    monkeypatch.setattr(cuda, "_library", lambda device: library)
-    monkeypatch.setattr(cuda, "_tiling", library.tiling)
-    monkeypatch.setattr(cuda, "_grad_clusters", library.grad_clusters)
-    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(cuda, "serves", lambda device, dtype: dtype in (*DTYPES, torch.float32))
-
-
-@pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.Library:
-    return build_emulated(tmp_path_factory.mktemp("emulated") / "library.so")
-
-
-@pytest.fixture
-def emulated(emulated_library: cuda_library.Library, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    serve(emulated_library, monkeypatch)
-
-
-@pytest.fixture
-def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "chunk_size", lambda batch, dim: CHUNK)
-
-
 def ours(dtype: torch.dtype, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """In float32 as where TF32 is allowed: there is nothing else to multiply float32 with."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

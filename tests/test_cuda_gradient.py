@@ -15,11 +15,11 @@ from amsoftmax_kernels import build
 from amsoftmax_kernels.backends import cuda, cuda_library
 
 from .cases import CASES, CHUNK, Case, relative
-from .test_cuda import CPU, DTYPES, NVCC, check, emulated_library, ours, serve, short_chunks
-from .test_cuda_hopper import CUTLASS, hopper, hopper_library
+from .emulation import serve
+from .test_cuda import CPU, DTYPES, NVCC, check, ours
+from .test_cuda_hopper import CUTLASS
 from .test_loss import oracle
 
-__all__ = ["emulated_library", "hopper", "hopper_library", "short_chunks"]  # fixtures
 SHAPES = [
     (1, 1, 8),
     (3, 64, 64),

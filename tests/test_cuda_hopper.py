@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import itertools
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -25,46 +23,10 @@ from amsoftmax_kernels import backends, build
 from amsoftmax_kernels.backends import Problem, cuda, cuda_library, fused
 
 from .cases import CASES, CHUNK, Case
-from .test_cuda import BY_NAME, CPU, DTYPES, NVCC, build_emulated, check, check_the_cosine_kernel, ours, serve, short_chunks
+from .test_cuda import BY_NAME, CPU, DTYPES, NVCC, check, check_the_cosine_kernel, ours
 from .test_loss import oracle
 
-__all__ = ["short_chunks"]  # a fixture
 CUTLASS = pytest.mark.skipif(build.find_cutlass() is None, reason=f"no CUTLASS headers: pip install {build.CUTLASS}")
-
-
-@pytest.fixture(scope="session")
-def hopper_library(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.Library:
-    """The emulated library with Hopper's tile in the place of the portable kernel."""
-    part = _hopper_on_cpu()
-    here = tmp_path_factory.mktemp("hopper")
-    return build_emulated(here / "library.so", "-DAK_CUTLASS", str(part), f"-Wl,-rpath,{part.parent}")
-
-
-def _hopper_on_cpu() -> Path:
-    """hopper_on_cpu.cu, which only nvcc can compile; from the cache where nothing has changed."""
-    nvcc, headers = build.find_nvcc(), build.find_cutlass()
-    if nvcc is None or headers is None:
-        pytest.skip("no nvcc on this machine" if nvcc is None else f"no CUTLASS headers: pip install {build.CUTLASS}")
-    source = Path(__file__).with_name("hopper_on_cpu.cu")
-    digest = hashlib.sha256(build.key("90a", strict=True).encode() + source.read_bytes()).hexdigest()[:24]
-    library = build.cache() / f"libhopper_on_cpu-{digest}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        flags = [*build.FLAGS, *build.STRICT, *build.hopper_flags(headers), "-gencode=arch=compute_90a,code=sm_90a"]
-        folders = ["-I", str(build.sources())]
-        result = subprocess.run(
-            [nvcc, *flags, *folders, "-shared", str(source), "-o", str(unfinished)], capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        os.replace(unfinished, library)
-    return library
-
-
-@pytest.fixture
-def hopper(hopper_library: cuda_library.Library, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hopper_library.has_hopper
-    serve(hopper_library, monkeypatch)
 
 
 def test_the_layouts(hopper_library: cuda_library.Library) -> None:

@@ -22,9 +22,7 @@ from amsoftmax_kernels.backends import cuda, fused, replay
 
 from . import replayed_triton
 from .cases import Case
-from .test_cuda import BY_NAME, emulated, emulated_library, ours, short_chunks
-
-__all__ = ["emulated", "emulated_library", "short_chunks"]  # fixtures
+from .test_cuda import BY_NAME, ours
 
 
 @pytest.fixture

@@ -34,11 +34,6 @@ PLAIN = BY_NAME["plain"]
 def new_tensors_are_poisoned(poisoned: None) -> None: ...
 
 
-@pytest.fixture
-def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "chunk_size", lambda batch, dim: CHUNK)
-
-
 def ours(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     on_device = [each.to(DEVICE) for each in tensors]
     results = evaluate(ak.am_softmax_loss, *on_device, backend="triton", **options)

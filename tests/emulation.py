@@ -1,0 +1,68 @@
+"""The CUDA backend without a GPU: its sources compiled for the CPU, where every thread of every kernel is emulated."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from amsoftmax_kernels import build
+from amsoftmax_kernels.backends import cuda, cuda_library
+
+
+def build_emulated(folder: Path, *more: str) -> cuda_library.Library:
+    """csrc compiled by the host's compiler, its GPU threads run one after the other; ``more``: options and objects."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the emulation")
+    options = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DAK_EMULATE", "-fPIC"]
+    options += [each for each in more if each.startswith("-D")]
+    sources = [each for each in sorted(build.sources().glob("*.cu")) if each.name not in build.HOPPER_SOURCES]
+    objects = [str(folder / f"{each.stem}.o") for each in sources]
+    commands = [[*options, "-x", "c++", "-c", str(each), "-o", out] for each, out in zip(sources, objects, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, commands))
+    path = folder / "library.so"
+    _run([compiler, "-shared", *objects, *(each for each in more if not each.startswith("-D")), "-o", str(path)])
+    return cuda_library.Library(path)
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def serve(library: cuda_library.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA backend by this library, on CPU tensors."""
+    monkeypatch.setattr(cuda, "_library", lambda device: library)
+    monkeypatch.setattr(cuda, "_tiling", library.tiling)
+    monkeypatch.setattr(cuda, "_grad_clusters", library.grad_clusters)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(cuda, "serves", lambda device, dtype: dtype in (torch.float16, torch.bfloat16, torch.float32))
+
+
+def hopper_on_cpu() -> Path:
+    """hopper_on_cpu.cu, which only nvcc can compile; from the cache where nothing has changed."""
+    nvcc, headers = build.find_nvcc(), build.find_cutlass()
+    if nvcc is None or headers is None:
+        pytest.skip("no nvcc on this machine" if nvcc is None else f"no CUTLASS headers: pip install {build.CUTLASS}")
+    source = Path(__file__).with_name("hopper_on_cpu.cu")
+    digest = hashlib.sha256(build.key("90a", strict=True).encode() + source.read_bytes()).hexdigest()[:24]
+    library = build.cache() / f"libhopper_on_cpu-{digest}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        flags = [*build.FLAGS, *build.STRICT, *build.hopper_flags(headers), "-gencode=arch=compute_90a,code=sm_90a"]
+        folders = ["-I", str(build.sources())]
+        result = subprocess.run(
+            [nvcc, *flags, *folders, "-shared", str(source), "-o", str(unfinished)], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        os.replace(unfinished, library)
+    return library
