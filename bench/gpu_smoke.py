@@ -22,7 +22,15 @@ Row = dict[str, Any]
 SECONDS = 200  # for a child: a first build and each kernel's compilation among them
 WITHOUT = {"triton": "grad_centres", "cuda": "grad_centres"}  # what a backend can do without
 # Tiles' edges; rows in halves, in one and in a narrow one; several tiles a stream.
-SHAPES = [(5, 16, 3), (129, 100, 257), (300, 128, 3_000), (65, 256, 9_000), (256, 512, 10_516), (1024, 512, 30_000)]
+SHAPES = [
+    (5, 16, 3),
+    (129, 100, 257),
+    (300, 128, 3_000),
+    (65, 256, 9_000),
+    (64, 480, 40_000),
+    (256, 512, 10_516),
+    (1024, 512, 30_000),
+]
 
 
 def smoke(device: torch.device, seconds: float = SECONDS) -> Iterator[Row]:

@@ -30,6 +30,7 @@ MOST_LOCAL_ACCESSES = 16
 _INSTRUCTIONS = {
     "local": r"LDL|STL",
     "HGMMA": r"HGMMA",
+    "in flight": r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1",  # a wait that leaves the last group of HGMMAs at work
     "HMMA": r"HMMA",
     "UTCMMA": r"UTC\w*MMA",
     "bulk": r"UTMALDG|UTMASTG",
@@ -100,6 +101,8 @@ def faults(launch: Launch, row: dict[str, Any], card: estimate.Card) -> list[str
     tensor = gradient or launch.constant("PRECISION") == "tf32" or "fp32" not in dict(launch.signature)["x_hat"]
     if tensor and not counts[card.tensor_instruction]:
         found.append(f"no {card.tensor_instruction}")
+    if tensor and card.tensor_instruction == "HGMMA" and not counts["in flight"]:
+        found.append("each group of HGMMAs is waited for")
     bulk = gradient or launch.constant("BULK")
     if bulk and not counts["bulk"]:
         found.append("no bulk copies")

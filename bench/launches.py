@@ -152,6 +152,6 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
         torch.set_float32_matmul_precision(precision)
     if not quick:  # a dimension that fills no tile
         found |= dict.fromkeys(of_a_step(capability, multiprocessors, 100, 200, 1000))
-        for D in (128, 1024):  # the centres' gradient in one tile, and in four
+        for D in (128, 256, 496):  # the centres' gradient in one tile, narrow or wide, and in two, of which one is not full
             found |= dict.fromkeys(of_a_step(capability, multiprocessors, 256, D, 2048))
     return list(found)

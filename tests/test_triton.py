@@ -136,8 +136,9 @@ def gradient_operands(B: int, C: int, D: int) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize(
     ("B", "C", "D"), [(1, 1, 16), (16, 16, 32), (17, 33, 48), (40, 300, 128), (15, 100, 96), (70, 129, 112), (200, 1000, 64)]
 )
-def test_the_gradient_kernel(B: int, C: int, D: int, upstream: float | None) -> None:
+def test_the_gradient_kernel(B: int, C: int, D: int, upstream: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Around its tiles' edges; several tiles of columns, and of classes a program."""
+    monkeypatch.setattr(triton_configs.GradientConfig, "serves", lambda *_: True)
     terms, x_factored, weight, inverse, grad = gradient_operands(B, C, D)
     factor = None if upstream is None else torch.tensor(upstream, device=DEVICE)
     done = backend._Kernels().grad_centres(terms, x_factored, weight, inverse, grad, factor)
@@ -148,15 +149,26 @@ def test_the_gradient_kernel(B: int, C: int, D: int, upstream: float | None) -> 
     exact = (
         (g - (g * unit).sum(1, keepdim=True) * unit) * inverse.double()[:, None] * (1.0 if upstream is None else upstream)
     )
-    assert relative(grad, exact) < 2e-6 and not grad[C // 2].any()
+    assert relative(grad, exact) < (2e-6 if DEVICE.type == "cpu" else 1e-5) and not grad[C // 2].any()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("B", "C", "D"), [(256, 10_516, 512), (1024, 70_000, 512), (2000, 20_001, 1024), (1024, 40_000, 256)]
+    ("B", "C", "D"),
+    [
+        (256, 10_516, 512),
+        (1024, 70_000, 512),
+        (1024, 40_000, 256),
+        (2000, 20_001, 1024),
+        (1, 40_000, 512),
+        (64, 300, 272),
+        (70, 20_000, 1024),
+        (130, 20_001, 528),
+    ],
 )
-def test_the_gradient_kernel_at_its_sizes(B: int, C: int, D: int) -> None:
-    """Several tiles of classes a program, hundreds of times the same: what waits in memory is read after it is written."""
+def test_the_gradient_kernel_at_its_sizes(B: int, C: int, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of classes a program, one step a tile or many, and hundreds of times the same bits."""
+    monkeypatch.setattr(triton_configs.GradientConfig, "serves", lambda *_: True)
     operands = gradient_operands(B, C, D)
     terms, x_factored, weight, inverse, grad = operands
     if not backend._Kernels().grad_centres(*operands, None):
@@ -174,7 +186,7 @@ def test_what_the_gradient_kernel_leaves_to_others(monkeypatch: pytest.MonkeyPat
     terms, x_factored, weight, inverse, grad = gradient_operands(40, 50, 64)
     monkeypatch.setattr(backend, "_gradient_config", lambda _: triton_configs.GRADIENT[9])
     shifted = torch.zeros(50 * 64 + 1, device=DEVICE)[1:].view(50, 64)
-    many, wide = torch.zeros(2049, 64, device=DEVICE).bfloat16(), torch.zeros(40, 1040, device=DEVICE).bfloat16()
+    many, wide = torch.zeros(300, 64, device=DEVICE).bfloat16(), torch.zeros(40, 528, device=DEVICE).bfloat16()
     for left in (
         (terms, x_factored.float(), weight, inverse, grad),
         (terms, x_factored, weight.bfloat16(), inverse, grad.bfloat16()),
@@ -183,7 +195,8 @@ def test_what_the_gradient_kernel_leaves_to_others(monkeypatch: pytest.MonkeyPat
         (terms, x_factored, weight.T.contiguous().T, inverse, grad),
         (terms, x_factored, weight[:, :60], inverse, grad[:, :60].contiguous()),
         (many[:, :50], many, weight, inverse, grad),
-        (terms, wide, weight.repeat(1, 17)[:, :1040], inverse, grad.repeat(1, 17)[:, :1040].contiguous()),
+        (terms, wide, weight.repeat(1, 9)[:, :528], inverse, grad.repeat(1, 9)[:, :528].contiguous()),
+        (terms, wide[:, :80], weight.repeat(1, 2)[:, :80], inverse, grad.repeat(1, 2)[:, :80].contiguous()),
     ):
         assert not backend._Kernels().grad_centres(*left, None)
     assert grad.isnan().all()

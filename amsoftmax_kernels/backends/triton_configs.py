@@ -55,8 +55,10 @@ class GradientConfig:
     most_columns: int  # of the centres
 
     def serves(self, batch: int, width: int) -> bool:
-        """Whether it is used; else a library's product and a pass after it are."""
-        return width <= self.most_columns and batch * self.columns <= self.most_rows * self.columns_for(width)
+        """Whether it is used; else a library's product and a pass are, as where many columns of its tiles would be idle."""
+        columns = self.columns_for(width)
+        filled = 8 * -(-width // columns) * columns <= 9 * width
+        return filled and width <= self.most_columns and batch * self.columns <= self.most_rows * columns
 
     def columns_for(self, width: int) -> int:
         """Of a tile, a power of 2, for centres of this width."""
@@ -64,10 +66,10 @@ class GradientConfig:
 
 
 # By the same counts (bench/estimate.py). A library's product has clusters of blocks that share what they load: it draws less
-# from the L2 cache, which is worth more than the pass that is spared where the batch is large. Where none is listed neither
-# has been counted.
+# from the L2 cache, which is worth more than the pass that is spared where the batch is large; and E, read once a tile of
+# columns, must lie in that cache meanwhile. Where none is listed neither has been counted.
 GRADIENT: dict[int, GradientConfig] = {
-    9: GradientConfig(rows=64, classes=128, columns=256, stages=4, warps=8, most_rows=2048, most_columns=1024),
+    9: GradientConfig(rows=64, classes=128, columns=256, stages=4, warps=8, most_rows=1024, most_columns=512),
 }
 
 

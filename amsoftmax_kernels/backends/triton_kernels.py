@@ -216,9 +216,8 @@ def cosine_exp(
         # Few tiles hold a target or the end of the classes: the rest are spared the comparisons.
         here = (label >= first) & (label < first + BLOCK_C)
         special = (tl.max(here.to(tl.int32), 0) > 0) | (first + BLOCK_C > N)
-        if BEST:
-            if special:
-                cos = tl.where((columns[None, :] == label[:, None]) | (columns >= N)[None, :], float("-inf"), cos)
+        if BEST:  # always masked: were the products' result an if's, Triton would wait for each group of them
+            cos = tl.where((columns[None, :] == label[:, None]) | (columns >= N)[None, :], float("-inf"), cos)
             if ONLY_UNBOUNDED and FILTER:
                 cos = tl.where(cos > interclass_filter, float("-inf"), cos)
             largest = tl.max(cos, 1)
@@ -541,20 +540,28 @@ def grad_centres(
                     tl.store(waiting + (column + part * WIDTH + tl.arange(0, WIDTH))[None, :], parts[part])
             else:
                 outer = inverse * scale
-                for part in tl.static_range(8):
-                    columns = column + part * WIDTH + tl.arange(0, WIDTH).to(tl.int64)
+                for pair in tl.static_range(4):  # two at a time: loads do not pass stores, and each way to memory is long
+                    columns = column + 2 * pair * WIDTH + tl.arange(0, WIDTH).to(tl.int64)
+                    more = columns + WIDTH
                     unit = _unit(weight, stride_class, stride_dim, rows, columns, inverse, N, D)
-                    _store_tangent(parts[part], unit, along, outer, grad, rows, columns, N, D)
+                    unit_more = _unit(weight, stride_class, stride_dim, rows, more, inverse, N, D)
+                    _store_tangent(parts[2 * pair], unit, along, outer, grad, rows, columns, N, D)
+                    _store_tangent(parts[2 * pair + 1], unit_more, along, outer, grad, rows, more, N, D)
                 if ACROSS > 1 and not INTERPRETED:
-                    # Other threads may have stored what these load. (Around Triton's own barrier a loop's loads would not be
-                    # asynchronous.) The next stores come after the barriers of the steps between.
+                    # Each thread loads what it stored itself, as Triton lays tiles out today; were it otherwise, this would
+                    # order them, and the barriers of the steps between the next stores. (Around Triton's own barrier a
+                    # loop's loads are not asynchronous.)
                     tl.inline_asm_elementwise(
                         "bar.sync 0; mov.b32 $0, $1;", "=r,r", [tl.program_id(0)], tl.int32, is_pure=False, pack=1
                     )
-                for earlier in tl.static_range((ACROSS - 1) * 8):
-                    columns = earlier * WIDTH + tl.arange(0, WIDTH).to(tl.int64)
+                for pair in tl.static_range((ACROSS - 1) * 4):
+                    columns = 2 * pair * WIDTH + tl.arange(0, WIDTH).to(tl.int64)
+                    more = columns + WIDTH
+                    earlier, earlier_more = tl.load(waiting + columns[None, :]), tl.load(waiting + more[None, :])
                     unit = _unit(weight, stride_class, stride_dim, rows, columns, inverse, N, D)
-                    _store_tangent(tl.load(waiting + columns[None, :]), unit, along, outer, grad, rows, columns, N, D)
+                    unit_more = _unit(weight, stride_class, stride_dim, rows, more, inverse, N, D)
+                    _store_tangent(earlier, unit, along, outer, grad, rows, columns, N, D)
+                    _store_tangent(earlier_more, unit_more, along, outer, grad, rows, more, N, D)
             g = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
 
 
