@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name:10}{times} {count:18}")
     print(
         "\nMedians of steps replayed, as those of one layout are from the third on (backends/replay.py), and of others.\n"
-        "The driver's launches, two library products and PyTorch's hand-over to its backward thread are not counted."
+        "The driver's launches, a library's products (two, or one beside a kernel for the centres' gradient) and PyTorch's\n"
+        "hand-over to its backward thread are not counted."
     )
     return 0
 

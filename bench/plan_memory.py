@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from amsoftmax_kernels.backends import chunked, fused
+from amsoftmax_kernels.backends import chunked, fused, triton_configs
 from amsoftmax_kernels.backends.budget import kept_classes
 from amsoftmax_kernels.functional import DEFAULT_SAVE_BYTES
 from amsoftmax_kernels.optim import UPDATE_ELEMENTS
 from amsoftmax_kernels.sampling import draw_size
+
+from . import estimate
 
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adamw": 2}  # states of a centre's size
 # On a CPU the products' own buffers, and small tensors that the allocator keeps: a few MB where they were measured.
@@ -129,6 +131,10 @@ def _workspace(run: Run) -> dict[str, int]:
     parts["features of all ranks, their gradient"] = rows * width * (compute + 4 + compute + panel + 4 + 4)
     in_place = run.dtype == torch.float32 and width == dim
     finish = 0 if in_place else 4 * min(fused.FINISH_ELEMENTS, classes * width)
+    gradient, card = triton_configs.GRADIENT[9], estimate.CARDS["sm_90"]
+    if panel == 2 and run.dtype == torch.float32 and width == dim and gradient.serves(rows, width):
+        columns = gradient.columns_for(width)  # a program's tiles, all but the last, wait in memory
+        finish = 4 * card.multiprocessors * gradient.classes * (-(-width // columns) - 1) * columns
     # ŵ and the terms of a chunk: both made again in the backward pass unless all terms are kept.
     parts["chunks"] = (0 if all_kept else chunk * (width * compute + rows * panel)) + finish
     parts["partial sums"] = 8 * rows * _STREAMS * -(-classes // chunk)
