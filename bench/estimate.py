@@ -82,9 +82,15 @@ def more_launches(B: int, D: int, C: int, kept: bool, at_once: bool = False) -> 
     chunk = chunk_size(B, D)
     chunks = -(-C // chunk)
     pieces = sum(-(-min(chunk, C - first) // finish_size(padded(D))) for first in range(0, C, chunk))
-    # ŵ, E and Eŵ; where E is computed again, ŵ and z before. The first of several chunks has its ŵ, and all their z a sum.
-    each = (3 if kept else 5) * (chunks - 1) + 2 * (chunks > 1)
+    # ŵ, E and Eŵ; where E is computed again, ŵ and z before. The first of several chunks has its ŵ, twice where E is made
+    # again (a single one has it once), and all their z a sum.
+    each = (3 if kept else 5) * (chunks - 1) + (2 if kept else 3) * (chunks > 1)
     return each + (chunks - 1 if at_once else 2 * (pieces - 1))
+
+
+def prepare_bytes(B: int, D: int, C: int, kept: bool) -> int:
+    """Of the passes that make ŵ: float32 read, bfloat16 written; again in the backward pass if it was not one chunk."""
+    return (6 if kept or chunk_size(B, D) >= C else 12) * C * D
 
 
 def floor(card: Card, B: int, D: int, C: int, kept: bool) -> float:
@@ -99,7 +105,7 @@ def step(card: Card, B: int, D: int, C: int, kept: bool, launches: dict[bool, in
     cosine = _cosine_exp(card, config, B, D, C)
     summed = _cosine_exp(card, config, B, D, C, stored=False)
     pieces = {
-        "prepare": 6 * C * D / card.copy,  # float32 read, bfloat16 written
+        "prepare": prepare_bytes(B, D, C, kept) / card.copy,
         "cosine_exp": max(cosine["tensor"] + cosine["epilogue"], cosine["l2"]),
         "product with centres": flops / card.products,
         # A library's product; then dŵ written (read again out of the L2 cache), w read, dw written.
@@ -110,12 +116,11 @@ def step(card: Card, B: int, D: int, C: int, kept: bool, launches: dict[bool, in
         pieces["gradient"] = max(grad_centres(card, B, D, C).values())
     pieces["launches"] = (launches[at_once] + more_launches(B, D, C, kept, at_once)) * SECONDS_A_LAUNCH
     if not kept:  # a pass for the sums alone comes first
-        pieces["prepare"] *= 2
         pieces["cosine_exp"] += max(summed["tensor"] + summed["epilogue"], summed["l2"])
     total, least = sum(pieces.values()), floor(card, B, D, C, kept)
     return {
         "B": B, "D": D, "C": C, "kept": kept, "flops": (3 if kept else 4) * flops,
-        "bytes": (6 + 12 if kept else 12 + 12) * C * D, "pieces_s": pieces, "cosine_exp_s": cosine,
+        "bytes": prepare_bytes(B, D, C, kept) + 12 * C * D, "pieces_s": pieces, "cosine_exp_s": cosine,
         "total_s": total, "floor_s": least, "of_floor": least / total,
     }  # fmt: skip
 
@@ -204,7 +209,7 @@ def hopper_step(card: Card, B: int, D: int, C: int, kept: bool, launches: dict[b
     """As :func:`step`, with the C++ kernels for Hopper."""
     product = 2 * B * C * D / card.products
     pieces = {
-        "prepare": (6 if kept else 12) * C * D / card.copy,
+        "prepare": prepare_bytes(B, D, C, kept) / card.copy,
         "cosine_exp": max(hopper_cosine_exp(card, B, D, C).values()),
         "product with centres": product,
         "grad_centres": max(hopper_grad_centres(card, B, D, C).values()),

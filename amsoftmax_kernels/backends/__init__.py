@@ -52,6 +52,7 @@ class Derivatives(NamedTuple):
     x_factored: Tensor  # and the rest: a backend's own, of size 0 where it does without
     x_hat: Tensor
     factor: Tensor
+    w_hat: Tensor
 
 
 class LossAtOnce(NamedTuple):

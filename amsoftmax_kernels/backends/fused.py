@@ -85,14 +85,14 @@ class Fused:
         register(
             f"{name}_forward_loss",
             f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows, bool need_weight, Tensor num_rows, "
-            f"float margin, str reduction, bool need_scale) -> ({', '.join(['Tensor'] * 15)})",
+            f"float margin, str reduction, bool need_scale) -> ({', '.join(['Tensor'] * 16)})",
             self._forward_loss,
             _forward_loss_fake,
         )
         register(
             f"{name}_backward_loss",
             f"({PROBLEM_SCHEMA}, {vectors}, Tensor inverse_norm, Tensor kept, Tensor rows, Tensor derivatives, "
-            "Tensor x_factored, Tensor x_hat, Tensor factor, Tensor upstream, "
+            "Tensor x_factored, Tensor x_hat, Tensor factor, Tensor w_hat, Tensor upstream, "
             "bool need_features, bool need_weight, bool need_scale) -> (Tensor, Tensor, Tensor)",
             self._backward_loss,
             gradients_fake,
@@ -179,6 +179,7 @@ class Fused:
 
         saved, *prepared = self._over_chunks(problem, *how, finish=finish)
         recompute = needed and saved.kept.shape[1] < problem.weight.shape[0]
+        # ŵ too, if it is in one piece: the backward pass would have to make it again, in memory as large.
         return *saved, loss, derivatives, x_factored, *(each if recompute else each.new_empty(0) for each in prepared)
 
     def _over_chunks(
@@ -190,8 +191,11 @@ class Fused:
         need_weight: bool,
         *,
         finish: Callable[[Forward, Tensor | None], None] | None,
-    ) -> tuple[Forward, Tensor, Tensor]:
-        """The forward pass, x̂ and log2(e)·s. ``finish`` is called at its end, to sum z if it is given the parts."""
+    ) -> tuple[Forward, Tensor, Tensor, Tensor]:
+        """The forward pass, x̂, log2(e)·s, and ŵ if the classes are one chunk (else of size 0).
+
+        ``finish`` is called at its end, to sum z if it is given the parts.
+        """
         features, weight, labels, scale, normalize = problem[:5]
         (B, D), C = features.shape, weight.shape[0]
         kernels = self.kernels
@@ -210,13 +214,14 @@ class Fused:
             best_class = labels.new_empty(B if predict else 0)
             results = Forward(z, shift, cosine, norm, inverse_norm, kept, z.new_empty(0), rows, best, best_class)
             x_hat = features.new_empty(B, shard.width, dtype=problem.compute_dtype)
+            one_chunk = len(shard.chunks) == 1
+            whole = shard.w_hat[:C] if one_chunk else x_hat.new_empty(0)
             if B == 0:
                 if finish is not None:
                     finish(results, None)
-                return results, x_hat, factor
+                return results, x_hat, factor, whole
             s = scale_of(scale, normalize)
-            one_chunk = len(shard.chunks) == 1
-            w_hat = shard.w_hat[:C] if one_chunk else None
+            w_hat = whole if one_chunk else None
             kernels.prepare_rows(problem, s, x_hat, cosine, norm, factor, shift, w_hat, inverse_norm)
             bounded = _bounded(s, normalize)
             parts = (len(shard.chunks), kernels.streams(problem, shard.classes(0)), B)
@@ -251,7 +256,7 @@ class Fused:
                 finish(results, z_parts if one_chunk else None)
             if predict:
                 kernels.reduce_best(best_parts, class_parts, best, best_class)
-            return results, x_hat, factor
+            return results, x_hat, factor, whole
 
     def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         problem, vectors = Problem(*arguments[:7]), arguments[7:13]
@@ -269,16 +274,18 @@ class Fused:
             s = scale_of(problem.scale, problem.normalize_features)
             with on_device(features.device):
                 self.kernels.factor_rows(problem, norm, row_factor, s, x_factored, x_hat, factor)
-        return self._gradients(problem, vectors, row_factor, grad_cosine, grad_norm, None, x_factored, x_hat, factor, needs)
+        return self._gradients(
+            problem, vectors, row_factor, grad_cosine, grad_norm, None, x_factored, x_hat, factor, None, needs
+        )
 
     def _backward_loss(self, *arguments: Any) -> tuple[Tensor, ...]:
         problem, vectors = Problem(*arguments[:7]), arguments[7:13]
-        derivatives, x_factored, x_hat, factor, upstream = arguments[13:18]
-        needs, normalize = arguments[18:], problem.normalize_features
+        derivatives, x_factored, x_hat, factor, w_hat, upstream = arguments[13:19]
+        needs, normalize = arguments[19:], problem.normalize_features
         row_factor, grad_cosine, *grad_s = derivatives.unbind()
         grad_features, grad_weight, grad_scale = self._gradients(
             problem, vectors, row_factor, grad_cosine, None if normalize else grad_s[0], upstream,
-            x_factored, x_hat, factor, needs,
+            x_factored, x_hat, factor, w_hat if w_hat.numel() else None, needs,
         )  # fmt: skip
         if needs[2] and normalize:
             grad_scale = grad_scale + (grad_s[0].sum() * upstream).to(grad_scale)
@@ -295,9 +302,13 @@ class Fused:
         x_factored: Tensor | None,
         x_hat: Tensor | None,
         factor: Tensor | None,
+        whole: Tensor | None,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The backward pass; ``x_factored`` is there for the centres' gradient, x̂ and its factor where E is recomputed."""
+        """The backward pass; ``x_factored`` is there for the centres' gradient, x̂ and its factor where E is recomputed.
+
+        ``whole``: ŵ of all classes, where it is at hand.
+        """
         shift, cosine, norm, inverse_norm, kept, rows = vectors
         need_features, need_weight, need_scale = needs
         need_rows = need_features or (need_scale and problem.normalize_features)
@@ -312,13 +323,13 @@ class Fused:
                 return grad_features, grad_weight.zero_(), grad_scale
             count = min(kept.shape[1], C)
             recompute = need_weight and count < C
-            shard = Shard.of(problem, recompute, recompute)
+            shard = Shard.of(problem, recompute and whole is None, recompute)
             s = scale_of(scale, normalize)
             if need_weight and x_factored is not None:
                 for start in shard.chunks:
                     terms = kept[:, start : start + shard.chunk] if start < count else shard.terms
                     if x_hat is not None and factor is not None and start >= count:
-                        w_hat = shard.prepare(kernels, start, inverse_norm)
+                        w_hat = shard.prepare(kernels, start, inverse_norm) if whole is None else whole
                         kernels.cosine_exp(
                             problem, start, x_hat, w_hat, factor,
                             None if _bounded(s, normalize) else shift, terms, None, None, None, False,
@@ -516,11 +527,13 @@ def _forward_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     (B, D), C = problem.features.shape, problem.weight.shape[0]
     needed = need_weight and reduction != "none"
     recompute = needed and padded(kept_count(B, C, D, problem.compute_dtype, save_bytes)) < C
+    one_chunk = chunk_size(B, D) >= C
     return (
         *_forward_fake(*arguments[:11]),
         *_loss_buffers(problem, reduction, needed, need_scale),
         problem.features.new_empty((B, padded(D)) if recompute else 0, dtype=problem.compute_dtype),
         problem.features.new_empty(B if recompute else 0, dtype=torch.float32),
+        problem.features.new_empty((C, padded(D)) if recompute and one_chunk else 0, dtype=problem.compute_dtype),
     )
 
 

@@ -31,7 +31,7 @@ def forward_loss(
     """``forward_loss`` of a backend by its ``forward``."""
     out = forward(problem, save_bytes, predict, need_rows, need_weight)
     loss, derivatives = constant_margin(problem, out, num_rows, margin, reduction, need_scale)
-    return out, loss, Derivatives(derivatives, *(loss.new_empty(0) for _ in range(3)))
+    return out, loss, Derivatives(derivatives, *(loss.new_empty(0) for _ in range(4)))
 
 
 def backward_loss(
