@@ -1,8 +1,9 @@
 """The decomposition on fused kernels, whoever wrote them: what is launched on which chunk, and the buffers between.
 
     forward     for each chunk of classes: ŵ; E = 2^(log2(e)·logit − shift) and z in one kernel; Eŵ by a library product
-    backward    for each chunk: E kept, or ŵ, E and Eŵ again; dŵ = Eᵀ(a∘x̂) by a library product, then the Jacobian while
-                dŵ is in the cache, or both by one kernel; dx and the targets' part of dw by one small kernel
+    backward    for each chunk: E kept, or ŵ (unless there is one chunk), E and Eŵ again; dŵ = Eᵀ(a∘x̂) by a library product,
+                then the Jacobian while dŵ is in the cache, or both by one kernel; dx and the targets' part of dw by one
+                small kernel
 
 Normalization is a pass of its own (6 bytes a weight) and not part of the fused kernel: there each block of rows would read
 the float32 centres again out of the L2 cache, at twice the bytes of ŵ, and the L2 cache is what bounds that kernel.
