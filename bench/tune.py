@@ -107,7 +107,7 @@ def candidates(capability: tuple[int, int], how: str) -> Iterator[Config]:
             if memory > room:
                 continue
             resident = 2 if memory * 2 < room and rows * classes // (32 * warps) <= 128 and warps <= 4 else 1
-            yield Config(rows, classes, depth, stages, warps, bulk, split, resident)
+            yield Config(rows, classes, depth, stages, warps, bulk, split, resident, masked=bulk and capability[0] == 9)
 
 
 def _score(config: Config, how: str, device: torch.device, sums: list[Tensor]) -> dict[str, Any]:

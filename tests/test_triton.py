@@ -248,7 +248,12 @@ def test_half_inputs(dtype: torch.dtype) -> None:
     [{}, {"scale": 1000.0}, {"normalize_features": False}, {"interclass_filter": 0.3}, {"save_bytes": 0}],
     ids=["plain", "s1000", "no-fn", "filter", "recomputed"],
 )
-def test_predictions(options: dict[str, Any], short_chunks: None) -> None:
+@pytest.mark.parametrize("masked", [True, False])
+def test_predictions(masked: bool, options: dict[str, Any], short_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(backend, "_config", lambda *_: dataclasses.replace(backend._INTERPRETED, masked=masked))
+    elif not masked:
+        pytest.skip("the table says which")
     case = Case("", "", B=40, C=3 * CHUNK + 5, D=8)
     features, weight, labels, _ = case.tensors(torch.float32)
     features[:20] = weight[labels[:20]] + 0.1 * features[:20]

@@ -25,7 +25,7 @@ else:
 
 _MIN_CAPABILITY = (8, 0)
 _MIN_VERSION = (3, 6)  # of Triton: what the kernels are compiled and read with
-_INTERPRETED = Config(rows=16, classes=32, depth=16, stages=1, warps=4, bulk=True, split=True)
+_INTERPRETED = Config(rows=16, classes=32, depth=16, stages=1, warps=4, bulk=True, split=True, masked=True)
 _INTERPRETED_GRADIENT = GradientConfig(
     rows=16, classes=16, columns=32, stages=1, warps=4, most_rows=1 << 62, most_columns=128
 )
@@ -133,7 +133,7 @@ class _Kernels:
             x_hat.shape[0], w_hat.shape[0], x_hat.shape[1], stored.shape[1], stored.stride(0), start,
             problem.interclass_filter,
             ONLY_UNBOUNDED=only_unbounded, SHIFT=shift is not None, SUM=z is not None, STORE=terms is not None,
-            BEST=best is not None, FILTER=problem.interclass_filter <= 1, BULK=c.bulk,
+            BEST=best is not None, MASKED=c.masked, FILTER=problem.interclass_filter <= 1, BULK=c.bulk,
             PRECISION="tf32" if _tf32(x_hat) else "ieee",
             BLOCK_B=c.rows, BLOCK_C=c.classes, BLOCK_D=c.depth, SPLIT=c.split, FLATTEN=c.bulk,
             num_stages=c.stages, num_warps=c.warps,

@@ -23,6 +23,7 @@ class Config:
     bulk: bool  # tiles move by the bulk copy engine (Hopper and newer), not by ordinary loads
     split: bool = False  # E leaves in halves: half the shared memory for it
     resident: int = 1  # programs that an SM holds
+    masked: bool = False  # for maxima every tile's targets and ends are masked, not only where there are any
 
 
 # Not tuned on a GPU yet: chosen by what the compiled code needs (python -m bench kernels): no spills, registers and shared
@@ -31,8 +32,8 @@ TABLE: dict[tuple[int, str], Config] = {
     (8, "half"): Config(rows=128, classes=128, depth=32, stages=4, warps=8, bulk=False),
     (8, "tf32"): Config(rows=64, classes=128, depth=32, stages=3, warps=8, bulk=False),
     (8, "float32"): Config(rows=128, classes=64, depth=16, stages=3, warps=8, bulk=False),
-    (9, "half"): Config(rows=128, classes=256, depth=64, stages=3, warps=8, bulk=True, split=True),
-    (9, "tf32"): Config(rows=128, classes=128, depth=32, stages=3, warps=8, bulk=True, split=True),
+    (9, "half"): Config(rows=128, classes=256, depth=64, stages=3, warps=8, bulk=True, split=True, masked=True),
+    (9, "tf32"): Config(rows=128, classes=128, depth=32, stages=3, warps=8, bulk=True, split=True, masked=True),
     (10, "half"): Config(rows=128, classes=128, depth=64, stages=4, warps=8, bulk=True),
     (10, "tf32"): Config(rows=128, classes=128, depth=32, stages=3, warps=8, bulk=True),
     (10, "float32"): Config(rows=64, classes=64, depth=32, stages=3, warps=8, bulk=False),

@@ -181,7 +181,7 @@ def cosine_exp(
     best_partial, best_class_partial,  # [programs, B], written if BEST
     B, N, D_padded, terms_width, terms_stride, class_start, interclass_filter,
     ONLY_UNBOUNDED: tl.constexpr, SHIFT: tl.constexpr, SUM: tl.constexpr, STORE: tl.constexpr,
-    BEST: tl.constexpr, FILTER: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr,
+    BEST: tl.constexpr, MASKED: tl.constexpr, FILTER: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """E = 2^(factor·cos − shift) of a chunk of classes, the targets masked, and its row sums: piece 2 of a step.
@@ -216,8 +216,12 @@ def cosine_exp(
         # Few tiles hold a target or the end of the classes: the rest are spared the comparisons.
         here = (label >= first) & (label < first + BLOCK_C)
         special = (tl.max(here.to(tl.int32), 0) > 0) | (first + BLOCK_C > N)
-        if BEST:  # always masked: were the products' result an if's, Triton would wait for each group of them
-            cos = tl.where((columns[None, :] == label[:, None]) | (columns >= N)[None, :], float("-inf"), cos)
+        if BEST:
+            # MASKED: every tile; were the products' result an if's, Triton would wait for each group of Hopper's.
+            if MASKED:
+                cos = tl.where((columns[None, :] == label[:, None]) | (columns >= N)[None, :], float("-inf"), cos)
+            elif special:
+                cos = tl.where((columns[None, :] == label[:, None]) | (columns >= N)[None, :], float("-inf"), cos)
             if ONLY_UNBOUNDED and FILTER:
                 cos = tl.where(cos > interclass_filter, float("-inf"), cos)
             largest = tl.max(cos, 1)
