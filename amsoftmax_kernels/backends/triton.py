@@ -19,7 +19,7 @@ try:
 
     from . import triton_kernels as kernels
 except ImportError as error:
-    _import_error: str | None = f"{error}; pip install triton"
+    _import_error: str | None = f"{error}; pip install triton==3.6.0"
 else:
     _import_error = None
 
