@@ -141,6 +141,18 @@ def _prepare_centres(
 
 
 @triton.jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile's columns in two parts, in order."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _masked(tile, columns, label, N, value: tl.constexpr):
+    """A tile of logits or terms with ``value`` in the place of targets and of what is past the classes."""
+    return tl.where((columns[None, :] == label[:, None]) | (columns >= N)[None, :], value, tile)
+
+
+@triton.jit
 def _load_tile(
     matrix, first, k, rows_count, width, BULK: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
@@ -219,9 +231,9 @@ def cosine_exp(
         if BEST:
             # MASKED: every tile; were the products' result an if's, Triton would wait for each group of Hopper's.
             if MASKED:
-                cos = tl.where((columns[None, :] == label[:, None]) | (columns >= N)[None, :], float("-inf"), cos)
+                cos = _masked(cos, columns, label, N, float("-inf"))
             elif special:
-                cos = tl.where((columns[None, :] == label[:, None]) | (columns >= N)[None, :], float("-inf"), cos)
+                cos = _masked(cos, columns, label, N, float("-inf"))
             if ONLY_UNBOUNDED and FILTER:
                 cos = tl.where(cos > interclass_filter, float("-inf"), cos)
             largest = tl.max(cos, 1)
@@ -236,13 +248,13 @@ def cosine_exp(
             if FILTER:
                 e = tl.where(cos > interclass_filter, 0.0, e)
             if special:
-                e = tl.where((columns[None, :] == label[:, None]) | (columns >= N)[None, :], 0.0, e)
+                e = _masked(e, columns, label, N, 0.0)
             if SUM:
                 z += tl.sum(e, 1).to(tl.float64)
             if STORE:
                 if SPLIT:  # half a tile at a time needs half the shared memory
                     HALF: tl.constexpr = BLOCK_C // 2
-                    left, right = tl.split(tl.permute(tl.reshape(e, (BLOCK_B, 2, HALF)), (0, 2, 1)))
+                    left, right = _halves(e, BLOCK_B, BLOCK_C)
                     _store_tile(terms, left, first_row, first, B, terms_width, terms_stride, BULK, BLOCK_B, HALF)
                     _store_tile(terms, right, first_row, first + HALF, B, terms_width, terms_stride, BULK, BLOCK_B, HALF)
                 else:
@@ -455,12 +467,6 @@ def finish_centres(
     along = tl.sum(g * unit, 1)
     g = (g - along[:, None] * unit) * outer[:, None]
     tl.store(grad + rows[:, None] * D + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile's columns in two parts, in order."""
-    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit
