@@ -119,10 +119,10 @@ def _compile(job: tuple[int, Launch, int, Path]) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from amsoftmax_kernels.backends import triton_kernels
+    from .launches import module_of
 
     number, launch, capability, folder = job
-    function = getattr(triton_kernels, launch.kernel)
+    function = getattr(module_of(launch.kernel), launch.kernel)
     names = [name for name, _ in launch.signature]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible_by_16}
     compiled = triton.compile(

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from amsoftmax_kernels.backends import Problem, triton_configs
+from amsoftmax_kernels.backends import Problem, triton_configs, triton_gradients, triton_kernels
 from amsoftmax_kernels.backends import triton as backend
-from amsoftmax_kernels.backends import triton_kernels as kernels
 
 NAMES = (
     "canonical_labels", "prepare_rows", "prepare_centres", "cosine_exp", "reduce_sums", "reduce_best",
@@ -26,6 +25,11 @@ _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
+
+
+def module_of(name: str) -> Any:
+    """Where a kernel is."""
+    return triton_kernels if hasattr(triton_kernels, name) else triton_gradients
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Launch:
 
 class _Recorder:
     def __init__(self, name: str, launches: list[Launch]) -> None:
-        function = getattr(kernels, name)
+        function = getattr(module_of(name), name)
         if not isinstance(function, JITFunction):  # under TRITON_INTERPRET=1
             function = JITFunction(function.fn, **function.kwargs)
         self.name, self.function, self.launches = name, function, launches
@@ -85,7 +89,7 @@ def _recording(capability: tuple[int, int], multiprocessors: int) -> Iterator[li
     launches: list[Launch] = []
     with contextlib.ExitStack() as stack:
         for name in NAMES:
-            stack.enter_context(mock.patch.object(kernels, name, _Recorder(name, launches)))
+            stack.enter_context(mock.patch.object(module_of(name), name, _Recorder(name, launches)))
         how = mock.patch.object(
             backend, "_config", lambda _, dtype: triton_configs.config(capability, triton_configs.kind(dtype))
         )

@@ -21,7 +21,7 @@ from .test_loss import check, eager, evaluate, oracle
 
 pytest.importorskip("triton")
 from amsoftmax_kernels.backends import triton as backend
-from amsoftmax_kernels.backends import triton_configs, triton_kernels
+from amsoftmax_kernels.backends import triton_configs, triton_gradients, triton_kernels
 
 REASON = backend.unavailable_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the Triton backend cannot run here: {REASON}")
@@ -533,5 +533,7 @@ def test_nothing_synchronizes() -> None:
 
 
 def test_kernels_have_no_atomics() -> None:
-    with open(triton_kernels.__file__, encoding="utf-8") as source:
-        assert "atomic_" not in source.read()
+    for module in (triton_kernels, triton_gradients):
+        with open(module.__file__, encoding="utf-8") as source:
+            text = source.read()
+        assert "atomic_" not in text and "tl.store(" in text

@@ -17,6 +17,7 @@ try:
     import triton
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    from . import triton_gradients as gradients
     from . import triton_kernels as kernels
 except ImportError as error:
     _import_error: str | None = f"{error}; pip install triton==3.6.0"
@@ -182,7 +183,7 @@ class _Kernels:
     ) -> None:  # fmt: skip
         features, width = problem.features, x_factored.shape[1]
         _launch(
-            kernels.factor_rows, (features.shape[0],),
+            gradients.factor_rows, (features.shape[0],),
             features, *features.stride(), problem.labels, norm, row_factor, s, x_factored,
             x_factored if x_hat is None else x_hat, norm if factor is None else factor,
             features.shape[1], width, isinstance(s, Tensor), problem.normalize_features, x_hat is not None,
@@ -204,7 +205,7 @@ class _Kernels:
         scratch = inverse_norm.new_empty(programs, c.classes, (across - 1) * columns)
         tiles = (terms, [c.rows, c.classes]), (x_factored, [c.rows, columns])
         _launch(
-            kernels.grad_centres, (programs,),
+            gradients.grad_centres, (programs,),
             *(TensorDescriptor.from_tensor(*each) for each in tiles), weight, *weight.stride(), inverse_norm,
             inverse_norm if upstream is None else upstream, grad, scratch, B, *grad.shape,
             UPSTREAM=upstream is not None, INTERPRETED=_interpreted(), ACROSS=across,
@@ -217,7 +218,7 @@ class _Kernels:
     ) -> None:
         block, rows = _rows_a_program(grad_unit.shape[1])
         _launch(
-            kernels.finish_centres, (-(-grad.shape[0] // rows),),
+            gradients.finish_centres, (-(-grad.shape[0] // rows),),
             grad_unit, weight, *weight.stride(), inverse_norm, inverse_norm if upstream is None else upstream,
             grad, *grad.shape, grad_unit.shape[1], upstream is not None, rows, block,
         )  # fmt: skip
@@ -231,7 +232,7 @@ class _Kernels:
         B, D = features.shape
         width = padded(D)
         _launch(
-            kernels.finish_rows, (B,),
+            gradients.finish_rows, (B,),
             features, *features.stride(), weight, *weight.stride(), problem.labels, saved.norm, saved.cosine, s,
             row_factor, grad_cosine, row_factor if grad_norm is None else grad_norm,
             row_factor if upstream is None else upstream, saved.rows,

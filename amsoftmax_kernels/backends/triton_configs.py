@@ -45,7 +45,7 @@ TABLE |= {(12, how): entry for (major, how), entry in TABLE.items() if major == 
 
 @dataclass(frozen=True)
 class GradientConfig:
-    """How :func:`.triton_kernels.grad_centres` is cut and compiled: half-precision operands, float32 centres."""
+    """How :func:`.triton_gradients.grad_centres` is cut and compiled: half-precision operands, float32 centres."""
 
     rows: int  # of the batch a step
     classes: int  # in a tile
