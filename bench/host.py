@@ -105,7 +105,17 @@ def _without_products() -> Iterator[None]:
 
 
 class _Utils:
-    """What Triton asks of CUDA's driver."""
+    """What Triton asks of CUDA's driver; since its version 3.7 to launch, too."""
+
+    def __init__(self, launch: Callable[..., None]) -> None:
+        self._launch = launch
+
+    def launch(self, *rest: Any) -> None:
+        *before, arguments = rest
+        self._launch(*before, *arguments)
+
+    def build_signature_metadata(self, signature: list[str]) -> list[str]:
+        return signature
 
     def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
         return 1, 1, 0, 0, 1024
@@ -115,6 +125,8 @@ class _Utils:
 
     def fill_tma_descriptor(self, *description: Any) -> tuple[Any, ...]:
         return description
+
+    fill_tma_descriptor_tiled = fill_tma_descriptor  # its name since 3.7
 
 
 @contextlib.contextmanager
@@ -131,7 +143,7 @@ def _of_triton(card: Any, launch: Callable[..., None] = lambda *_: None) -> Iter
         launch(*rest)
 
     class Launcher:
-        """CudaLauncher without its C part."""
+        """CudaLauncher without its C part, which was one for each kernel until Triton 3.7."""
 
         def __init__(self, source: Any, metadata: Any) -> None:
             meta = getattr(metadata, "tensordesc_meta", None)
@@ -141,14 +153,15 @@ def _of_triton(card: Any, launch: Callable[..., None] = lambda *_: None) -> Iter
             self.launch(x, y, z, stream, function, False, False, None, None, *rest)
 
     class Driver:
-        utils = _Utils()
-        launcher_cls = Launcher
+        utils = _Utils(counted)
+        launcher_cls = Launcher if hasattr(nvidia, "make_launcher") else nvidia.CudaLauncher
         get_current_device = staticmethod(lambda: 0)
         get_current_stream = staticmethod(lambda device: 0)
         get_current_target = staticmethod(lambda: GPUTarget("cuda", card.capability[0] * 10 + card.capability[1], 32))
 
     triton.runtime.driver.set_active(Driver())
     with (
+        mock.patch.object(nvidia, "PyKernelArg", lambda **_: None, create=True),  # made by CUDA's utils since 3.7
         mock.patch.object(backend, "_config", lambda _, dtype: triton_configs.config(card.capability, "half")),
         mock.patch.object(backend, "_gradient_config", lambda _: triton_configs.GRADIENT.get(card.capability[0])),
         mock.patch.object(backend, "_multiprocessors", lambda _: card.multiprocessors),
