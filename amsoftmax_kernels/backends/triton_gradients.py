@@ -168,6 +168,12 @@ def grad_centres(
             g = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
 
 
+@triton.jit
+def _narrow(values, pointer):
+    """Float64 to what is stored; by way of float32, as the interpreter converts to bfloat16 from nothing else."""
+    return values.to(tl.float32).to(pointer.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize=["B", "C", "row_factor", "grad_cosine", "grad_norm", "upstream"])
 def finish_rows(
     features, stride_row, stride_column,  # [B, D]
@@ -223,7 +229,7 @@ def finish_rows(
             if GRAD_NORM:
                 dx += tl.load(grad_norm + row).to(tl.float64) * outer * x_unit
             dx = tl.where(label < 0, 0.0, dx)  # whatever its features or the centres are
-            tl.store(grad_features + row * D + columns, dx.to(grad_features.dtype.element_ty), mask=inside)
+            tl.store(grad_features + row * D + columns, _narrow(dx, grad_features), mask=inside)
 
     if WEIGHT:
         earlier = tl.zeros([BLOCK_LABELS], tl.int32)
@@ -246,4 +252,4 @@ def finish_rows(
                     other = tl.min(tl.where(same & (others > other), others, B), 0)
             place = grad_weight + target * D + columns
             dw += tl.load(place, mask=inside, other=0.0).to(tl.float64)
-            tl.store(place, dw.to(grad_weight.dtype.element_ty), mask=inside)
+            tl.store(place, _narrow(dw, grad_weight), mask=inside)
