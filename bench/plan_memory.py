@@ -12,6 +12,7 @@ import torch
 
 from amsoftmax_kernels.backends import chunked, fused, triton_configs
 from amsoftmax_kernels.backends.budget import kept_classes
+from amsoftmax_kernels.backends.parts import places_for
 from amsoftmax_kernels.functional import DEFAULT_SAVE_BYTES
 from amsoftmax_kernels.optim import UPDATE_ELEMENTS
 from amsoftmax_kernels.sampling import draw_size
@@ -137,7 +138,7 @@ def _workspace(run: Run) -> dict[str, int]:
         finish = 4 * card.multiprocessors * gradient.classes * (-(-width // columns) - 1) * columns
     # ŵ and the terms of a chunk: both made again in the backward pass unless all terms are kept.
     parts["chunks"] = (0 if all_kept else chunk * (width * compute + rows * panel)) + finish
-    parts["partial sums"] = 8 * rows * _STREAMS * -(-classes // chunk)
+    parts["partial sums"] = 8 * rows * _STREAMS * places_for(-(-classes // chunk), _STREAMS, rows)
     return parts
 
 

@@ -41,6 +41,7 @@ from . import Derivatives, Forward, Problem
 from . import margin as constant_margin
 from .budget import BOUNDED_SCALE, kept_classes
 from .kernels import Kernels
+from .parts import Maxima, Sums
 from .replay import Replayed, on_device
 from .triton_configs import kind
 
@@ -225,38 +226,36 @@ class Fused:
             w_hat = whole if one_chunk else None
             kernels.prepare_rows(problem, s, x_hat, cosine, norm, factor, shift, w_hat, inverse_norm)
             bounded = _bounded(s, normalize)
-            parts = (len(shard.chunks), kernels.streams(problem, shard.classes(0)), B)
-            z_parts = features.new_empty(parts, dtype=torch.float64)
-            if not bounded or predict:
-                best_parts = features.new_empty(parts, dtype=torch.float32)
-                class_parts = labels.new_empty(parts)
-            if not bounded:
+            streams = kernels.streams(problem, shard.classes(0))
+            sums = Sums(features, len(shard.chunks), streams, B)
+            maxima = Maxima(kernels, features, labels, len(shard.chunks), streams, B) if predict or not bounded else None
+            if maxima is not None and not bounded:
                 unless = s if isinstance(s, Tensor) and normalize else None
-                for i, start in enumerate(shard.chunks):
+                for start in shard.chunks:
                     centres = w_hat if w_hat is not None else shard.prepare(kernels, start, inverse_norm, unless)
-                    kernels.cosine_exp(
-                        problem, start, x_hat, centres, factor, None, None, None, best_parts[i], class_parts[i], True
-                    )
-                kernels.reduce_shift(best_parts, class_parts, factor, shift)
+                    kernels.cosine_exp(problem, start, x_hat, centres, factor, None, None, None, *maxima.next(), True)
+                kernels.reduce_shift(*maxima.parts, factor, shift)
+                maxima.restart()
             for i, start in enumerate(shard.chunks):
                 if not one_chunk or w_hat is None:
                     w_hat = shard.prepare(kernels, start, inverse_norm)
                 keep = start < count
                 terms = kept[:, start : start + shard.chunk] if keep else shard.terms
+                best_parts, class_parts = maxima.next() if predict and maxima is not None else (None, None)
                 kernels.cosine_exp(
                     problem, start, x_hat, w_hat, factor, None if bounded else shift, terms if keep or at_once else None,
-                    z_parts[i], best_parts[i] if predict else None, class_parts[i] if predict else None, False,
+                    sums.next(), best_parts, class_parts, False,
                 )  # fmt: skip
                 if need_rows and (keep or at_once):
                     product = _product(terms[:, : w_hat.shape[0]], w_hat.to(shard.panel_dtype), rows if i == 0 else None)
                     if i > 0:
                         rows += product
             if finish is None or not one_chunk:
-                kernels.reduce_sums(z_parts, labels, z)
+                kernels.reduce_sums(sums.parts, labels, z)
             if finish is not None:
-                finish(results, z_parts if one_chunk else None)
-            if predict:
-                kernels.reduce_best(best_parts, class_parts, best, best_class)
+                finish(results, sums.parts if one_chunk else None)
+            if predict and maxima is not None:
+                kernels.reduce_best(*maxima.parts, best, best_class)
             return results, x_hat, factor, whole
 
     def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:

@@ -1,0 +1,71 @@
+"""What the programs of the fused kernels leave of each row, chunk by chunk of the classes: sums, and maxima.
+
+A place a chunk, as long as that is little; else all are added up into the first whenever they are full, so that memory does
+not grow with rows times classes. In a fixed order, as everything here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels import Kernels
+
+# Of sums, and of maxima: 64 MB of float64. 10 million classes in a batch of 4,096 are some 5 million.
+PART_ELEMENTS = 1 << 23
+
+
+def places_for(chunks: int, streams: int, batch: int) -> int:
+    """Chunks whose parts stand beside one another."""
+    return min(chunks, max(PART_ELEMENTS // max(streams * batch, 1), 2))
+
+
+class Sums:
+    """Float64 ``[streams, B]`` a chunk."""
+
+    def __init__(self, like: Tensor, chunks: int, streams: int, batch: int) -> None:
+        self._parts = like.new_empty((places_for(chunks, streams, batch), streams, batch), dtype=torch.float64)
+        self._used = 0
+
+    def next(self) -> Tensor:
+        """The next chunk's, to be written whole."""
+        if self._used == self._parts.shape[0]:
+            total = self._parts.sum((0, 1))
+            self._parts[0].zero_()
+            self._parts[0, 0] = total
+            self._used = 1
+        self._used += 1
+        return self._parts[self._used - 1]
+
+    @property
+    def parts(self) -> Tensor:
+        return self._parts[: self._used]
+
+
+class Maxima:
+    """Float32 cosines ``[streams, B]`` a chunk, and their classes."""
+
+    def __init__(self, kernels: Kernels, like: Tensor, labels: Tensor, chunks: int, streams: int, batch: int) -> None:
+        shape = (places_for(chunks, streams, batch), streams, batch)
+        self._kernels = kernels
+        self._best, self._classes = like.new_empty(shape, dtype=torch.float32), labels.new_empty(shape)
+        self._used = 0
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """The next chunk's, to be written whole."""
+        if self._used == self._best.shape[0]:
+            best, classes = self._best.new_empty(self._best.shape[2]), self._classes.new_empty(self._best.shape[2])
+            self._kernels.reduce_best(self._best, self._classes, best, classes)
+            self._best[0].fill_(-torch.inf)
+            self._classes[0].fill_(-1)
+            self._best[0, 0], self._classes[0, 0] = best, classes
+            self._used = 1
+        self._used += 1
+        return self._best[self._used - 1], self._classes[self._used - 1]
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        return self._best[: self._used], self._classes[: self._used]
+
+    def restart(self) -> None:
+        self._used = 0
