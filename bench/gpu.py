@@ -19,9 +19,10 @@ import torch
 
 import amsoftmax_kernels as ak
 
-from . import gpu_checks, gpu_smoke, gpu_times, machine
+from . import gpu_checks, gpu_smoke, gpu_targets, gpu_times, machine
 
 STAGES = ("smoke", "correctness", "determinism", "graph", "sanitizer", "ceilings", "times", "profile", "tests")
+OUT_OF_TIME = {"ok": None, "skipped": "out of time"}
 QUICK = ("smoke", "correctness", "determinism", "graph", "ceilings", "times", "profile")
 
 
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--stage", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}; default: all")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats: two minutes")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=570,
+        help="what is not done by then is named and left out; default: %(default)s",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,14 +45,21 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit(
             "bench gpu: PyTorch finds no GPU here; without one, `python -m bench kernels` compiles and estimates"
         )
-    return run_stages(args.out, args.stage or (QUICK if args.quick else STAGES), args.quick, torch.device("cuda"))
+    stages = args.stage or (QUICK if args.quick else STAGES)
+    return run_stages(args.out, stages, args.quick, torch.device("cuda"), seconds=args.seconds)
 
 
 def run_stages(
-    out: Path, stages: Iterable[str], quick: bool, device: torch.device, shapes: dict[str, Any] | None = None
+    out: Path,
+    stages: Iterable[str],
+    quick: bool,
+    device: torch.device,
+    shapes: dict[str, Any] | None = None,
+    seconds: float = float("inf"),
 ) -> int:
     """The stages on any device; ``shapes`` replaces what each stage would take (for the tests)."""
     shapes = shapes or {}
+    gpu_checks.clock.ends = time.perf_counter() + seconds
     facts = machine.describe(device)
     name = facts.get("gpu", facts["cpu"]).lower().replace(" ", "-")
     out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +98,7 @@ def run_stages(
         print(f"\n== {stage}", flush=True)
         start = time.perf_counter()
         try:
-            result = actions[stage]()
+            result: Any = actions[stage]() if gpu_checks.clock.left() > 0 else dict(OUT_OF_TIME)
         except Exception as error:  # a stage that breaks must not take the later ones with it
             result = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
         report["stages"][stage] = result
@@ -101,6 +115,9 @@ def run_stages(
         elif stage == "profile":
             print("\n".join(_profiled(row) for row in result), flush=True)
         print(f"-- {stage}: {time.perf_counter() - start:.0f} s", flush=True)
+    report["targets"] = list(gpu_targets.targets(report["stages"]))
+    _write(path, report)
+    print("\n" + "\n".join(_reached(row) for row in report["targets"]))
     drawn = _plot(path.with_suffix(".png"), report)
     print("\n" + ("\n".join(["FAILED", *failed]) if failed else "every check that ran passed"))
     print("\n".join(["NOT RUN", *not_run]) if not_run else "every check ran")
@@ -114,6 +131,9 @@ def _rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows:
             print(("FAIL " if row.get("ok") is False else "") + _short(row), flush=True)
             found.append(row)
+            if gpu_checks.clock.left() <= 0:
+                found.append({**OUT_OF_TIME, "skipped": "out of time: there may be more"})
+                break
     except Exception as error:  # what there is already is kept
         found.append({"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]})
     return found
@@ -124,6 +144,12 @@ def _short(row: dict[str, Any]) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
     return "  ".join(f"{name}={text(value)}" for name, value in row.items() if name not in ("kernels", "shapes"))
+
+
+def _reached(row: dict[str, Any]) -> str:
+    wanted = f">= {row['at_least']:g}" if "at_least" in row else f"<= {row['at_most']:g}"
+    verdict = "met" if row["met"] else "NOT MET"
+    return f"{verdict:8} {row['found']:8.3g} {wanted:8}  {row['target']} (B={row['B']}, D={row['D']}, C={row['C']})"
 
 
 def _profiled(row: dict[str, Any]) -> str:

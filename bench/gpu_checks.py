@@ -42,6 +42,18 @@ TOLERANCE = {"float32": (2e-6, 2e-5), "bfloat16": (2e-4, 8e-3), "float16": (2e-4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class _Clock:
+    """Until when a run may take; what it starts ends by then."""
+
+    ends = float("inf")
+
+    def left(self) -> float:
+        return self.ends - time.perf_counter()
+
+
+clock = _Clock()
+
+
 def compared_backends(device: torch.device) -> list[str]:
     """The backends to check on this device."""
     names = [name for name in ak.available_backends() if name != "reference"]
@@ -157,6 +169,7 @@ def gpu_tests() -> Iterator[Row]:
 def run_child(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> Row:
     """Whether a command ends well; killed with all it has started after ``seconds``, or nothing else could be timed."""
     start = time.perf_counter()
+    seconds = min(seconds, max(clock.left(), 1.0))
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,41 +53,63 @@ def _ours(backend: str, save_bytes: int) -> Loss:
     )  # fmt: skip
 
 
-def _prepared(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return (SCALE * normalize(features)).bfloat16(), normalize(weight).bfloat16()
+def normalized(features: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """s·x̂ and ŵ in bfloat16 as a linear cross-entropy takes them, as part of the step."""
+    return (SCALE * normalize(features)).bfloat16(), normalize(weight).bfloat16(), labels
+
+
+def pre_normalized(features: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as leaves: neither they nor their gradients' way through the normalization is part of the step."""
+    with torch.no_grad():
+        x, w, _ = normalized(features, weight, labels)
+    return x.requires_grad_(), w.requires_grad_(), labels
 
 
 def _cce() -> Loss:
     from cut_cross_entropy import linear_cross_entropy
 
-    def loss(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        value: Tensor = linear_cross_entropy(*_prepared(features, weight), labels)
-        return value
-
-    return loss
+    return lambda x, w, labels: linear_cross_entropy(x, w, labels)
 
 
 def _liger() -> Loss:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     module = LigerFusedLinearCrossEntropyLoss()
-
-    def loss(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        x, w = _prepared(features, weight)
-        value: Tensor = module(w, x, labels)
-        return value
-
-    return loss
+    return lambda x, w, labels: module(w, x, labels)
 
 
 def _quack() -> Loss:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    def loss(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        value: Tensor = chunked_linear_cross_entropy(*_prepared(features, weight), labels)
-        return value.mean()
+    return lambda x, w, labels: chunked_linear_cross_entropy(x, w, labels).mean()
 
-    return loss
+
+def _whole(make: Callable[[], Loss]) -> Callable[[], Loss]:
+    """With the normalization, as a margin-softmax head needs it."""
+
+    def whole() -> Loss:
+        loss = make()
+        return lambda *tensors: loss(*normalized(*tensors))
+
+    return whole
+
+
+def _linear_cross_entropies() -> list[Peer]:
+    """Libraries without a margin: their step alone, given what it takes, and with the normalization."""
+    found = []
+    for name, make, package, memory in (
+        ("CCE", _cce, "cut_cross_entropy", 8),
+        ("Liger", _liger, "liger_kernel", 12),
+        ("quack", _quack, "quack", 12),
+    ):
+        needed, missing = functools.partial(_times_centres, memory), functools.partial(_without, package)
+        found.append(Peer(f"{name}, pre-normalized", make, needed, missing, False, pre_normalized))
+        found.append(Peer(name, _whole(make), needed, missing, False))
+    return found
+
+
+def _times_centres(factor: int, B: int, D: int, C: int) -> int:
+    return factor * C * D
 
 
 def _without(package: str) -> str | None:
@@ -106,7 +129,5 @@ def peers() -> list[Peer]:
         Peer("eager PyTorch", lambda: eager, lambda B, D, C: 14 * B * C + 12 * C * D),
         Peer("torch.compile", _compiled, lambda B, D, C: 10 * B * C + 8 * C * D),
         Peer("PartialFC algorithm", lambda: partial_fc, lambda B, D, C: 12 * B * C + 12 * C * D),
-        Peer("CCE", _cce, lambda B, D, C: 8 * C * D, lambda: _without("cut_cross_entropy"), margin=False),
-        Peer("Liger", _liger, lambda B, D, C: 12 * C * D, lambda: _without("liger_kernel"), margin=False),
-        Peer("quack", _quack, lambda B, D, C: 12 * C * D, lambda: _without("quack"), margin=False),
+        *_linear_cross_entropies(),
     ]

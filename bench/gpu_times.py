@@ -45,8 +45,11 @@ def ceilings(device: torch.device, shapes: Any = None, size: int = 8192) -> dict
 
 
 def three_products(B: int, D: int, C: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Row:
-    """Seconds of the three products that no method can avoid, by torch.mm; on a part of the classes where C is large."""
-    part = min(C, 131_072)
+    """Seconds of the three products that no method can avoid, by torch.mm; on a part of the classes where C is large.
+
+    Of whole rows of 16: a library is slower at others, which would make a floor of less than the card can do.
+    """
+    part = min(-(-C // 16) * 16, 131_072)
     x, w, e = (torch.randn(shape, device=device).to(dtype) for shape in ((B, D), (part, D), (B, part)))
     products: list[Callable[[], Tensor]] = [lambda: x @ w.T, lambda: e @ w, lambda: e.T @ x]
     seconds = [_median(each, device, 12) * C / part for each in products]
@@ -78,8 +81,9 @@ def times(device: torch.device, known: dict[str, Any], quick: bool, shapes: Any 
                 yield row | {"skipped": reason}
                 _release(device)
                 continue
-            floor = floors["recomputed" if "recomputed" in peer.name else "kept"]
-            row |= {"floor_s": floor, "of_floor": floor / row["median_s"]}
+            products = 4 if "recomputed" in peer.name else 3
+            floor, of_card = floors[products], _card_floor(products, B, D, C, dtype, known)
+            row |= {"floor_s": floor, "of_floor": floor / row["median_s"], "of_card_floor": of_card / row["median_s"]}
             if peer.margin:
                 expected = expected or row["loss"]
                 row["ok"] = abs(row["loss"] - expected) <= SAME_LOSS * abs(expected)
@@ -116,22 +120,32 @@ def _device_seconds(event: Any) -> float:
     return float(getattr(event, "self_device_time_total", 0) or getattr(event, "self_cuda_time_total", 0)) / 1e6
 
 
-def _floors(B: int, D: int, C: int, dtype: str, known: dict[str, Any], device: torch.device) -> dict[str, float]:
-    """Seconds of three products (four if E is recomputed) and of the bytes that must move, one after the other.
+def _floors(B: int, D: int, C: int, dtype: str, known: dict[str, Any], device: torch.device) -> dict[int, float]:
+    """Seconds of three products (four if E is recomputed) of these shapes, and of the bytes that must move after them.
 
     A yardstick: a step that has both at once can be below it.
     """
     same = [row for row in known["shapes"] if (row["B"], row["D"], row["C"]) == (B, D, C)] if dtype == "bfloat16" else []
     row = same[0] if same else three_products(B, D, C, device, getattr(torch, dtype))
-    moved = 12 * C * D / known["copy_bytes_s"]  # float32 centres read once a pass, their gradient written
-    return {"kept": sum(row["seconds"]) + moved, "recomputed": sum(row["seconds"]) + row["seconds"][0] + moved}
+    moved = _seconds_moved(D, C, known)
+    return {3: sum(row["seconds"]) + moved, 4: sum(row["seconds"]) + row["seconds"][0] + moved}
+
+
+def _card_floor(products: int, B: int, D: int, C: int, dtype: str, known: dict[str, Any]) -> float:
+    """The same with every product at the rate of a large square one."""
+    return 2 * products * B * C * D / float(known["products_flop_s"][dtype]) + _seconds_moved(D, C, known)
+
+
+def _seconds_moved(D: int, C: int, known: dict[str, Any]) -> float:
+    """Float32 centres read once a pass, their gradient written."""
+    return 12 * C * D / float(known["copy_bytes_s"])
 
 
 def _left_out(peer: Peer, B: int, D: int, C: int, dtype: str, device: torch.device, quick: bool) -> str | None:
     missing = peer.unavailable()
     if missing:
         return missing
-    only = COMPUTED_IN.get(peer.name)
+    only = COMPUTED_IN.get(peer.name.split(",")[0])
     if only is not None and dtype not in only:
         return f"computes in {only[0]}"
     if quick and ("chunked" in peer.name or peer.name == "torch.compile"):
@@ -145,6 +159,8 @@ def _left_out(peer: Peer, B: int, D: int, C: int, dtype: str, device: torch.devi
 def _measure(peer: Peer, B: int, D: int, C: int, dtype: str, device: torch.device, quick: bool) -> Row:
     loss = peer.make()
     problems = [problem(B, D, C, device, seed) for seed in range(measure.copies(B, D, C, device))]
+    if peer.given is not None:
+        problems = [peer.given(*each) for each in problems]
     turns = itertools.cycle(problems)
     half = None if dtype == "float32" else getattr(torch, dtype)
 
@@ -180,7 +196,7 @@ def _peak(one: Callable[[], Tensor], problems: Any, device: torch.device) -> int
     torch.cuda.reset_peak_memory_stats()
     one()
     x, w, _ = problems[0]
-    peak = torch.cuda.max_memory_allocated() - before - 4 * (x.numel() + w.numel())
+    peak = torch.cuda.max_memory_allocated() - before - sum(each.numel() * each.element_size() for each in (x, w))
     return int(peak)
 
 

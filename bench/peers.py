@@ -28,6 +28,8 @@ class Peer:
     memory: Callable[[int, int, int], int]
     unavailable: Callable[[], str | None] = lambda: None
     margin: bool = True  # whether it computes the margin, and so must give the same loss
+    # What a step is given instead of a problem's tensors, made once; None where it is those.
+    given: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 def eager(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amsoftmax_kernels import backends
-from bench import gpu, gpu_checks, gpu_peers, gpu_smoke, gpu_times, tune
+from bench import gpu, gpu_checks, gpu_peers, gpu_smoke, gpu_targets, gpu_times, tune
 from bench.peers import MARGIN, SCALE, eager, problem
 
 from .cases import relative
@@ -139,7 +139,80 @@ def test_floors_count_products_and_bytes() -> None:
     known = {"copy_bytes_s": 1e9, "shapes": [{"B": 8, "D": 16, "C": 40, "seconds": [1.0, 2.0, 3.0]}]}
     floors = gpu_times._floors(8, 16, 40, "bfloat16", known, CPU)
     moved = 12 * 40 * 16 / 1e9
-    assert floors == {"kept": pytest.approx(6 + moved), "recomputed": pytest.approx(7 + moved)}
+    assert floors == {3: pytest.approx(6 + moved), 4: pytest.approx(7 + moved)}
+    known |= {"products_flop_s": {"bfloat16": 1e6}}
+    assert gpu_times._card_floor(4, 8, 16, 40, "bfloat16", known) == pytest.approx(8 * 8 * 16 * 40 / 1e6 + moved)
+
+
+def test_what_is_given_normalized_is_the_same_step() -> None:
+    """Values alike; gradients are those of the normalized tensors, in bfloat16."""
+    tensors = problem(16, 32, 100, CPU)
+    x, w, labels = gpu_peers.pre_normalized(*tensors)
+    assert (x.dtype, w.dtype) == (torch.bfloat16, torch.bfloat16) and x.is_leaf and w.is_leaf
+    whole = gpu_peers._whole(lambda: lambda x, w, y: torch.nn.functional.cross_entropy((x @ w.T).float(), y))()
+    alone = torch.nn.functional.cross_entropy((x @ w.T).float(), labels)
+    assert torch.equal(whole(*tensors), alone)
+    assert [each.dtype for each in torch.autograd.grad(alone, (x, w))] == [torch.bfloat16] * 2
+    assert [each.dtype for each in torch.autograd.grad(whole(*tensors), tensors[:2])] == [torch.float32] * 2
+    names = {peer.name for peer in gpu_peers.peers()}
+    assert names >= {f"{name}{how}" for name in ("CCE", "Liger", "quack") for how in ("", ", pre-normalized")}
+
+
+def test_targets_are_compared() -> None:
+    def row(peer: str, shape: tuple[int, int, int], median_s: float, **also: Any) -> dict[str, Any]:
+        B, D, C = shape
+        return {"B": B, "D": D, "C": C, "dtype": "bfloat16", "peer": peer, "median_s": median_s, **also}
+
+    small, million = gpu_targets.SMALL, gpu_targets.MILLION
+    times = [
+        row("triton, E kept", small, 0.2e-3, of_card_floor=0.1, peak_bytes=1),
+        row("triton, E kept", million, 3e-3, of_card_floor=0.7, peak_bytes=4_000_000_000),
+        row("cuda, E kept", million, 2.9e-3, of_card_floor=0.75, peak_bytes=4_000_000_000),
+        row("triton, recomputed", million, 3.6e-3, of_card_floor=0.74, peak_bytes=1_000_000_000),
+        row("PartialFC algorithm", million, 9e-3, of_card_floor=0.2, peak_bytes=10_000_000_000),
+        row("CCE, pre-normalized", million, 2.8e-3, of_card_floor=0.5, peak_bytes=1),
+        {"B": 1, "D": 1, "C": 1, "dtype": "bfloat16", "peer": "quack", "skipped": "quack is not installed"},
+    ]
+    graph = [{"backend": "cuda", "B": 256, "D": 512, "C": 10_516, "kept": True, "replay_s": 0.05e-3, "ok": True}]
+    profile = [
+        {"peer": f"{name}, E kept", "B": 1024, "D": 512, "C": 1_000_000, "kernels": [{"name": "cosine_exp", "seconds": s}]}
+        for name, s in (("triton", 1.3), ("cuda", 1.0))
+    ]
+    found = {each["target"]: each for each in gpu_targets.targets({"times": times, "graph": graph, "profile": profile})}
+    assert {name: each["met"] for name, each in found.items()} == {
+        "triton, E kept: share of the floor": True,
+        "cuda, E kept: share of the floor": False,
+        "triton, recomputed: share of the floor": False,
+        "ms launched one by one": False,
+        "times the PartialFC algorithm's speed": True,
+        "of the PartialFC algorithm's memory": True,
+        "of the time of CCE, pre-normalized": False,
+        "cuda, E kept: ms replayed": True,
+        "cuda, E kept: times the speed of Triton's cosine kernel": True,
+    }
+    assert found["times the PartialFC algorithm's speed"]["found"] == pytest.approx(9 / 2.9)
+    assert not list(gpu_targets.targets({"times": {"ok": False, "error": "it broke"}}))
+
+
+def test_a_run_ends_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left is named; what a stage has done is kept, and a child is not given more than there is."""
+    monkeypatch.setattr(gpu_checks.clock, "ends", math.inf)
+
+    def slow(*unused: Any, **also: Any) -> Any:
+        yield {"backend": "chunked", "ok": True}
+        time.sleep(1)
+        yield {"backend": "triton"} | gpu_checks.run_child(["sleep", "60"], 50)
+        raise AssertionError
+
+    monkeypatch.setattr(gpu_checks, "correctness", slow)
+    start = time.perf_counter()
+    assert gpu.run_stages(tmp_path, ("correctness", "determinism"), True, CPU, SHAPES, seconds=2) == 0
+    assert time.perf_counter() - start < 20
+    stages = json.loads(next(tmp_path.glob("*.json")).read_text())["stages"]
+    assert [row["ok"] for row in stages["correctness"]] == [True, None, None]
+    assert stages["determinism"] == gpu.OUT_OF_TIME
+    printed = capsys.readouterr().out
+    assert "NOT RUN\n" in printed and "determinism: ok=None  skipped=out of time" in printed
 
 
 def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
