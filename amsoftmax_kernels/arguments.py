@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .margins import AdditiveMargin
+from .margins import AdditiveMargin, check_value
 from .operators import LABELS_SCHEMA, is_traced, register
+from .values import is_int, is_number, plain, type_name
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("none", "mean", "sum")
-
-# cos spans a range of 2: a margin beyond it is no cosine margin (an angle in degrees, most likely).
-MARGIN_LIMIT = 2.0
 
 
 def check_arguments(
@@ -67,7 +65,7 @@ def check_features(features: Any, weight: Any) -> None:
 
 def _check_dense(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a Tensor, but it is {_type(tensor)}")
+        raise TypeError(f"{name} must be a Tensor, but it is {type_name(tensor)}")
     if tensor.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be one of {allowed}, but its dtype is {tensor.dtype}")
@@ -79,26 +77,40 @@ def check_options(
     *, normalize_features: Any, reduction: Any, ignore_index: Any, interclass_filter: Any, save_bytes: Any
 ) -> None:
     """Check the arguments that no tensor is needed for."""
-    if not isinstance(normalize_features, bool):
-        raise TypeError(f"normalize_features must be a bool, but it is {_type(normalize_features)}")
+    check_flag("normalize_features", normalize_features)
     if not isinstance(reduction, str):
-        raise TypeError(f"reduction must be a str, but it is {_type(reduction)}")
+        raise TypeError(f"reduction must be a str, but it is {type_name(reduction)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, but it is {reduction!r}")
-    if not _is_int(ignore_index):
-        raise TypeError(f"ignore_index must be an int, but it is {_type(ignore_index)}")
+    if not is_int(ignore_index):
+        raise TypeError(f"ignore_index must be an int, but it is {type_name(ignore_index)}")
     if not -(1 << 63) <= ignore_index < 1 << 63:
         raise ValueError(f"ignore_index must fit an int64, but it is {ignore_index}")
     if interclass_filter is not None:
-        if not _is_number(interclass_filter):
-            raise TypeError(f"interclass_filter must be None or a float, but it is {_type(interclass_filter)}")
+        if not is_number(interclass_filter):
+            raise TypeError(f"interclass_filter must be None or a float, but it is {type_name(interclass_filter)}")
         if not -1 <= interclass_filter <= 1:
             raise ValueError(f"interclass_filter is a cosine and must lie in [-1, 1], but it is {interclass_filter}")
     if save_bytes is not None:
-        if not _is_int(save_bytes):
-            raise TypeError(f"save_bytes must be None or an int, but it is {_type(save_bytes)}")
+        if not is_int(save_bytes):
+            raise TypeError(f"save_bytes must be None or an int, but it is {type_name(save_bytes)}")
         if save_bytes < 0:
             raise ValueError(f"save_bytes must be at least 0, but it is {save_bytes}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, but it is {type_name(value)}")
+
+
+def check_size(name: str, value: Any) -> int:
+    """A positive int."""
+    value = plain(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, but it is {type_name(value)}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, but it is {value}")
+    return value
 
 
 def check_scale(scale: Any, device: torch.device | None = None) -> None:
@@ -113,16 +125,19 @@ def check_scale(scale: Any, device: torch.device | None = None) -> None:
         if scale.device.type != "cpu" or torch.compiler.is_compiling():
             return
         value = scale.item()
-    elif _is_number(scale):
+    elif is_number(scale):
         value = scale
     else:
-        raise TypeError(f"scale must be a float or a 0-d tensor, but it is {_type(scale)}")
+        raise TypeError(f"scale must be a float or a 0-d tensor, but it is {type_name(scale)}")
     if not (0 < value < math.inf):
         raise ValueError(f"scale must be positive and finite, but it is {value}")
 
 
 def check_margin(margin: Any, num_classes: int, device: torch.device | None = None) -> None:
-    """Check m, also an AdditiveMargin's; another margin object can only be asked whether it is callable."""
+    """Check m, also an AdditiveMargin's; another margin object can only be asked whether it is callable.
+
+    The values of a tensor are read where that does not synchronize, and without ``device``, when a module is made.
+    """
     if isinstance(margin, AdditiveMargin):
         margin = margin.margin
     if isinstance(margin, Tensor):
@@ -132,11 +147,13 @@ def check_margin(margin: Any, num_classes: int, device: torch.device | None = No
             raise ValueError(f"margin must have shape [C] = [{num_classes}], but it has {list(margin.shape)}")
         if device is not None and margin.device != device and not (margin.dim() == 0 and margin.device.type == "cpu"):
             raise ValueError(f"margin must be on features' device {device}, but it is on {margin.device}")
-    elif _is_number(margin):
-        if not abs(margin) <= MARGIN_LIMIT:
-            raise ValueError(f"margin is taken off a cosine and must lie in [-2, 2], but it is {margin}")
+        # Not where it would synchronize; one that is learned may go where it goes.
+        if (device is None or margin.device.type == "cpu") and not (margin.requires_grad or torch.compiler.is_compiling()):
+            check_value("margin", margin)
+    elif is_number(margin):
+        check_value("margin", margin)
     elif not callable(margin):
-        raise TypeError(f"margin must be a float, a [C] tensor or a margin object, but it is {_type(margin)}")
+        raise TypeError(f"margin must be a float, a [C] tensor or a margin object, but it is {type_name(margin)}")
 
 
 def compute_dtype(features: Tensor, weight: Tensor) -> torch.dtype:
@@ -196,15 +213,3 @@ def canonical_labels_fake(labels: Tensor, num_classes: int, ignore_index: int) -
 
 # An operator, so that the check of the values also runs where torch.compile has traced the caller.
 register("canonical_labels", LABELS_SCHEMA, _canonical_labels, canonical_labels_fake, differentiable=False)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
-
-
-def _type(value: Any) -> str:
-    return type(value).__name__

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from . import backends, reference
-from .arguments import canonical_labels, check_arguments, compute_dtype, no_autocast
+from .arguments import canonical_labels, check_arguments, check_flag, compute_dtype, no_autocast
 from .margins import AdditiveMargin, Margin, as_margin, target_psi
 from .reduction import reduce_rows
+from .values import plain
 
 DEFAULT_SAVE_BYTES = 1 << 30
 
@@ -104,6 +105,9 @@ def am_softmax_loss(
         ValueError: a wrong shape, device, range, reduction or backend; on the CPU, a label that is neither in
             ``[0, C)`` nor ``ignore_index``.
     """
+    scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
+    interclass_filter, save_bytes = plain(interclass_filter), plain(save_bytes)
+    check_flag("return_predictions", return_predictions)
     check_arguments(
         features, weight, labels,
         scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction,

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from .values import is_number, plain, type_name
+
+# cos spans a range of 2: a margin beyond it is no cosine margin (an angle in degrees, most likely).
+MARGIN_LIMIT = 2.0
 
 
 class Margin(Protocol):
@@ -44,12 +49,17 @@ class AdditiveMargin(nn.Module):
     Args:
         margin: m, a float, a 0-d tensor or a ``[C]`` tensor with one margin a class. A ``Parameter`` is learned,
             another tensor is kept as a buffer.
+
+    Raises:
+        TypeError, ValueError: not a number in [-2, 2] or a floating-point tensor of such.
     """
 
     margin: float | Tensor
 
     def __init__(self, margin: float | Tensor = 0.35) -> None:
         super().__init__()
+        margin = plain(margin)
+        check_value("margin", margin)
         if isinstance(margin, Tensor) and margin.requires_grad and not isinstance(margin, nn.Parameter):
             raise ValueError("margin must be an nn.Parameter to be learned, but it is a plain tensor that requires grad")
         if isinstance(margin, Tensor) and not isinstance(margin, nn.Parameter):
@@ -77,15 +87,21 @@ class AnnealedAdditiveMargin(nn.Module):
         increment: what each step adds; its sign must lead from ``start`` to ``end``.
 
     Raises:
-        ValueError: an argument is not finite, or ``increment`` leads away from ``end``.
+        TypeError: an argument is not a number.
+        ValueError: ``start`` or ``end`` is not in [-2, 2], or ``increment`` is not finite or leads away from ``end``.
     """
 
     steps: Tensor
 
     def __init__(self, start: float = 0.0, end: float = 0.4, increment: float = 5e-5) -> None:
         super().__init__()
-        if not all(map(math.isfinite, (start, end, increment))):
-            raise ValueError(f"start, end and increment must be finite, but they are {start}, {end} and {increment}")
+        start, end, increment = plain(start), plain(end), plain(increment)
+        for name, value in (("start", start), ("end", end), ("increment", increment)):
+            if isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a float, but it is a Tensor")
+            check_value(name, value, math.inf if name == "increment" else MARGIN_LIMIT)
+        if not math.isfinite(increment):
+            raise ValueError(f"increment must be finite, but it is {increment}")
         if (end - start) * increment < 0 or (increment == 0 and start != end):
             raise ValueError(f"increment must lead from start={start} to end={end}, but it is {increment}")
         self.start, self.end, self.increment = float(start), float(end), float(increment)
@@ -107,6 +123,26 @@ class AnnealedAdditiveMargin(nn.Module):
 
     def extra_repr(self) -> str:
         return f"start={self.start}, end={self.end}, increment={self.increment}"
+
+
+def check_value(name: str, value: Any, limit: float = MARGIN_LIMIT) -> None:
+    """Check that what is taken off a cosine is a number, or a floating-point tensor, within ``limit``.
+
+    A tensor's values are read; on the meta device it has none.
+    """
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating-point, but its dtype is {value.dtype}")
+        if value.numel() and not value.is_meta:
+            largest = value.detach().abs().max().item()  # NaN if any is
+            if not largest <= limit:
+                raise ValueError(
+                    f"{name} is taken off a cosine and must lie in [-{limit:g}, {limit:g}], but one has the size {largest}"
+                )
+    elif not is_number(value):
+        raise TypeError(f"{name} must be a float, but it is {type_name(value)}")
+    elif not abs(value) <= limit:
+        raise ValueError(f"{name} is taken off a cosine and must lie in [-{limit:g}, {limit:g}], but it is {value}")
 
 
 def as_margin(margin: float | Tensor | Margin) -> Margin:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, reference
-from .arguments import FLOATS, check_features, check_margin, check_options, check_scale
+from .arguments import FLOATS, check_features, check_margin, check_options, check_scale, check_size
 from .functional import am_softmax_loss
 from .margins import Margin
+from .values import plain
 
 
 class AMSoftmaxLoss(nn.Module):
@@ -49,11 +50,9 @@ class AMSoftmaxLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("embedding_dim", embedding_dim), ("num_classes", num_classes)):
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(f"{name} must be an int, but it is {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, but it is {size}")
+        embedding_dim, num_classes = check_size("embedding_dim", embedding_dim), check_size("num_classes", num_classes)
+        scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
+        interclass_filter, save_bytes = plain(interclass_filter), plain(save_bytes)
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, but it is {dtype}")
         check_scale(scale)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .arguments import accumulate_dtype, canonical_labels, check_arguments, compute_dtype, no_autocast
+from .arguments import accumulate_dtype, canonical_labels, check_arguments, check_flag, compute_dtype, no_autocast
 from .margins import Margin, as_margin, target_psi
 from .reduction import reduce_rows
+from .values import plain
 
 # ‖·‖ at which a row counts as zero, that of torch.nn.functional.normalize.
 EPS = 1e-12
@@ -35,6 +36,9 @@ def am_softmax_loss(
     Arguments, result and errors are those of :func:`amsoftmax_kernels.am_softmax_loss`; half-precision inputs are
     computed in float32, whether autocast is on or not. Can be differentiated twice.
     """
+    scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
+    interclass_filter = plain(interclass_filter)
+    check_flag("return_predictions", return_predictions)
     check_arguments(
         features, weight, labels,
         scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import backends, reference, sharding
-from .arguments import canonical_labels, check_arguments, check_features, compute_dtype
+from .arguments import canonical_labels, check_arguments, check_features, check_flag, compute_dtype
 from .functional import DEFAULT_SAVE_BYTES, loss_rows, scale_tensor
 from .margins import Margin, as_margin
 from .modules import AMSoftmaxLoss
@@ -20,6 +20,7 @@ from .optim import accumulate_rows
 from .reduction import reduce_rows
 from .sampling import draw_size
 from .sharded import LocalRows, Plan, Sampling, ShardedFunction
+from .values import is_int, is_number, plain, type_name
 
 _BLOCK = 4096  # centres drawn from one seed, so that their values do not depend on the number of ranks
 
@@ -90,11 +91,11 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        sample_rate, seed = plain(sample_rate), plain(seed)
         _check(mesh, sample_rate, seed, backend, device)
         flags = {"sampling_correction": sampling_correction, "rowwise_gradient": rowwise_gradient}
         for name, flag in (*flags.items(), ("equal_batches", equal_batches)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be a bool, but it is {type(flag).__name__}")
+            check_flag(name, flag)
         self._mesh, self._seed, self._agreed_once = mesh, seed, False
         self._counted_in = -1  # the backward pass in which the last step was counted
         self.sample_rate = sample_rate
@@ -160,7 +161,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         error: Exception | None = None
         batch, agreed = 0, dict[str, Any]()
         try:
-            backend, canonical = self._checked(features, labels)
+            backend, canonical = self._checked(features, labels, return_predictions)
             batch, agreed = len(features), self._agreed(features, backend, return_predictions)
         except Exception as caught:  # of any kind: the other ranks must not wait for this one
             error = caught
@@ -211,8 +212,9 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         found = torch.where(t >= best[mine], canonical, best_class[mine])
         return loss, found.masked_fill(t.isnan() | (canonical < 0), -1)
 
-    def _checked(self, features: Tensor, labels: Tensor) -> tuple[str, Tensor]:
+    def _checked(self, features: Tensor, labels: Tensor, return_predictions: bool) -> tuple[str, Tensor]:
         """The backend's name, and labels as it takes them, once everything has been checked."""
+        check_flag("return_predictions", return_predictions)
         check_arguments(
             features, self.weight, labels,
             scale=self.scale, margin=self.margin, normalize_features=self.normalize_features, reduction=self.reduction,
@@ -313,17 +315,17 @@ def _backward_pass() -> int:
 def _check(mesh: Any, sample_rate: Any, seed: Any, backend: Any, device: Any) -> None:
     if mesh is not None:
         if not isinstance(mesh, DeviceMesh):
-            raise TypeError(f"mesh must be None or a DeviceMesh, but it is {type(mesh).__name__}")
+            raise TypeError(f"mesh must be None or a DeviceMesh, but it is {type_name(mesh)}")
         if mesh.ndim not in (1, 2):
             raise ValueError(f"mesh must have one dimension, or two (replicas, shards), but it has {mesh.ndim}")
         if device is not None and torch.device(device).type not in (mesh.device_type, "meta"):
             raise ValueError(f"device must be of the mesh's type {mesh.device_type}, but it is {device}")
-    if not isinstance(sample_rate, (int, float)) or isinstance(sample_rate, bool):
-        raise TypeError(f"sample_rate must be a float, but it is {type(sample_rate).__name__}")
+    if not is_number(sample_rate):
+        raise TypeError(f"sample_rate must be a float, but it is {type_name(sample_rate)}")
     if not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate must lie in (0, 1], but it is {sample_rate}")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise TypeError(f"seed must be None or an int, but it is {type(seed).__name__}")
+    if seed is not None and not is_int(seed):
+        raise TypeError(f"seed must be None or an int, but it is {type_name(seed)}")
     if seed is not None and not 0 <= seed < 1 << 62:
         raise ValueError(f"seed must lie in [0, 2^62), but it is {seed}")
     if backend == "reference" and sharding.is_initialized():

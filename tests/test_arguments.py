@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels.margins import AdditiveMargin
+from amsoftmax_kernels.margins import AdditiveMargin, AnnealedAdditiveMargin
 
 GOOD: dict[str, Any] = {"features": torch.randn(4, 8), "weight": torch.randn(10, 8), "labels": torch.tensor([0, 1, 9, 5])}
 NAN = float("nan")
@@ -51,7 +51,8 @@ BAD = [
     ("margin", torch.ones(10, device="meta"), ValueError, "meta"),
     ("margin", lambda t, labels, norm: t.sum(), ValueError, r"\[\]"),
     ("margin", lambda t, labels, norm: 0.3, ValueError, "float"),
-    ("margin", AdditiveMargin(28.6), ValueError, "28.6"),
+    ("margin", torch.full((10,), 28.6), ValueError, "28.6"),
+    ("margin", torch.tensor([0.3] * 9 + [NAN]), ValueError, "nan"),
     ("margin", AdditiveMargin(torch.zeros(12)), ValueError, r"\[12\]"),
     ("normalize_features", 1, TypeError, "int"),
     ("reduction", None, TypeError, "NoneType"),
@@ -102,3 +103,64 @@ def test_bad_module_arguments(name: str, value: Any, error: type[Exception], sai
 def test_reference_checks_too() -> None:
     with pytest.raises(ValueError, match=r"labels\[0\] is 12"):
         ak.reference.am_softmax_loss(GOOD["features"], GOOD["weight"], torch.full((4,), 12))
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_numbers_of_numpy_are_numbers(backend: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    given = {"scale": numpy.float32(20), "margin": numpy.float32(0.25), "ignore_index": numpy.int64(-7)}
+    more: dict[str, Any] = {"interclass_filter": numpy.float64(0.5)}
+    expected = call(**GOOD, scale=20.0, margin=0.25, ignore_index=-7, interclass_filter=0.5, backend=backend)
+    assert call(**GOOD, **given, **more, save_bytes=numpy.int32(0), backend=backend) == expected
+    head = ak.AMSoftmaxLoss(numpy.int64(8), numpy.int32(10), **given, **more)
+    assert (head.embedding_dim, head.num_classes, head.scale, head.margin) == (8, 10, 20.0, 0.25)
+    assert AdditiveMargin(numpy.float16(0.5)).margin == 0.5 and AnnealedAdditiveMargin(end=numpy.float32(0.25)).end == 0.25
+    assert ak.ShardedAMSoftmaxLoss(8, 10, sample_rate=numpy.float32(0.5), seed=numpy.int64(3)).sample_rate == 0.5
+    with pytest.raises(TypeError, match="scale must be a float or a 0-d tensor, but it is bool"):
+        call(**{**GOOD, "scale": numpy.bool_(True)})
+
+
+@pytest.mark.parametrize("value", [1, "yes", None, torch.tensor(True)], ids=["int", "str", "None", "Tensor"])
+def test_return_predictions_is_a_flag(value: Any) -> None:
+    match = f"return_predictions must be a bool, but it is {type(value).__name__}"
+    for backend in ("chunked", "reference"):
+        with pytest.raises(TypeError, match=match):
+            call(**GOOD, backend=backend, return_predictions=value)
+    sampled = ak.ShardedAMSoftmaxLoss(8, 10, sample_rate=0.5)
+    for head in (ak.AMSoftmaxLoss(8, 10), sampled):
+        with pytest.raises(TypeError, match=match):
+            head(GOOD["features"], GOOD["labels"], value)
+
+
+def test_a_margin_object_is_checked_when_it_is_made() -> None:
+    for value, error, said in (
+        ("a", TypeError, "str"),
+        (NAN, ValueError, "nan"),
+        (28.6, ValueError, "28.6"),
+        (torch.tensor([0.3, 28.6]), ValueError, "28.6"),
+        (torch.tensor([0.3, NAN]), ValueError, "nan"),
+        (torch.tensor(1), TypeError, "int64"),
+        (torch.nn.Parameter(torch.tensor(28.0)), ValueError, "28.0"),
+    ):
+        with pytest.raises(error, match=f"margin .*{said}"):
+            AdditiveMargin(value)
+    assert isinstance(AdditiveMargin(torch.empty(3, device="meta")).margin, torch.Tensor)
+    for name, value, error in (
+        ("start", "0", TypeError),
+        ("end", 28.6, ValueError),
+        ("start", -28.6, ValueError),
+        ("end", torch.tensor(0.3), TypeError),
+        ("increment", None, TypeError),
+        ("increment", float("inf"), ValueError),
+    ):
+        with pytest.raises(error, match=f"{name} "):
+            AnnealedAdditiveMargin(**{name: value})
+    for margin in (torch.full((10,), 28.6), torch.tensor([NAN] * 10)):
+        with pytest.raises(ValueError, match=r"margin is taken off a cosine and must lie in \[-2, 2\]"):
+            ak.AMSoftmaxLoss(8, 10, margin=margin)
+
+
+def test_a_learned_margin_may_go_where_it_goes() -> None:
+    margin = AdditiveMargin(torch.nn.Parameter(torch.tensor(0.3)))
+    margin.margin.data.fill_(2.5)  # type: ignore[union-attr]
+    assert call(**GOOD, margin=margin).isfinite()
