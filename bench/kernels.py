@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import triton
     except ImportError as error:
-        raise SystemExit(f"bench kernels needs Triton: {error}; pip install triton==3.6.0") from None
+        raise SystemExit(f"bench kernels needs Triton: {error}; pip install 'triton>=3.6,<3.9'") from None
     from .launches import variants
 
     if triton.knobs.runtime.interpret:

@@ -20,7 +20,7 @@ try:
     from . import triton_gradients as gradients
     from . import triton_kernels as kernels
 except ImportError as error:
-    _import_error: str | None = f"{error}; pip install triton==3.6.0"
+    _import_error: str | None = f"{error}; pip install 'triton>=3.6,<3.9'"
 else:
     _import_error = None
 
