@@ -36,7 +36,7 @@ CUTLASS = "nvidia-cutlass==4.2.0.0"  # what it was written for
 
 
 class BuildError(RuntimeError):
-    """The compiler is missing or refused; its message is in the text."""
+    """There is no library: the compiler is missing or refused, whose message is in the text, or the file is not one."""
 
 
 def sources() -> Path:

@@ -98,21 +98,39 @@ class Library:
     """A loaded library. ``call`` launches one kernel on the current stream of the tensors' device."""
 
     def __init__(self, path: Path) -> None:
+        """Load it.
+
+        Raises:
+            OSError: the loader refuses the file.
+            build.BuildError: it is not a library of this package, or of another version's interface.
+        """
         self.path = path
         self._library = ctypes.CDLL(str(path))
-        for name in CONSTANTS:
-            function = getattr(self._library, name, None)
-            if function is None:
-                raise RuntimeError(f"{path} is not a library of this package: it has no {name}")
-            function.argtypes, function.restype = [], c_int32
-        version = self._library.ak_version()
+        if not hasattr(self._library, "ak_version"):
+            raise build.BuildError(f"{path} is not a library of this package: it has no ak_version")
+        version = self._constant("ak_version")
         if version != VERSION:
-            raise RuntimeError(f"{path} has version {version} of the interface, this package {VERSION}: build it again")
-        self._functions = {name: getattr(self._library, name) for name in LAUNCHERS}
+            raise self._refused(f"has version {version} of the interface, this package {VERSION}")
+        self._functions = {name: self._function(name) for name in LAUNCHERS}
         for function in self._functions.values():
             function.argtypes, function.restype = [c_void_p, c_void_p], c_char_p
-        self._library.ak_check.argtypes, self._library.ak_check.restype = [ctypes.POINTER(Where)], c_char_p
-        self.has_hopper = bool(self._library.ak_has_hopper())  # its own kernels
+        self._check = self._function("ak_check")
+        self._check.argtypes, self._check.restype = [ctypes.POINTER(Where)], c_char_p
+        self.has_hopper = bool(self._constant("ak_has_hopper"))  # its own kernels
+
+    def _function(self, name: str) -> Any:
+        function = getattr(self._library, name, None)
+        if function is None:
+            raise self._refused(f"has no {name}, it is of other sources than this package's")
+        return function
+
+    def _constant(self, name: str) -> int:
+        function = self._function(name)
+        function.argtypes, function.restype = [], c_int32
+        return int(function())
+
+    def _refused(self, why: str) -> build.BuildError:
+        return build.BuildError(f"{self.path} {why}: build it again (python -m amsoftmax_kernels.build)")
 
     def call(self, name: str, parameters: ctypes.Structure, device: torch.device) -> None:
         """Launch; RuntimeError with the library's own words if it cannot."""
@@ -145,7 +163,7 @@ class Library:
 
     def check(self, device: torch.device) -> None:
         """RuntimeError if the kernels do not run on this device."""
-        error = self._library.ak_check(ctypes.byref(Where(None, device.index or 0, 0)))
+        error = self._check(ctypes.byref(Where(None, device.index or 0, 0)))
         if error is not None:
             raise RuntimeError(f"the kernels of {self.path} do not run on {device}: {error.decode()}")
 
