@@ -34,7 +34,8 @@ SHAPES = [
 
 
 def smoke(device: torch.device, seconds: float = SECONDS) -> Iterator[Row]:
-    """One row a backend, and one more without what it can do without, if it failed with it."""
+    """One row a backend, and one more without what it can do without, if it failed with it; first those that are absent."""
+    yield from absent(device)
     for name in compared_backends(device):
         row = _ask(device, name, None, seconds)
         yield row
@@ -42,12 +43,25 @@ def smoke(device: torch.device, seconds: float = SECONDS) -> Iterator[Row]:
             yield _ask(device, name, WITHOUT[name], seconds)
 
 
+def absent(device: torch.device) -> Iterator[Row]:
+    """A row for each backend that is not there, which is no fault, and for each that is and serves nothing, which is one."""
+    for name in backends.NAMES:
+        if name == "reference":
+            continue
+        row: Row = {"backend": name, "without": None}
+        reason = backends.unavailable_reason(name)  # before it is asked to serve: a build may fail then
+        if reason is not None:
+            yield row | {"ok": None, "skipped": reason}
+        elif not any(_serves(name, device, dtype) for dtype in DTYPES.values()):
+            yield row | {"ok": False, "error": backends.unavailable_reason(name) or f"it serves no dtype on {device}"}
+
+
 def leave_out(rows: list[Row]) -> list[str]:
     """Take what failed out of this process, and say what that is."""
     if not isinstance(rows, list):
         return []  # the stage itself broke
     served = {row["backend"]: row["without"] for row in rows if row["ok"]}
-    broken = {row["backend"] for row in rows if row["backend"] not in served}
+    broken = {row["backend"] for row in rows if row["ok"] is False and row["backend"] not in served}
     lacking = {name: without for name, without in served.items() if without is not None}
     backends.NAMES = tuple(name for name in backends.NAMES if name not in broken)
     for name, without in lacking.items():
