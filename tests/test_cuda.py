@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import platform
 import re
 import shutil
 import subprocess
@@ -320,6 +321,70 @@ def test_the_cache_key_depends_on_what_is_compiled(tmp_path: Path, monkeypatch: 
     assert build.key("80") != first
 
 
+@pytest.mark.parametrize("name", ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "machine", "commands"])
+def test_the_cache_key_depends_on_how_it_is_compiled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build.key("80")
+    if name == "machine":
+        monkeypatch.setattr(platform, "machine", lambda: "another")
+    elif name == "commands":
+        text, found = Path(build.__file__).read_text().replace('"-O3"', '"-O2"'), build.sources()
+        monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+        monkeypatch.setattr(build, "sources", lambda: found)
+        (tmp_path / "build.py").write_text(text)
+    else:
+        monkeypatch.setenv(name, "-O0")
+    assert build.key("80") != first
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+def test_a_cached_file_that_does_not_load_is_built_again_once(
+    emulated_library: cuda_library.Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut short, or for another machine. What is built in its place may not load either, which is an error."""
+    monkeypatch.setattr(build, "cache", lambda: tmp_path)
+    contents = [b"not a library either", emulated_library.path.read_bytes()]
+    monkeypatch.setattr(build, "build", lambda archs, out, strict: (out.write_bytes(contents.pop(0)), [])[1])
+    path = tmp_path / f"{build.key('80')}.so"
+    path.write_bytes(b"not a library")
+    load = cuda_library.library.__wrapped__
+    with pytest.raises(OSError, match="file too short"):
+        load("80")
+    assert load("80").path == path and not contents
+    assert load("80").path == path  # as it is
+    assert build.cached("80", broken=build.written(path) - 1) == path  # another process has built it again
+
+
+NVCC_11 = "sm_75\nsm_80\nsm_86\nsm_87\nsm_89\nsm_90\n"
+
+
+def test_an_older_nvcc_compiles_for_what_it_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rather than for nothing: an older architecture whose code the GPU runs too, else PTX, which is always there."""
+    targets: list[list[str]] = []
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(build, "_nvcc_version", lambda: "release 11.8, V11.8.89")
+    monkeypatch.setattr(build, "_listed", lambda nvcc: NVCC_11)
+    monkeypatch.setattr(build, "_build", lambda nvcc, architectures, *rest: targets.append(list(architectures)))
+    assert build.build(["80", "89"], tmp_path / "library.so") == []
+    (remark,) = build.build(["120"], tmp_path / "library.so")
+    assert "does not know sm_120: PTX for compute_80 in its place" in remark
+    build.build(["90a"], tmp_path / "library.so")
+    monkeypatch.setattr(build, "_listed", lambda nvcc: NVCC_11.replace("sm_89\n", ""))
+    remarks = build.build(["89", "86"], tmp_path / "library.so")
+    assert len(remarks) == 1 and "does not know sm_89: code for sm_86 in its place" in remarks[0]
+    build.build(["120"], tmp_path / "library.so", strict=True)  # there it is an error
+    assert targets == [["80", "89"], [], [], ["86"], ["120"]]
+    monkeypatch.setattr(build, "_nvcc_version", lambda: "release 12.0, V12.0.76")
+    assert build._known("90a", NVCC_11) == "90a" and build._known("121", "sm_120") == "120"
+    assert build._known("120", "") == "120"  # one that does not tell is taken to know
+
+
+@NVCC
+def test_nvcc_says_what_it_knows() -> None:
+    nvcc = build.find_nvcc()
+    assert nvcc is not None and build._known("90a", build._listed(nvcc)) == "90a"
+    assert build._known("80", build._listed(nvcc)) == "80" and build._known("999", build._listed(nvcc)) is None
+
+
 def test_architectures() -> None:
     for capability, expected in (
         ((8, 0), "80"),
@@ -408,7 +473,7 @@ def test_eight_processes_share_one_build(tmp_path: Path) -> None:
     script = (
         "from pathlib import Path; from amsoftmax_kernels import build; "
         f"build.sources = lambda: Path({str(tmp_path / 'csrc')!r}); first = build.build; "
-        "build.build = lambda *args: (print('built'), first(*args)); print(build.cached('80'))"
+        "build.build = lambda *args: (print('built'), first(*args))[1]; print(build.cached('80'))"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-c", script]

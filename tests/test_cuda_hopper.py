@@ -243,6 +243,49 @@ def test_cutlass_is_for_hopper_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert not any("AK_CUTLASS" in part or part.endswith(build.HOPPER_SOURCES) for part in parts)
 
 
+def test_headers_that_do_not_compile_leave_the_portable_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a CUTLASS that is too old or too new; in strict builds, and of our own mistakes, an error."""
+    commands: list[list[str]] = []
+    faulty = build.HOPPER_SOURCES[0]
+
+    def run(command: list[str]) -> None:
+        commands.append(command)
+        if any(part.endswith(faulty) for part in command):
+            raise build.BuildError(f"{' '.join(command)}\nx.hpp(1): error: no such thing\n")
+        Path(command[-1]).touch()
+
+    monkeypatch.setattr(build, "_run", run)
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    headers = _headers(tmp_path / "include", (3, 1, 0))
+    monkeypatch.setattr(build, "find_cutlass", lambda: headers)
+    monkeypatch.setattr(build, "cache", lambda: tmp_path / "cache")
+    with pytest.raises(build.BuildError, match=faulty):
+        build.build(["90a"], tmp_path / "library.so", strict=True)
+    commands.clear()
+    with pytest.warns(UserWarning, match=r"do not compile with .* CUTLASS 3\.1\.0 .*pip install .*no such thing"):
+        assert build.cached("90a").is_file()
+    first = commands.index(next(each for each in commands if "-DAK_CUTLASS" not in each))
+    assert not any("AK_CUTLASS" in part or part.endswith(build.HOPPER_SOURCES) for each in commands[first:] for part in each)
+    faulty = "rows.cu"
+    with pytest.raises(build.BuildError, match=faulty):
+        build.build(["90a"], tmp_path / "library.so")
+
+
+def test_building_ahead_of_time_says_what_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "_run", lambda command: Path(command[-1]).touch())
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    for headers, arch, told in ((None, "90a", True), (_headers(tmp_path / "include"), "90a", False), (None, "80", False)):
+        monkeypatch.setattr(build, "find_cutlass", lambda headers=headers: headers)
+        assert build.main(["--arch", arch, "--out", str(tmp_path / "library.so")]) == 0
+        printed = capsys.readouterr().out
+        assert f"for sm_{arch}" in printed
+        assert (
+            f"but without Hopper's own kernels, which take CUTLASS's headers: pip install {build.CUTLASS}" in printed
+        ) == told
+
+
 def test_finding_cutlass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     headers = _headers(tmp_path / "named" / "include")
     for named in (headers, headers.parent):

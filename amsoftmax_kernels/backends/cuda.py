@@ -11,7 +11,6 @@ comes first.
 from __future__ import annotations
 
 import functools
-import re
 import warnings
 from typing import Any
 
@@ -69,7 +68,7 @@ def _builds(device: torch.device) -> bool:
         arch = _architecture(device)
         command = f"python -m amsoftmax_kernels.build --arch {arch} --out FILE.so"
         where = "" if build.prebuilt() else f" (`{command}` shows all of it)"
-        _failed[arch] = f"its library cannot be had: {_summary(str(error))}{where}"
+        _failed[arch] = f"its library cannot be had: {build.summary(str(error))}{where}"
         warnings.warn(f"amsoftmax_kernels: the CUDA library cannot be had, other backends serve:\n{error}", stacklevel=2)
         return False
     except RuntimeError as error:  # the device's, and perhaps not the next time
@@ -80,13 +79,6 @@ def _builds(device: torch.device) -> bool:
 
 def _architecture(device: torch.device | None = None) -> str:
     return build.architecture(torch.cuda.get_device_capability(device))
-
-
-def _summary(text: str) -> str:
-    """The first lines that say what is wrong, in one."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
-    return "; ".join((errors or lines)[:2])[:400]
 
 
 @functools.cache

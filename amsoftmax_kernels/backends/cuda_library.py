@@ -207,7 +207,15 @@ def _pointers(structure: type[ctypes.Structure]) -> list[int]:
 @functools.cache
 def library(arch: str) -> Library:
     """The library built ahead of time if there is one, else that of an architecture, built if it is not there yet."""
-    return Library(build.prebuilt() or build.cached(arch))
+    prebuilt = build.prebuilt()
+    if prebuilt is not None:
+        return Library(prebuilt)
+    path = build.cached(arch)
+    when = build.written(path)
+    try:
+        return Library(path)
+    except OSError:  # cut short, or for another machine: a home folder is shared by many
+        return Library(build.cached(arch, broken=when))
 
 
 def matrix(tensor: Tensor | None) -> ctypes.Structure:
