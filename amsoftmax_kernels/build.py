@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from pathlib import Path
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 # For development: a spill would be a slow kernel that nobody sees. A user's other compiler may warn of what ours does not.
 STRICT = ("-Xptxas", "--warn-on-spills,-Werror", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra")
+_SERIALIZED = "C7510"  # what ptxas remarks where it waits for each product of Hopper's: no warning to it, an error if strict
 ARCHITECTURES = ("80", "86", "87", "89", "90a", "100", "103", "110", "120", "121")
 # PTX beside each: what runs on a GPU that is newer than all of them.
 _FALLBACK = "-gencode=arch=compute_80,code=compute_80"
@@ -46,6 +48,12 @@ def sources() -> Path:
     """The folder of the C++ sources: beside the package in a checkout, inside it where it is installed."""
     inside, beside = Path(__file__).parent / "csrc", Path(__file__).parents[1] / "csrc"
     return inside if inside.is_dir() else beside
+
+
+def contract() -> int:
+    """A number made of library.h, comments and spaces apart: the structures as they are to be laid out."""
+    text = re.sub(r"//.*", "", (sources() / "library.h").read_text(encoding="utf-8"))
+    return zlib.crc32(" ".join(text.split()).encode()) >> 1  # an int32_t
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -222,7 +230,7 @@ def _build(nvcc: str, architectures: Sequence[str], cutlass: Path | None, out: P
     """Compile and link."""
     out.parent.mkdir(parents=True, exist_ok=True)
     targets = [_FALLBACK, *(f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures)]
-    flags = [*FLAGS, *(STRICT if strict else ()), *(["-DAK_CUTLASS"] if cutlass else [])]
+    flags = [*FLAGS, f"-DAK_CONTRACT={contract()}", *(STRICT if strict else ()), *(["-DAK_CUTLASS"] if cutlass else [])]
     out = out.absolute()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as name:
         folder = Path(name)
@@ -235,7 +243,9 @@ def _build(nvcc: str, architectures: Sequence[str], cutlass: Path | None, out: P
                 mine = [f"-gencode=arch=compute_{HOPPER},code=sm_{HOPPER}", *hopper_flags(cutlass)]
             commands.append([nvcc, *flags, *mine, "-c", str(source), "-o", str(folder / f"{source.stem}.o")])
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
+            printed = list(pool.map(_run, commands))
+        if strict and (serialized := [each for each in printed if _SERIALIZED in each]):
+            raise BuildError(serialized[0])
         objects = [command[-1] for command in commands]
         # The CUDA runtime is linked in, so that the library does not depend on the one that PyTorch brings.
         _run([nvcc, "-shared", "-cudart", "static", *targets, *objects, "-o", str(folder / "library.so")])
@@ -254,10 +264,13 @@ def hopper_flags(cutlass: Path) -> list[str]:
     return ["-isystem", str(cutlass), "--expt-relaxed-constexpr"]
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """Run it; the command itself and what it printed."""
     result = subprocess.run(command, capture_output=True, text=True)
+    printed = f"{' '.join(command)}\n{result.stdout}{result.stderr}"
     if result.returncode:
-        raise BuildError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+        raise BuildError(printed)
+    return printed
 
 
 def _nvcc_version() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import math
@@ -21,6 +22,7 @@ from amsoftmax_kernels import build
 from amsoftmax_kernels.backends import Problem, cuda, cuda_library, fused
 
 from .cases import CASES, CHUNK, Case, relative
+from .emulation import build_changed, serve
 from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel
 from .test_loss import eager, evaluate, oracle
 
@@ -92,6 +94,17 @@ def check_the_cosine_kernel(
         assert torch.allclose(best.max(0).values.double(), allowed, atol=1e-6)
         kernels.cosine_exp(problem, 1000, x_hat, w_hat, factor, None, None, None, best, best_class, True)
         assert best.max() == -math.inf or (factor > 92.33).any()
+
+
+@pytest.mark.parametrize("wrong", ["kStages - 1", "kStages"])
+def test_a_wait_for_too_few_copies_would_be_seen(
+    wrong: str, emulated_library: cuda_library.Library, poisoned: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = "wait_copies<kStages - 2>"
+    changed = build_changed(emulated_library, tmp_path, "cosine_sm80.cu", right, f"wait_copies<{wrong}>")
+    serve(changed, monkeypatch)
+    with pytest.raises(AssertionError):
+        check_the_cosine_kernel(127, 129, 160, torch.float16, 2)
 
 
 def check(case: Case, actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
@@ -418,21 +431,50 @@ def test_a_library_built_ahead_of_time_is_taken(monkeypatch: pytest.MonkeyPatch,
     assert build.missing() is None and build.prebuilt() == tmp_path / "library.so"
 
 
+@pytest.mark.parametrize("device", [1, 99])
+def test_nothing_is_launched_on_another_device(device: int, hopper_library: cuda_library.Library) -> None:
+    """Where the caller's cannot be made the current one; the emulation has number 0 alone."""
+    for name, structure in cuda_library.LAUNCHERS.items():
+        if name != "ak_block":  # which asks no device
+            with pytest.raises(RuntimeError, match=f"{name}: invalid device ordinal"):
+                hopper_library._launch(name, ctypes.byref(structure()), cuda_library.where(0, device))
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        hopper_library.check(torch.device("cuda", device))
+
+
+VERSION = f'extern "C" int ak_version() {{ return {cuda_library.VERSION}; }}'
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ('extern "C" int ak_version() { return 1; } extern "C" int ak_has_hopper() { return 0; }', "version 1"),
+        ('extern "C" int ak_version() { return 1; } extern "C" int ak_has_hopper() { return 0; }', "has version 1 .*again"),
         ("", "not a lib"),
+        (VERSION, "other.so has no ak_contract.*build it again"),
+        (VERSION + 'extern "C" int ak_contract() { return 7; }', "has other structures in its interface.*build it again"),
+        (f'{VERSION} extern "C" int ak_contract() {{ return {build.contract()}; }}', "has no ak_canonical_labels"),
     ],
-    ids=["outdated", "another"],
+    ids=["outdated", "another", "before a function", "other structures", "without a launcher"],
 )
 def test_another_library_is_refused_in_words(source: str, message: str, tmp_path: Path) -> None:
     """Also one from before a function was there: then other backends serve."""
     (tmp_path / "other.cpp").write_text(source)
     subprocess.run(["g++", "-shared", "-fPIC", tmp_path / "other.cpp", "-o", tmp_path / "other.so"], check=True)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(build.BuildError, match=message):
         cuda_library.Library(tmp_path / "other.so")
+
+
+def test_the_contract_changes_with_the_structures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, first = (build.sources() / "library.h").read_text(), build.contract()
+    monkeypatch.setattr(build, "sources", lambda: tmp_path)
+    for changed, same in (
+        (text + "\n// a remark\n", True),
+        (text.replace("int64_t batch, width", "int64_t width, batch"), False),
+    ):
+        assert changed != text
+        (tmp_path / "library.h").write_text(changed)
+        assert (build.contract() == first) == same
 
 
 def test_nvcc_is_looked_for_until_a_library_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ import amsoftmax_kernels as ak
 from amsoftmax_kernels import __main__ as command
 from amsoftmax_kernels import backends, build
 from amsoftmax_kernels.backends import Problem, cuda, cuda_library, fused
+from bench.library import IN_FLIGHT
 
 from .cases import CASES, CHUNK, Case
 from .test_cuda import BY_NAME, CPU, DTYPES, NVCC, check, check_the_cosine_kernel, ours
@@ -197,6 +198,7 @@ def test_the_machine_code() -> None:
         for instruction in (products, *copies, *registers, r"MUFU\.EX2"):
             assert re.search(rf"\b{instruction}(?![\w.])", code), instruction
         assert not re.search(r"\b(LDL|STL)\b", code)
+        assert len(re.findall(rf"\b{IN_FLIGHT}\b", code)) > 2, "each group of products is waited for"
         # The warps that load give all but 24 registers away.
         loads = re.search(r"USETMAXREG\.DEALLOC\.CTAPOOL 0x18 ;(.*?)\bEXIT\b", code, re.DOTALL)
         assert loads is not None and max(int(each) for each in re.findall(r"\bR(\d+)\b", loads[1])) < 24
@@ -284,6 +286,21 @@ def test_building_ahead_of_time_says_what_is_left_out(
         assert (
             f"but without Hopper's own kernels, which take CUTLASS's headers: pip install {build.CUTLASS}" in printed
         ) == told
+
+
+def test_products_one_after_the_other_fail_a_strict_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of which ptxas only remarks."""
+
+    def run(command: list[str]) -> str:
+        Path(command[-1]).touch()
+        return "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+
+    monkeypatch.setattr(build, "_run", run)
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    build.build(["90a"], tmp_path / "library.so")
+    with pytest.raises(build.BuildError, match="instructions are serialized"):
+        build.build(["90a"], tmp_path / "strict.so", strict=True)
+    assert not (tmp_path / "strict.so").exists()
 
 
 def test_finding_cutlass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

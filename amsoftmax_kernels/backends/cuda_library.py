@@ -90,7 +90,7 @@ LAUNCHERS = {
     "ak_constant_margin": Margin, "ak_factor_rows": Factor, "ak_finish_centres": FinishCentres,
     "ak_finish_rows": FinishRows, "ak_grad_centres": GradCentres, "ak_grad_tiling": GradTiling,
 }  # fmt: skip
-CONSTANTS = ("ak_version", "ak_has_hopper")
+CONSTANTS = ("ak_version", "ak_contract", "ak_has_hopper")
 KERNELS = ("cosine_exp, portable", "cosine_exp, Hopper's", "grad_centres, Hopper's")  # as AkKernel has them
 
 
@@ -111,6 +111,8 @@ class Library:
         version = self._constant("ak_version")
         if version != VERSION:
             raise self._refused(f"has version {version} of the interface, this package {VERSION}")
+        if self._constant("ak_contract") != build.contract():
+            raise self._refused("has other structures in its interface than this package's csrc/library.h")
         self._functions = {name: self._function(name) for name in LAUNCHERS}
         for function in self._functions.values():
             function.argtypes, function.restype = [c_void_p, c_void_p], c_char_p
