@@ -231,6 +231,26 @@ def test_a_backend_that_is_absent_is_told(
     assert "left out from here on: cuda\n" in printed and "NOT RUN\nsmoke: backend=triton" in printed
 
 
+def test_the_sanitizer_runs_every_tool_on_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run_child(command: list[str], seconds: float, environment: dict[str, str]) -> dict[str, Any]:
+        assert seconds <= 100 and environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        commands.append(command)
+        return {"ok": True}
+
+    monkeypatch.setattr(gpu_checks.shutil, "which", lambda name, path=None: name)
+    monkeypatch.setattr(gpu_checks, "compared_backends", lambda device: ["triton", "cuda", "chunked"])
+    monkeypatch.setattr(gpu_checks, "run_child", run_child)
+    rows = list(gpu_checks.sanitizer(CPU))
+    tools = ("memcheck", "synccheck", "racecheck")
+    assert [(row["tool"], row["backend"]) for row in rows] == [(t, b) for t in tools for b in ("triton", "cuda")]
+    assert [command[2] for command in commands] == [row["tool"] for row in rows]
+    assert all(command[-2] == row["backend"] and command[-1] == "--few" for command, row in zip(commands, rows, strict=True))
+    # Rows that stay in Hopper's shared memory and that do not, of a width that halves do not divide evenly.
+    assert {D for _, D, C in gpu_smoke.FEW if C > 2 * 132 * 128} == {480, 528}
+
+
 def test_a_wrong_result_is_not_called_running(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_smoke.main(["cpu", "chunked"]) == 0
     right = gpu_smoke._step
