@@ -24,10 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"CPU   {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     print(f"GPU   {_describe_gpu()}")
     print(f"C++   {_describe_compiler()}")
+    missing = {name: backends.unavailable_reason(name) for name in backends.NAMES}
+    for name in backends.NAMES:  # what has to be built for that is built now: the rest tells how it went
+        if missing[name] is None:
+            _served(name, device)
     print(f"default backend for float32 on {device}: {backends.choose(None, device, torch.float32)}\n")
     failed = False
-    for name in backends.NAMES:
-        reason = backends.unavailable_reason(name)
+    for name, reason in missing.items():
         if reason is None:
             try:
                 reason = self_test(name, device)
@@ -45,13 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def self_test(backend: str, device: torch.device) -> str | None:
     """Compare loss and gradients with the reference in float64 on a small problem; what is wrong, None if nothing is."""
+    served = _served(backend, device)
+    if not served:
+        return backends.unavailable_reason(backend) or f"it serves no dtype on {device}"
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(32, 64, generator=generator, dtype=torch.float64).to(device)
     weight = torch.randn(500, 64, generator=generator, dtype=torch.float64).to(device)
     labels = torch.randint(500, (32,), generator=generator).to(device)
-    for dtype, tolerance in _TOLERANCE.items():
-        if backend != "reference" and not backends.load(backend).serves(device, dtype):
-            continue
+    for dtype in served:
+        tolerance = _TOLERANCE[dtype]
         inputs = [each.to(dtype).requires_grad_() for each in (features, weight)]
         exact = [each.detach().double().requires_grad_() for each in inputs]
         for scale in (30.0, 100.0):
@@ -68,6 +73,10 @@ def self_test(backend: str, device: torch.device) -> str | None:
                 if not error < tolerance:
                     return f"{name} in {dtype} at scale {scale:g} is off by {error:.1e}, {tolerance:.0e} allowed"
     return None
+
+
+def _served(backend: str, device: torch.device) -> list[torch.dtype]:
+    return [dtype for dtype in _TOLERANCE if backend == "reference" or backends.load(backend).serves(device, dtype)]
 
 
 def _describe_gpu() -> str:

@@ -15,10 +15,13 @@ import concurrent.futures
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
 import tempfile
+import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,23 +29,31 @@ from pathlib import Path
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 # For development: a spill would be a slow kernel that nobody sees. A user's other compiler may warn of what ours does not.
 STRICT = ("-Xptxas", "--warn-on-spills,-Werror", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra")
+_SERIALIZED = "C7510"  # what ptxas remarks where it waits for each product of Hopper's: no warning to it, an error if strict
 ARCHITECTURES = ("80", "86", "87", "89", "90a", "100", "103", "110", "120", "121")
 # PTX beside each: what runs on a GPU that is newer than all of them.
 _FALLBACK = "-gencode=arch=compute_80,code=compute_80"
 _PREBUILT = "AMSOFTMAX_KERNELS_LIBRARY"  # names a library that was built ahead of time
 HOPPER = "90a"
 HOPPER_SOURCES = ("cosine_sm90.cu", "gradient_sm90.cu")  # what needs CUTLASS, compiled for Hopper alone
+_ENVIRONMENT = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")  # what nvcc reads beside its arguments
 CUTLASS = "nvidia-cutlass==4.2.0.0"  # what it was written for
 
 
 class BuildError(RuntimeError):
-    """The compiler is missing or refused; its message is in the text."""
+    """There is no library: the compiler is missing or refused, whose message is in the text, or the file is not one."""
 
 
 def sources() -> Path:
     """The folder of the C++ sources: beside the package in a checkout, inside it where it is installed."""
     inside, beside = Path(__file__).parent / "csrc", Path(__file__).parents[1] / "csrc"
     return inside if inside.is_dir() else beside
+
+
+def contract() -> int:
+    """A number made of library.h, comments and spaces apart: the structures as they are to be laid out."""
+    text = re.sub(r"//.*", "", (sources() / "library.h").read_text(encoding="utf-8"))
+    return zlib.crc32(" ".join(text.split()).encode()) >> 1  # an int32_t
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -52,8 +63,13 @@ def architecture(capability: tuple[int, int]) -> str:
     """
     number = capability[0] * 10 + capability[1]
     known = {int(each.rstrip("a")): each for each in ARCHITECTURES}
-    same = [each for each in known if each // 10 == capability[0] and each <= number and each != 87]  # 87 is Orin's alone
-    return known[number] if number in known else known[max(same)] if same else "80"
+    older = [each for each in _same(number) if int(each.rstrip("a")) < number]
+    return known[number] if number in known else older[-1] if older else "80"
+
+
+def _same(number: int) -> list[str]:
+    """Architectures of the same major version, in order, but for 87, which is Orin's alone."""
+    return [each for each in ARCHITECTURES if int(each.rstrip("a")) // 10 == number // 10 and each != "87"]
 
 
 def prebuilt() -> Path | None:
@@ -105,8 +121,10 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amsoftmax_kernels"
 
 
-def cached(arch: str, strict: bool = False) -> Path:
+def cached(arch: str, strict: bool = False, broken: int | None = None) -> Path:
     """The library for one architecture, built now if the sources, the flags or nvcc have changed. Safe in many processes.
+
+    ``broken``: when the one was written that could not be loaded: built again, unless another process has done so.
 
     Raises:
         BuildError: nvcc is missing or refuses the sources.
@@ -115,22 +133,29 @@ def cached(arch: str, strict: bool = False) -> Path:
 
     folder = cache()
     path = folder / f"{key(arch, strict)}.so"
-    if path.exists():
+    if path.exists() and written(path) != broken:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first to come builds, the others find it built
-        if not path.exists():
-            build([arch], path, strict)
+        if not path.exists() or written(path) == broken:
+            for remark in build([arch], path, strict):
+                warnings.warn(f"amsoftmax_kernels: {remark}", stacklevel=2)
     return path
+
+
+def written(path: Path) -> int:
+    """When, in nanoseconds."""
+    return path.stat().st_mtime_ns
 
 
 def key(arch: str, strict: bool = False) -> str:
     """A name that changes with whatever the library depends on."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(Path(__file__).read_bytes())  # the commands and flags
     cutlass = find_cutlass() if arch == HOPPER else None
     version = cutlass_version(cutlass) if cutlass else ""
-    for part in (_nvcc_version(), version, arch, *FLAGS, *(STRICT if strict else ())):
+    environment = [f"{name}={os.environ.get(name)}" for name in _ENVIRONMENT]
+    for part in (platform.machine(), _nvcc_version(), version, arch, str(strict), *environment):
         digest.update(part.encode() + b"\0")
     for path in sorted(sources().iterdir()):
         if path.suffix in (".cu", ".cuh", ".h"):
@@ -138,10 +163,13 @@ def key(arch: str, strict: bool = False) -> str:
     return f"sm_{arch}-{digest.hexdigest()[:24]}"
 
 
-def build(architectures: Sequence[str], out: Path, strict: bool = False) -> None:
+def build(architectures: Sequence[str], out: Path, strict: bool = False) -> list[str]:
     """Compile for every architecture in ``architectures`` into one library, which appears at ``out`` whole or not at all.
 
-    ``strict``: warnings and spilled registers are errors.
+    ``strict``: warnings and spilled registers are errors, and nothing is left out.
+
+    Returns:
+        What the library has to do without, in words: an architecture that nvcc is too old for, Hopper's own kernels.
 
     Raises:
         BuildError: as :func:`cached`.
@@ -149,10 +177,60 @@ def build(architectures: Sequence[str], out: Path, strict: bool = False) -> None
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError(missing() or "no nvcc")
+    remarks: list[str] = []
+    targets = list(architectures)
+    if not strict:
+        listed = _listed(nvcc)
+        targets = list(dict.fromkeys(known for each in architectures if (known := _known(each, listed))))
+        for each in architectures:
+            if (known := _known(each, listed)) != each:
+                instead = f"code for sm_{known}" if known else "PTX for compute_80"
+                remarks.append(f"{nvcc} does not know sm_{each}: {instead} in its place; a newer CUDA toolkit knows it")
+    cutlass = find_cutlass() if HOPPER in targets else None
+    if HOPPER in targets and cutlass is None:
+        remarks.append(f"without Hopper's own kernels, which take CUTLASS's headers: pip install {CUTLASS}")
+    try:
+        _build(nvcc, targets, cutlass, out, strict)
+    except BuildError as error:
+        if cutlass is None or strict or not any(f"{name} -o" in str(error) for name in HOPPER_SOURCES):
+            raise
+        _build(nvcc, targets, None, out, strict)
+        remarks.append(
+            f"without Hopper's own kernels, which do not compile with the headers of CUTLASS {cutlass_version(cutlass)} at"
+            f" {cutlass}: pip install {CUTLASS} ({summary(str(error))})"
+        )
+    return remarks
+
+
+def _listed(nvcc: str) -> str:
+    """What it says that it compiles for, each as sm_90 in a line; empty where it does not say."""
+    try:
+        result = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return "" if result.returncode else result.stdout
+
+
+def _known(arch: str, listed: str) -> str | None:
+    """This architecture if nvcc compiles for it, else the newest older one that its GPUs run; None: only PTX is left."""
+    names = listed.split()
+
+    def knows(each: str) -> bool:
+        # 90a is not listed; it came with CUDA 12.0, a version after 90.
+        return not names or (f"sm_{each.rstrip('a')}" in names and (each != HOPPER or _nvcc_major() >= 12))
+
+    if knows(arch):
+        return arch
+    number = int(arch.rstrip("a"))
+    older = [each for each in _same(number) if int(each.rstrip("a")) < number and knows(each)]
+    return older[-1] if older else None
+
+
+def _build(nvcc: str, architectures: Sequence[str], cutlass: Path | None, out: Path, strict: bool) -> None:
+    """Compile and link."""
     out.parent.mkdir(parents=True, exist_ok=True)
     targets = [_FALLBACK, *(f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures)]
-    cutlass = find_cutlass() if HOPPER in architectures else None
-    flags = [*FLAGS, *(STRICT if strict else ()), *(["-DAK_CUTLASS"] if cutlass else [])]
+    flags = [*FLAGS, f"-DAK_CONTRACT={contract()}", *(STRICT if strict else ()), *(["-DAK_CUTLASS"] if cutlass else [])]
     out = out.absolute()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as name:
         folder = Path(name)
@@ -165,11 +243,20 @@ def build(architectures: Sequence[str], out: Path, strict: bool = False) -> None
                 mine = [f"-gencode=arch=compute_{HOPPER},code=sm_{HOPPER}", *hopper_flags(cutlass)]
             commands.append([nvcc, *flags, *mine, "-c", str(source), "-o", str(folder / f"{source.stem}.o")])
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
+            printed = list(pool.map(_run, commands))
+        if strict and (serialized := [each for each in printed if _SERIALIZED in each]):
+            raise BuildError(serialized[0])
         objects = [command[-1] for command in commands]
         # The CUDA runtime is linked in, so that the library does not depend on the one that PyTorch brings.
         _run([nvcc, "-shared", "-cudart", "static", *targets, *objects, "-o", str(folder / "library.so")])
         os.replace(folder / "library.so", out)
+
+
+def summary(text: str) -> str:
+    """What a compiler says is wrong, in one line: the first of its errors."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
+    return "; ".join((errors or lines)[:2])[:400]
 
 
 def hopper_flags(cutlass: Path) -> list[str]:
@@ -177,15 +264,23 @@ def hopper_flags(cutlass: Path) -> list[str]:
     return ["-isystem", str(cutlass), "--expt-relaxed-constexpr"]
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """Run it; the command itself and what it printed."""
     result = subprocess.run(command, capture_output=True, text=True)
+    printed = f"{' '.join(command)}\n{result.stdout}{result.stderr}"
     if result.returncode:
-        raise BuildError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+        raise BuildError(printed)
+    return printed
 
 
 def _nvcc_version() -> str:
     nvcc = find_nvcc()
     return subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
+
+
+def _nvcc_major() -> int:
+    found = re.search(r"release (\d+)", _nvcc_version())
+    return int(found[1]) if found else 12
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,11 +292,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.so")
     args = parser.parse_args(arguments)
     try:
-        build(args.arch, args.out)
+        remarks = build(args.arch, args.out)
     except BuildError as error:
         print(f"build failed: {error}")
         return 1
     print(f"built {args.out} for {', '.join(f'sm_{each}' for each in args.arch)}")
+    for remark in remarks:
+        print(f"but {remark}")
     return 0
 
 

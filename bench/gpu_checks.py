@@ -39,6 +39,9 @@ LARGE: list[tuple[int, int, int, dict[str, Any]]] = [
 ]
 # Relative errors allowed of the loss (of one below 1, its error) and of each gradient, against float64.
 TOLERANCE = {"float32": (2e-6, 2e-5), "bfloat16": (2e-4, 8e-3), "float16": (2e-4, 8e-3)}
+# Of compute-sanitizer, with the seconds that each may take. They find reads and writes outside of tensors; barriers that not
+# all threads come to, or that are not set up; uses of shared memory that barriers leave in no order.
+TOOLS = {"memcheck": 100, "synccheck": 60, "racecheck": 60}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -140,7 +143,7 @@ def graph_capture(device: torch.device, shapes: Any = ((256, 512, 10_516), (1024
 
 
 def sanitizer(device: torch.device) -> Iterator[Row]:
-    """compute-sanitizer over the first stage's small shapes, if it is installed: reads and writes outside of each tensor."""
+    """compute-sanitizer over a few of the first stage's shapes, if it is installed: what ``TOOLS`` find."""
     nvcc = build.find_nvcc()
     folders = [os.environ.get("PATH", ""), *([os.path.dirname(nvcc)] if nvcc else [])]
     tool = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
@@ -149,12 +152,12 @@ def sanitizer(device: torch.device) -> Iterator[Row]:
         return
     # Cached, a tensor's neighbours would be memory that may be read.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for name in compared_backends(device):
-        if name != "chunked":
-            child = [sys.executable, "-m", "bench.gpu_smoke", str(device), name, "--few"]
-            yield {"backend": name} | run_child(
-                [tool, "--tool", "memcheck", "--error-exitcode", "9", *child], 100, environment
-            )
+    for checked, seconds in TOOLS.items():
+        for name in compared_backends(device):
+            if name != "chunked":
+                child = [sys.executable, "-m", "bench.gpu_smoke", str(device), name, "--few"]
+                command = [tool, "--tool", checked, "--error-exitcode", "9", *child]
+                yield {"backend": name, "tool": checked} | run_child(command, seconds, environment)
 
 
 def gpu_tests() -> Iterator[Row]:

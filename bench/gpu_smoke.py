@@ -33,8 +33,14 @@ SHAPES = [
 ]
 
 
+# For the sanitizer, under which a step takes a while: rows in halves and too wide for the shared memory beside tiles' edges,
+# with a few tiles for each stream of the largest GPU's.
+FEW = [*SHAPES[:2], (64, 480, 40_000), (64, 528, 40_000)]
+
+
 def smoke(device: torch.device, seconds: float = SECONDS) -> Iterator[Row]:
-    """One row a backend, and one more without what it can do without, if it failed with it."""
+    """One row a backend, and one more without what it can do without, if it failed with it; first those that are absent."""
+    yield from absent(device)
     for name in compared_backends(device):
         row = _ask(device, name, None, seconds)
         yield row
@@ -42,12 +48,25 @@ def smoke(device: torch.device, seconds: float = SECONDS) -> Iterator[Row]:
             yield _ask(device, name, WITHOUT[name], seconds)
 
 
+def absent(device: torch.device) -> Iterator[Row]:
+    """A row for each backend that is not there, which is no fault, and for each that is and serves nothing, which is one."""
+    for name in backends.NAMES:
+        if name == "reference":
+            continue
+        row: Row = {"backend": name, "without": None}
+        reason = backends.unavailable_reason(name)  # before it is asked to serve: a build may fail then
+        if reason is not None:
+            yield row | {"ok": None, "skipped": reason}
+        elif not any(_serves(name, device, dtype) for dtype in DTYPES.values()):
+            yield row | {"ok": False, "error": backends.unavailable_reason(name) or f"it serves no dtype on {device}"}
+
+
 def leave_out(rows: list[Row]) -> list[str]:
     """Take what failed out of this process, and say what that is."""
     if not isinstance(rows, list):
         return []  # the stage itself broke
     served = {row["backend"]: row["without"] for row in rows if row["ok"]}
-    broken = {row["backend"] for row in rows if row["backend"] not in served}
+    broken = {row["backend"] for row in rows if row["ok"] is False and row["backend"] not in served}
     lacking = {name: without for name, without in served.items() if without is not None}
     backends.NAMES = tuple(name for name in backends.NAMES if name not in broken)
     for name, without in lacking.items():
@@ -74,12 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("device", type=torch.device)
     parser.add_argument("backend")
     parser.add_argument("without", nargs="?")
-    parser.add_argument("--few", action="store_true", help="the smallest shapes alone")
+    parser.add_argument("--few", action="store_true", help="those for the sanitizer")
     args = parser.parse_args(arguments)
     if args.without:
         do_without(args.backend, args.without)
     wrong = 0
-    for B, D, C in SHAPES[:2] if args.few or args.device.type != "cuda" else SHAPES:
+    for B, D, C in SHAPES[:2] if args.device.type != "cuda" else FEW if args.few else SHAPES:
         tensors = problem(B, D, C, args.device)
         exact = _step(*tensors, "chunked", 0, {})
         for dtype, save_bytes in ((dtype, save_bytes) for dtype in DTYPES.values() for save_bytes in (1 << 40, 0)):

@@ -182,6 +182,7 @@ def _of_cpp(card: Any) -> Iterator[list[str]]:
         path = Path(folder) / "library.so"
         sources = [str(each) for each in sorted(build.sources().glob("*.cu")) if each.name not in build.HOPPER_SOURCES]
         options = ["-std=c++17", "-O2", "-w", "-DAK_EMULATE", "-DAK_NO_LAUNCH", "-fPIC", "-shared", "-x", "c++"]
+        options.append(f"-DAK_CONTRACT={build.contract()}")
         subprocess.run([compiler, *options, *sources, "-o", str(path)], check=True)
         library = cuda_library.Library(path)
         tiling = library.tiling(torch.device("cpu"), 256, 512, torch.bfloat16)

@@ -30,7 +30,7 @@ MOST_LOCAL_ACCESSES = 16
 _INSTRUCTIONS = {
     "local": r"LDL|STL",
     "HGMMA": r"HGMMA",
-    "in flight": r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1",  # a wait that leaves the last group of HGMMAs at work
+    "in flight": library.IN_FLIGHT,
     "HMMA": r"HMMA",
     "UTCMMA": r"UTC\w*MMA",
     "bulk": r"UTMALDG|UTMASTG",

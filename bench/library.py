@@ -13,9 +13,11 @@ from amsoftmax_kernels.backends import cuda_library
 
 from .estimate import CARDS
 
+IN_FLIGHT = r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1"  # a wait that leaves the last group of HGMMAs at work
 INSTRUCTIONS = {
     "local": r"LDL|STL",
     "HGMMA": r"HGMMA",
+    "in flight": IN_FLIGHT,
     "HMMA": r"HMMA",
     "UTMALDG": r"UTMALDG",
     "multicast": r"UTMALDG\.2D\.MULTICAST",
@@ -87,6 +89,8 @@ def _variant(name: str) -> str:
 def _faults(kernel: int, stack: int, counts: dict[str, int]) -> list[str]:
     wanted = (("HMMA", "cp.async"), ("HGMMA", "UTMALDG", "multicast", "UTMASTG"), ("HGMMA", "UTMALDG", "multicast"))[kernel]
     found = [f"no {name}" for name in wanted if not counts[name]]
+    if kernel > 0 and not counts["in flight"]:
+        found.append("each group of HGMMAs is waited for")
     if stack or counts["local"]:
         found.append(f"{stack} bytes of stack, {counts['local']} local loads and stores")
     return found

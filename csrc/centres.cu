@@ -46,6 +46,7 @@ extern "C" {
 
 const char* ak_prepare_centres(const AkCentres* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
+    if (guard.error()) return guard.error();
     [[maybe_unused]] cudaStream_t stream = static_cast<cudaStream_t>(where->stream);
     const unsigned blocks = unsigned((p->weight.rows + ak::kWarps - 1) / ak::kWarps);
     if (!ak::aligned_rows(p->w_hat, ak::operand_bytes(p->w_hat.type)))
@@ -65,6 +66,7 @@ const char* ak_prepare_centres(const AkCentres* p, const AkWhere* where) {
 
 const char* ak_finish_centres(const AkFinishCentres* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
+    if (guard.error()) return guard.error();
     [[maybe_unused]] cudaStream_t stream = static_cast<cudaStream_t>(where->stream);
     const unsigned blocks = unsigned((p->grad.rows + ak::kWarps - 1) / ak::kWarps);
     if (!ak::aligned_rows(p->grad_unit, 4)) return "rows of the unit centres' gradient must start at multiples of 16 bytes";

@@ -34,6 +34,8 @@ extern "C" {
 
 int32_t ak_version() { return 4; }
 
+int32_t ak_contract() { return AK_CONTRACT; }
+
 int32_t ak_has_hopper() {
 #ifdef AK_CUTLASS
     return 1;
@@ -44,6 +46,7 @@ int32_t ak_has_hopper() {
 
 const char* ak_check(const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
+    if (guard.error()) return guard.error();
     const char* error = ak::portable_cosine.check();
 #ifdef AK_CUTLASS
     if (!error && ak::is_hopper(where->device)) error = ak::hopper_cosine.check();
@@ -54,6 +57,7 @@ const char* ak_check(const AkWhere* where) {
 
 const char* ak_tiling(AkTiling* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
+    if (guard.error()) return guard.error();
     return ak::kernel_for(where->device).tiling(*p);
 }
 
@@ -69,6 +73,7 @@ const char* ak_block(AkBlock* p, const AkWhere*) {
 
 const char* ak_cosine_exp(const AkCosine* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
+    if (guard.error()) return guard.error();
     const char* error = ak::wrong(*p);
     return error ? error : ak::kernel_for(where->device).launch(*p, *where);
 }

@@ -27,15 +27,28 @@ struct dim3 {
 };
 using cudaStream_t = void*;
 
+// A machine of one GPU, number 0.
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid device ordinal" : "no error"; }
+
 namespace emulate {
 
 enum class State { ready, at_warp_barrier, at_block_barrier, done };
+
+struct Copy {
+    void* to;
+    const void* from;  // null: zeros
+};
 
 struct Thread {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     State state = State::ready;
     dim3 index;
+    std::vector<std::vector<Copy>> copies;  // under way: a group for each commit, the last one still open
 };
 
 struct Warp {
@@ -74,6 +87,7 @@ inline void run_block(unsigned count) {
         Thread& thread = threads[i];
         if (!thread.stack) thread.stack.reset(new char[stack_size]);
         thread.state = State::ready;
+        thread.copies.assign(1, {});
         thread.index = dim3(i % block.x, i / block.x, 0);
         getcontext(&thread.context);
         thread.context.uc_stack.ss_sp = thread.stack.get();
@@ -177,16 +191,24 @@ namespace ak {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 
-// Sixteen bytes from global to shared memory, zeros if not `inside`; here at once.
+// Sixteen bytes from global to shared memory, zeros if not `inside`: there once their group has been waited for, as late as
+// can be. Until then poison is: what is read too early shows.
 inline void copy_async(void* shared, const void* global, bool inside) {
-    if (inside)
-        memcpy(shared, global, 16);
-    else
-        memset(shared, 0, 16);
+    memset(shared, 0xFF, 16);
+    emulate::threads[emulate::current].copies.back().push_back({shared, inside ? global : nullptr});
 }
-inline void commit_copies() {}
+inline void commit_copies() { emulate::threads[emulate::current].copies.push_back({}); }
 template <int PENDING>
-inline void wait_copies() {}
+inline void wait_copies() {
+    auto& groups = emulate::threads[emulate::current].copies;
+    for (; groups.size() > PENDING + 1; groups.erase(groups.begin()))
+        for (const emulate::Copy& copy : groups.front()) {
+            if (copy.from)
+                memcpy(copy.to, copy.from, 16);
+            else
+                memset(copy.to, 0, 16);
+        }
+}
 
 // Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 inline void load_matrices(uint32_t (&to)[4], const void* row) {

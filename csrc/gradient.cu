@@ -42,6 +42,7 @@ const char* ak_grad_tiling(AkGradTiling* p, [[maybe_unused]] const AkWhere* wher
     p->clusters = 0;
 #ifdef AK_CUTLASS
     ak::DeviceGuard guard(where->device);
+    if (guard.error()) return guard.error();
     if (ak::is_hopper(where->device) && p->width <= ak::hopper_gradient.widest) return ak::hopper_gradient.tiling(*p);
 #endif
     return nullptr;
@@ -50,6 +51,7 @@ const char* ak_grad_tiling(AkGradTiling* p, [[maybe_unused]] const AkWhere* wher
 const char* ak_grad_centres([[maybe_unused]] const AkGradCentres* p, [[maybe_unused]] const AkWhere* where) {
 #ifdef AK_CUTLASS
     ak::DeviceGuard guard(where->device);
+    if (guard.error()) return guard.error();
     const char* error = ak::wrong(*p, where->device);
     return error ? error : ak::hopper_gradient.launch(*p, *where);
 #else

@@ -40,6 +40,23 @@ struct GradientShared {
     float along[kParts][2][kCentres];
 };
 
+// Until a phase of what another block sends is over. CUTLASS's own wait acquires what this block has written, no other's;
+// this one empties the L1 cache.
+__device__ inline void wait_for_the_cluster(const cutlass::arch::ClusterTransactionBarrier& barrier, uint32_t phase) {
+    uint32_t over;
+    do {
+        asm volatile(
+            "{\n"
+            ".reg .pred over;\n"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2, %3;\n"
+            "selp.b32 %0, 1, 0, over;\n"
+            "}"
+            : "=r"(over)
+            : "r"(cute::cast_smem_ptr_to_uint(&barrier)), "r"(phase), "r"(10'000'000)  // nanoseconds at most, and again
+            : "memory");
+    } while (!over);
+}
+
 // Where a block is in its cluster: which half of the columns, which of the classes.
 struct Place {
     int halves, half, share;
@@ -150,8 +167,7 @@ struct GradientWork {
             cute::store_shared_remote(__float_as_uint(lane ? sums[1] : sums[0]),
                                       cute::cast_smem_ptr_to_uint(along + (lane ? mine.classes[1] : mine.classes[0])),
                                       cute::cast_smem_ptr_to_uint(&sent), uint32_t(place.rank(1 - place.half, place.share)));
-        sent.wait(uint32_t(tiles / 2 % 2));
-        keep_accesses_here();
+        wait_for_the_cluster(sent, uint32_t(tiles / 2 % 2));
         CUTE_UNROLL
         for (int i = 0; i < 2; ++i) sums[i] += along[mine.classes[i]];
     }

@@ -121,7 +121,7 @@ struct Part {
     template <class Products>
     CUTE_HOST_DEVICE void write(const Products& c, const float (&sums)[2]) const {
         const float upstream = p.upstream ? *p.upstream : 1.0f;
-        // Backwards: what was read last is still in the L1 cache.
+        // Backwards: what was read last may still be in the L1 cache (not where it was emptied, by a wait for the other half).
         CUTE_UNROLL
         for (int batch = kPairs - kBatch; batch >= 0; batch -= kBatch) {
             const Centres w = centres(batch);

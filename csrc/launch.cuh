@@ -6,36 +6,33 @@
 
 namespace ak {
 
-#ifdef AK_EMULATE
-struct DeviceGuard {
-    explicit DeviceGuard(int) {}
-};
-inline const char* launch_error() { return nullptr; }
-#else
 // Launches go to the caller's device; its own current device comes back afterwards.
 class DeviceGuard {
 public:
-    explicit DeviceGuard(int device) {
-        cudaGetDevice(&before_);
+    explicit DeviceGuard(int device) : device_(device) {
+        error_ = cudaGetDevice(&before_);
         // Even if it is that one: only this makes its context the thread's, which the driver's own functions ask for.
-        cudaSetDevice(device);
-        device_ = device;
+        if (error_ == cudaSuccess) error_ = cudaSetDevice(device);
+        if (error_ != cudaSuccess) cudaGetLastError();  // not left to the next launch
     }
     ~DeviceGuard() {
-        if (before_ != device_) cudaSetDevice(before_);
+        if (error_ == cudaSuccess && before_ != device_) cudaSetDevice(before_);
     }
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;
 
+    // Why it is another device that launches would go to; null if it is not.
+    const char* error() const { return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_); }
+
 private:
     int before_ = 0, device_ = 0;
+    cudaError_t error_;
 };
 
 inline const char* launch_error() {
     cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
-#endif
 
 #ifdef AK_CUTLASS
 // Its own kernels' instructions are those of 9.0a alone: neither 8.x nor 10.x has them.

@@ -167,7 +167,9 @@ AK_EXPORT const char* ak_block(AkBlock*, const AkWhere*);
 // Before anything else on a device: whether the kernels run there.
 AK_EXPORT const char* ak_check(const AkWhere*);
 
-// A number that changes with this contract; and whether Hopper's own kernels are in this library.
+// A number for each version of this contract, one made of this file's text as it was compiled (AK_CONTRACT, which the build
+// defines), and whether Hopper's own kernels are in this library.
 AK_EXPORT int32_t ak_version();
+AK_EXPORT int32_t ak_contract();
 AK_EXPORT int32_t ak_has_hopper();
 }

@@ -78,6 +78,7 @@ extern "C" {
 
 const char* ak_constant_margin(const AkMargin* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
+    if (guard.error()) return guard.error();
     [[maybe_unused]] cudaStream_t stream = static_cast<cudaStream_t>(where->stream);
     const int64_t blocks = (p->batch + ak::kRows - 1) / ak::kRows + (p->reduce ? 1 : 0);
     if (blocks == 0) return nullptr;

@@ -193,6 +193,7 @@ extern "C" {
 
 const char* ak_canonical_labels(const AkLabels* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
+    if (guard.error()) return guard.error();
     [[maybe_unused]] cudaStream_t stream = static_cast<cudaStream_t>(where->stream);
     switch (p->type) {
         case AK_INT64: AK_LAUNCH(ak::canonical_labels<int64_t>, 1, 1024, 0, stream, *p); break;
@@ -207,6 +208,7 @@ const char* ak_canonical_labels(const AkLabels* p, const AkWhere* where) {
 
 const char* ak_prepare_rows(const AkRows* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
+    if (guard.error()) return guard.error();
     [[maybe_unused]] cudaStream_t stream = static_cast<cudaStream_t>(where->stream);
     return ak::with_type(p->features.type, [&](auto x) {
         return ak::with_type(p->weight.type, [&](auto w) {
@@ -228,6 +230,7 @@ const char* ak_prepare_rows(const AkRows* p, const AkWhere* where) {
 
 const char* ak_factor_rows(const AkFactor* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
+    if (guard.error()) return guard.error();
     [[maybe_unused]] cudaStream_t stream = static_cast<cudaStream_t>(where->stream);
     return ak::with_type(p->features.type, [&](auto x) {
         return ak::with_operand_type(p->x_factored.type, [&](auto o) {
@@ -244,12 +247,14 @@ const char* ak_factor_rows(const AkFactor* p, const AkWhere* where) {
 
 const char* ak_reduce(const AkReduce* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
+    if (guard.error()) return guard.error();
     AK_LAUNCH(ak::reduce_parts, (p->batch + 31) / 32, 256, 0, static_cast<cudaStream_t>(where->stream), *p);
     return ak::launch_error();
 }
 
 const char* ak_finish_rows(const AkFinishRows* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
+    if (guard.error()) return guard.error();
     [[maybe_unused]] cudaStream_t stream = static_cast<cudaStream_t>(where->stream);
     return ak::with_type(p->features.type, [&](auto x) {
         return ak::with_type(p->weight.type, [&](auto w) {

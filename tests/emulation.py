@@ -18,19 +18,34 @@ from amsoftmax_kernels.backends import cuda, cuda_library
 
 def build_emulated(folder: Path, *more: str) -> cuda_library.Library:
     """csrc compiled by the host's compiler, its GPU threads run one after the other; ``more``: options and objects."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the emulation")
-    options = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DAK_EMULATE", "-fPIC"]
-    options += [each for each in more if each.startswith("-D")]
+    options = _compiler() + [each for each in more if each.startswith("-D")]
     sources = [each for each in sorted(build.sources().glob("*.cu")) if each.name not in build.HOPPER_SOURCES]
     objects = [str(folder / f"{each.stem}.o") for each in sources]
-    commands = [[*options, "-x", "c++", "-c", str(each), "-o", out] for each, out in zip(sources, objects, strict=True)]
+    commands = [[*options, "-c", str(each), "-o", out] for each, out in zip(sources, objects, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
     path = folder / "library.so"
-    _run([compiler, "-shared", *objects, *(each for each in more if not each.startswith("-D")), "-o", str(path)])
+    _run(["g++", "-shared", *objects, *(each for each in more if not each.startswith("-D")), "-o", str(path)])
     return cuda_library.Library(path)
+
+
+def build_changed(built: cuda_library.Library, folder: Path, name: str, old: str, new: str) -> cuda_library.Library:
+    """An emulated library again, with ``new`` in the place of ``old`` in one source."""
+    text = (build.sources() / name).read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    source = folder / name
+    source.write_text(text.replace(old, new), encoding="utf-8")
+    _run([*_compiler(), "-I", str(build.sources()), "-c", str(source), "-o", str(source.with_suffix(".o"))])
+    others = [str(each) for each in sorted(built.path.parent.glob("*.o")) if each.stem != source.stem]
+    _run(["g++", "-shared", str(source.with_suffix(".o")), *others, "-o", str(folder / "library.so")])
+    return cuda_library.Library(folder / "library.so")
+
+
+def _compiler() -> list[str]:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the emulation")
+    options = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-DAK_EMULATE"]
+    return ["g++", *options, f"-DAK_CONTRACT={build.contract()}", "-x", "c++"]
 
 
 def _run(command: list[str]) -> None:

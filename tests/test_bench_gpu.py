@@ -30,7 +30,7 @@ SHAPES: dict[str, Any] = {
 
 
 def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_smoke, "compared_backends", lambda device: ["chunked"])  # others are interpreted
+    monkeypatch.setattr(backends, "NAMES", ("chunked", "reference"))  # others are interpreted
     stages = ("smoke", "correctness", "determinism", "times", "profile")
     assert gpu.run_stages(tmp_path, stages, True, CPU, SHAPES) == 0
     (path,) = tmp_path.glob("*.json")
@@ -260,11 +260,11 @@ def test_tuning_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_backend_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Asked in a process of its own, that may hang or crash; first without the kernel that it can do without."""
-    monkeypatch.setattr(backends, "NAMES", backends.NAMES)
-    names = [name for name in gpu_checks.compared_backends(CPU) if name == "chunked"]
-    monkeypatch.setattr(gpu_smoke, "compared_backends", lambda device: names)
+    everything = backends.NAMES
+    monkeypatch.setattr(backends, "NAMES", ("chunked", "reference"))
     assert [row["ok"] for row in gpu_smoke.smoke(CPU)] == [True]
     (row,) = gpu_smoke.smoke(CPU, seconds=0.01)
+    backends.NAMES = everything
     assert not row["ok"] and row["error"].startswith("did not end in 0.01 s")
     assert "no-such-backend" in gpu_smoke._ask(CPU, "no-such-backend", None, 60)["error"]
     fine, ill = {"backend": "chunked", "without": None, "ok": True}, {"backend": "cuda", "without": None, "ok": False}
@@ -274,6 +274,54 @@ def test_a_backend_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPatch
     assert gpu_smoke.leave_out([fine, ill, ill | {"without": "grad_centres", "ok": True}]) == ["cuda's grad_centres"]
     assert kernels().grad_centres() is False and "cuda" in backends.NAMES
     assert gpu_smoke.leave_out([fine, ill, ill | {"without": "grad_centres"}]) == ["cuda"] and "cuda" not in backends.NAMES
+
+
+def test_a_backend_that_is_absent_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that cannot run here is not run; one that is listed and serves nothing, as after a failed build, has failed."""
+    reasons = {"cuda": [None, "its library cannot be had"], "triton": ["not installed"]}
+
+    class Kernels:
+        def __init__(self, name: str) -> None:
+            self.reasons = reasons[name]
+
+        def unavailable_reason(self) -> str | None:
+            return self.reasons[0]
+
+        def serves(self, *unused: Any) -> bool:
+            self.reasons[:-1] = []  # tried now
+            return False
+
+    right = backends.load
+    monkeypatch.setattr(backends, "load", lambda name: Kernels(name) if name in reasons else right(name))
+    monkeypatch.setattr(backends, "NAMES", ("triton", "cuda", "chunked", "reference"))
+    assert gpu.run_stages(tmp_path, ("smoke",), True, CPU, SHAPES) == 1
+    rows = json.loads(next(tmp_path.glob("*.json")).read_text())["stages"]["smoke"]
+    assert [(row["backend"], row["ok"]) for row in rows] == [("triton", None), ("cuda", False), ("chunked", True)]
+    assert rows[0]["skipped"] == "not installed" and rows[1]["error"] == "its library cannot be had"
+    printed = capsys.readouterr().out
+    assert "left out from here on: cuda\n" in printed and "NOT RUN\nsmoke: backend=triton" in printed
+
+
+def test_the_sanitizer_runs_every_tool_on_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run_child(command: list[str], seconds: float, environment: dict[str, str]) -> dict[str, Any]:
+        assert seconds <= 100 and environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        commands.append(command)
+        return {"ok": True}
+
+    monkeypatch.setattr(gpu_checks.shutil, "which", lambda name, path=None: name)
+    monkeypatch.setattr(gpu_checks, "compared_backends", lambda device: ["triton", "cuda", "chunked"])
+    monkeypatch.setattr(gpu_checks, "run_child", run_child)
+    rows = list(gpu_checks.sanitizer(CPU))
+    tools = ("memcheck", "synccheck", "racecheck")
+    assert [(row["tool"], row["backend"]) for row in rows] == [(t, b) for t in tools for b in ("triton", "cuda")]
+    assert [command[2] for command in commands] == [row["tool"] for row in rows]
+    assert all(command[-2] == row["backend"] and command[-1] == "--few" for command, row in zip(commands, rows, strict=True))
+    # Rows that stay in Hopper's shared memory and that do not, of a width that halves do not divide evenly.
+    assert {D for _, D, C in gpu_smoke.FEW if C > 2 * 132 * 128} == {480, 528}
 
 
 def test_a_wrong_result_is_not_called_running(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

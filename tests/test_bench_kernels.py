@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 from amsoftmax_kernels import build
-from amsoftmax_kernels.backends import fused
+from amsoftmax_kernels.backends import cuda_library, fused
 from amsoftmax_kernels.backends import triton as backend
 from bench import estimate, kernels, library, plan_time
 from bench.launches import Launch, of_a_step
@@ -137,6 +137,9 @@ def test_the_cpp_kernels_are_read(arch: str) -> None:
         assert row["fits"] == (2 if both else 1) and 64 << 10 < row["shared_memory"] <= 227 << 10
     for kernel in range(3):
         assert library._faults(kernel, 0, found[0]["instructions"] | {"HGMMA": 0, "HMMA": 0}) != []
+    for row in hopper:
+        kernel = cuda_library.KERNELS.index(row["kernel"])
+        assert library._faults(kernel, 0, row["instructions"] | {"in flight": 0}) == ["each group of HGMMAs is waited for"]
 
 
 @pytest.mark.parametrize("at_once", [False, True])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import math
+import platform
 import re
 import shutil
 import subprocess
@@ -20,6 +22,7 @@ from amsoftmax_kernels import build
 from amsoftmax_kernels.backends import Problem, cuda, cuda_library, fused
 
 from .cases import CASES, CHUNK, Case, relative
+from .emulation import build_changed, serve
 from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel
 from .test_loss import eager, evaluate, oracle
 
@@ -91,6 +94,17 @@ def check_the_cosine_kernel(
         assert torch.allclose(best.max(0).values.double(), allowed, atol=1e-6)
         kernels.cosine_exp(problem, 1000, x_hat, w_hat, factor, None, None, None, best, best_class, True)
         assert best.max() == -math.inf or (factor > 92.33).any()
+
+
+@pytest.mark.parametrize("wrong", ["kStages - 1", "kStages"])
+def test_a_wait_for_too_few_copies_would_be_seen(
+    wrong: str, emulated_library: cuda_library.Library, poisoned: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = "wait_copies<kStages - 2>"
+    changed = build_changed(emulated_library, tmp_path, "cosine_sm80.cu", right, f"wait_copies<{wrong}>")
+    serve(changed, monkeypatch)
+    with pytest.raises(AssertionError):
+        check_the_cosine_kernel(127, 129, 160, torch.float16, 2)
 
 
 def check(case: Case, actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
@@ -320,6 +334,70 @@ def test_the_cache_key_depends_on_what_is_compiled(tmp_path: Path, monkeypatch: 
     assert build.key("80") != first
 
 
+@pytest.mark.parametrize("name", ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "machine", "commands"])
+def test_the_cache_key_depends_on_how_it_is_compiled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build.key("80")
+    if name == "machine":
+        monkeypatch.setattr(platform, "machine", lambda: "another")
+    elif name == "commands":
+        text, found = Path(build.__file__).read_text().replace('"-O3"', '"-O2"'), build.sources()
+        monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+        monkeypatch.setattr(build, "sources", lambda: found)
+        (tmp_path / "build.py").write_text(text)
+    else:
+        monkeypatch.setenv(name, "-O0")
+    assert build.key("80") != first
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+def test_a_cached_file_that_does_not_load_is_built_again_once(
+    emulated_library: cuda_library.Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut short, or for another machine. What is built in its place may not load either, which is an error."""
+    monkeypatch.setattr(build, "cache", lambda: tmp_path)
+    contents = [b"not a library either", emulated_library.path.read_bytes()]
+    monkeypatch.setattr(build, "build", lambda archs, out, strict: (out.write_bytes(contents.pop(0)), [])[1])
+    path = tmp_path / f"{build.key('80')}.so"
+    path.write_bytes(b"not a library")
+    load = cuda_library.library.__wrapped__
+    with pytest.raises(OSError, match="file too short"):
+        load("80")
+    assert load("80").path == path and not contents
+    assert load("80").path == path  # as it is
+    assert build.cached("80", broken=build.written(path) - 1) == path  # another process has built it again
+
+
+NVCC_11 = "sm_75\nsm_80\nsm_86\nsm_87\nsm_89\nsm_90\n"
+
+
+def test_an_older_nvcc_compiles_for_what_it_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rather than for nothing: an older architecture whose code the GPU runs too, else PTX, which is always there."""
+    targets: list[list[str]] = []
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(build, "_nvcc_version", lambda: "release 11.8, V11.8.89")
+    monkeypatch.setattr(build, "_listed", lambda nvcc: NVCC_11)
+    monkeypatch.setattr(build, "_build", lambda nvcc, architectures, *rest: targets.append(list(architectures)))
+    assert build.build(["80", "89"], tmp_path / "library.so") == []
+    (remark,) = build.build(["120"], tmp_path / "library.so")
+    assert "does not know sm_120: PTX for compute_80 in its place" in remark
+    build.build(["90a"], tmp_path / "library.so")
+    monkeypatch.setattr(build, "_listed", lambda nvcc: NVCC_11.replace("sm_89\n", ""))
+    remarks = build.build(["89", "86"], tmp_path / "library.so")
+    assert len(remarks) == 1 and "does not know sm_89: code for sm_86 in its place" in remarks[0]
+    build.build(["120"], tmp_path / "library.so", strict=True)  # there it is an error
+    assert targets == [["80", "89"], [], [], ["86"], ["120"]]
+    monkeypatch.setattr(build, "_nvcc_version", lambda: "release 12.0, V12.0.76")
+    assert build._known("90a", NVCC_11) == "90a" and build._known("121", "sm_120") == "120"
+    assert build._known("120", "") == "120"  # one that does not tell is taken to know
+
+
+@NVCC
+def test_nvcc_says_what_it_knows() -> None:
+    nvcc = build.find_nvcc()
+    assert nvcc is not None and build._known("90a", build._listed(nvcc)) == "90a"
+    assert build._known("80", build._listed(nvcc)) == "80" and build._known("999", build._listed(nvcc)) is None
+
+
 def test_architectures() -> None:
     for capability, expected in (
         ((8, 0), "80"),
@@ -353,21 +431,50 @@ def test_a_library_built_ahead_of_time_is_taken(monkeypatch: pytest.MonkeyPatch,
     assert build.missing() is None and build.prebuilt() == tmp_path / "library.so"
 
 
+@pytest.mark.parametrize("device", [1, 99])
+def test_nothing_is_launched_on_another_device(device: int, hopper_library: cuda_library.Library) -> None:
+    """Where the caller's cannot be made the current one; the emulation has number 0 alone."""
+    for name, structure in cuda_library.LAUNCHERS.items():
+        if name != "ak_block":  # which asks no device
+            with pytest.raises(RuntimeError, match=f"{name}: invalid device ordinal"):
+                hopper_library._launch(name, ctypes.byref(structure()), cuda_library.where(0, device))
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        hopper_library.check(torch.device("cuda", device))
+
+
+VERSION = f'extern "C" int ak_version() {{ return {cuda_library.VERSION}; }}'
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ('extern "C" int ak_version() { return 1; } extern "C" int ak_has_hopper() { return 0; }', "version 1"),
+        ('extern "C" int ak_version() { return 1; } extern "C" int ak_has_hopper() { return 0; }', "has version 1 .*again"),
         ("", "not a lib"),
+        (VERSION, "other.so has no ak_contract.*build it again"),
+        (VERSION + 'extern "C" int ak_contract() { return 7; }', "has other structures in its interface.*build it again"),
+        (f'{VERSION} extern "C" int ak_contract() {{ return {build.contract()}; }}', "has no ak_canonical_labels"),
     ],
-    ids=["outdated", "another"],
+    ids=["outdated", "another", "before a function", "other structures", "without a launcher"],
 )
 def test_another_library_is_refused_in_words(source: str, message: str, tmp_path: Path) -> None:
     """Also one from before a function was there: then other backends serve."""
     (tmp_path / "other.cpp").write_text(source)
     subprocess.run(["g++", "-shared", "-fPIC", tmp_path / "other.cpp", "-o", tmp_path / "other.so"], check=True)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(build.BuildError, match=message):
         cuda_library.Library(tmp_path / "other.so")
+
+
+def test_the_contract_changes_with_the_structures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, first = (build.sources() / "library.h").read_text(), build.contract()
+    monkeypatch.setattr(build, "sources", lambda: tmp_path)
+    for changed, same in (
+        (text + "\n// a remark\n", True),
+        (text.replace("int64_t batch, width", "int64_t width, batch"), False),
+    ):
+        assert changed != text
+        (tmp_path / "library.h").write_text(changed)
+        assert (build.contract() == first) == same
 
 
 def test_nvcc_is_looked_for_until_a_library_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +515,7 @@ def test_eight_processes_share_one_build(tmp_path: Path) -> None:
     script = (
         "from pathlib import Path; from amsoftmax_kernels import build; "
         f"build.sources = lambda: Path({str(tmp_path / 'csrc')!r}); first = build.build; "
-        "build.build = lambda *args: (print('built'), first(*args)); print(build.cached('80'))"
+        "build.build = lambda *args: (print('built'), first(*args))[1]; print(build.cached('80'))"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-c", script]

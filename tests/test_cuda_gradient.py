@@ -13,6 +13,7 @@ from torch import Tensor
 
 from amsoftmax_kernels import build
 from amsoftmax_kernels.backends import cuda, cuda_library
+from bench.library import IN_FLIGHT
 
 from .cases import CASES, CHUNK, Case, relative
 from .emulation import serve
@@ -170,8 +171,10 @@ def test_the_machine_code() -> None:
         for instruction in (products, r"UTMALDG\.2D\.MULTICAST", r"USETMAXREG\.TRY_ALLOC\.CTAPOOL", "STAS"):
             assert re.search(rf"\b{instruction}(?![\w.])", code), instruction
         assert not re.search(r"\b(LDL|STL)\b", code)
-        # What the other half sent is read after it was waited for.
-        assert re.search(r"\bSTAS\b.*?\bSYNCS\.PHASECHK\.TRANS64\.TRYWAIT\b.*?\bLDS\b", code, re.DOTALL)
+        assert len(re.findall(rf"\b{IN_FLIGHT}\b", code)) > 2, "each group of products is waited for"
+        # What the other half sent is read after a wait that acquires another block's: one that empties the L1 cache.
+        wait = r"\bSYNCS\.PHASECHK\.TRANS64\.TRYWAIT\b"
+        assert re.search(rf"\bSTAS\b.*?{wait}.*?\bCCTL\.IVALL\b.*?\bLDS\b", code, re.DOTALL)
         assert not re.search(r"\bLDS\b", code[: code.index("STAS")])
         # The warps that load give all but 24 registers away; the rest have room for the products and what they go with.
         loads = re.search(r"USETMAXREG\.DEALLOC\.CTAPOOL 0x18 ;(.*?)\bEXIT\b", code, re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import math
 import re
@@ -21,6 +22,7 @@ import amsoftmax_kernels as ak
 from amsoftmax_kernels import __main__ as command
 from amsoftmax_kernels import backends, build
 from amsoftmax_kernels.backends import Problem, cuda, cuda_library, fused
+from bench.library import IN_FLIGHT
 
 from .cases import CASES, CHUNK, Case
 from .test_cuda import BY_NAME, CPU, DTYPES, NVCC, check, check_the_cosine_kernel, ours
@@ -196,6 +198,7 @@ def test_the_machine_code() -> None:
         for instruction in (products, *copies, *registers, r"MUFU\.EX2"):
             assert re.search(rf"\b{instruction}(?![\w.])", code), instruction
         assert not re.search(r"\b(LDL|STL)\b", code)
+        assert len(re.findall(rf"\b{IN_FLIGHT}\b", code)) > 2, "each group of products is waited for"
         # The warps that load give all but 24 registers away.
         loads = re.search(r"USETMAXREG\.DEALLOC\.CTAPOOL 0x18 ;(.*?)\bEXIT\b", code, re.DOTALL)
         assert loads is not None and max(int(each) for each in re.findall(r"\bR(\d+)\b", loads[1])) < 24
@@ -242,6 +245,64 @@ def test_cutlass_is_for_hopper_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert not any("AK_CUTLASS" in part or part.endswith(build.HOPPER_SOURCES) for part in parts)
 
 
+def test_headers_that_do_not_compile_leave_the_portable_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a CUTLASS that is too old or too new; in strict builds, and of our own mistakes, an error."""
+    commands: list[list[str]] = []
+    faulty = build.HOPPER_SOURCES[0]
+
+    def run(command: list[str]) -> None:
+        commands.append(command)
+        if any(part.endswith(faulty) for part in command):
+            raise build.BuildError(f"{' '.join(command)}\nx.hpp(1): error: no such thing\n")
+        Path(command[-1]).touch()
+
+    monkeypatch.setattr(build, "_run", run)
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    headers = _headers(tmp_path / "include", (3, 1, 0))
+    monkeypatch.setattr(build, "find_cutlass", lambda: headers)
+    monkeypatch.setattr(build, "cache", lambda: tmp_path / "cache")
+    with pytest.raises(build.BuildError, match=faulty):
+        build.build(["90a"], tmp_path / "library.so", strict=True)
+    commands.clear()
+    with pytest.warns(UserWarning, match=r"do not compile with .* CUTLASS 3\.1\.0 .*pip install .*no such thing"):
+        assert build.cached("90a").is_file()
+    first = commands.index(next(each for each in commands if "-DAK_CUTLASS" not in each))
+    assert not any("AK_CUTLASS" in part or part.endswith(build.HOPPER_SOURCES) for each in commands[first:] for part in each)
+    faulty = "rows.cu"
+    with pytest.raises(build.BuildError, match=faulty):
+        build.build(["90a"], tmp_path / "library.so")
+
+
+def test_building_ahead_of_time_says_what_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "_run", lambda command: Path(command[-1]).touch())
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    for headers, arch, told in ((None, "90a", True), (_headers(tmp_path / "include"), "90a", False), (None, "80", False)):
+        monkeypatch.setattr(build, "find_cutlass", lambda headers=headers: headers)
+        assert build.main(["--arch", arch, "--out", str(tmp_path / "library.so")]) == 0
+        printed = capsys.readouterr().out
+        assert f"for sm_{arch}" in printed
+        assert (
+            f"but without Hopper's own kernels, which take CUTLASS's headers: pip install {build.CUTLASS}" in printed
+        ) == told
+
+
+def test_products_one_after_the_other_fail_a_strict_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of which ptxas only remarks."""
+
+    def run(command: list[str]) -> str:
+        Path(command[-1]).touch()
+        return "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+
+    monkeypatch.setattr(build, "_run", run)
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    build.build(["90a"], tmp_path / "library.so")
+    with pytest.raises(build.BuildError, match="instructions are serialized"):
+        build.build(["90a"], tmp_path / "strict.so", strict=True)
+    assert not (tmp_path / "strict.so").exists()
+
+
 def test_finding_cutlass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     headers = _headers(tmp_path / "named" / "include")
     for named in (headers, headers.parent):
@@ -281,9 +342,10 @@ def test_the_command_says_what_to_install(
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> torch.device:
     """A GPU of this capability, as far as choosing a backend goes."""
-    for function in (cuda._builds, cuda._library, cuda_library.library):
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
+    for module, name in ((cuda, "_library"), (cuda_library, "library")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, functools.cache(getattr(function, "__wrapped__", function)))
+    monkeypatch.setattr(cuda, "_failed", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -308,15 +370,23 @@ def test_an_unsupported_card_is_left_out(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "cuda" not in ak.available_backends()
 
 
-@NVCC
-def test_a_failed_build_is_shown_once_and_triton_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("triton")
+@pytest.fixture
+def broken_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.device:
+    """A GPU, as far as choosing a backend goes, for which nothing can be built."""
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "library.h").write_text("")
     (tmp_path / "csrc" / "broken.cu").write_text("this is not C++\n")
-    device = _pretend(monkeypatch, (8, 0))
     monkeypatch.setattr(build, "sources", lambda: tmp_path / "csrc")
     monkeypatch.setattr(build, "cache", lambda: tmp_path / "cache")
+    return _pretend(monkeypatch, (8, 0))
+
+
+@NVCC
+def test_a_failed_build_is_shown_once_and_triton_serves(
+    broken_sources: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    device = broken_sources
     monkeypatch.setattr(backends, "NAMES", ("cuda", "triton", "chunked", "reference"))
     monkeypatch.setattr(backends.load("triton"), "unavailable_reason", lambda: None)
     monkeypatch.setattr(backends.load("triton"), "serves", lambda device, dtype: True)
@@ -325,9 +395,57 @@ def test_a_failed_build_is_shown_once_and_triton_serves(monkeypatch: pytest.Monk
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.choose(None, device, torch.float16) == "triton"
-    with pytest.raises(ValueError, match="backend 'cuda' does not serve"):
-        backends.choose("cuda", device, torch.float16)
-    cuda._builds.cache_clear()
+
+
+@NVCC
+@pytest.mark.filterwarnings("ignore:amsoftmax_kernels")
+def test_a_failed_build_is_the_reason_and_not_tried_again(
+    broken_sources: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for by name, or looked up: the compiler's words, and where the rest of them is."""
+    builds: list[object] = []
+    right = build.build
+    monkeypatch.setattr(build, "build", lambda *args: (builds.append(None), right(*args))[1])
+    assert "cuda" in ak.available_backends()  # nothing has been tried yet
+    for device in (broken_sources, torch.device("cuda", 1)):
+        with pytest.raises(ValueError, match=r"'cuda' cannot run here: .*broken\.cu.*error.*--arch 80 .* shows all"):
+            backends.choose("cuda", device, torch.float16)
+        assert not cuda.serves(device, torch.bfloat16)
+    assert len(builds) == 1 and "cuda" not in ak.available_backends()
+
+
+def test_what_ails_a_device_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full GPU may have room later, a file that is no library stays none."""
+    device = _pretend(monkeypatch, (8, 0))
+    ailing = [True]
+
+    class Library:
+        def check(self, device: torch.device) -> None:
+            if ailing[0]:
+                raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(cuda_library, "library", functools.cache(lambda arch: Library()))
+    with pytest.warns(UserWarning, match="does not serve cuda:0:\nout of memory"):
+        assert not cuda.serves(device, torch.float16)
+    ailing[0] = False
+    assert cuda.serves(device, torch.float16)
+
+
+@NVCC
+@pytest.mark.filterwarnings("ignore:amsoftmax_kernels")
+def test_the_command_fails_where_the_build_does(
+    broken_sources: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backends, "NAMES", ("cuda", "reference"))
+    monkeypatch.setattr(command, "_describe_gpu", lambda: "none")
+    assert command.main([]) == 1
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if each.startswith("cuda ")]
+    assert "self-test FAILED: its library cannot be had: " in line and "broken.cu" in line
+
+
+def test_a_backend_that_serves_nothing_fails_its_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.load("chunked"), "serves", lambda device, dtype: False)
+    assert command.self_test("chunked", CPU) == "it serves no dtype on cpu"
 
 
 def test_a_case_by_either_kernel(hopper: None) -> None:

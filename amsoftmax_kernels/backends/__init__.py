@@ -173,6 +173,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     if name is None:
         return next(each for each in NAMES if unavailable_reason(each) is None and _serves(each, device, dtype))
     if not _serves(name, device, dtype):
+        check_available(name)  # a build that was tried just now has failed
         raise ValueError(f"backend {name!r} does not serve {dtype} on {device}")
     return name
 

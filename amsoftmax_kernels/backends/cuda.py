@@ -34,6 +34,8 @@ def unavailable_reason() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < _MIN_CAPABILITY:
         return f"needs compute capability 8.0 or newer, but this GPU has {capability[0]}.{capability[1]}"
+    if _failed and _architecture() in _failed:
+        return _failed[_architecture()]
     # To look for nvcc takes some 50 µs, and a step asks each time.
     return None if c.library.cache_info().currsize else build.missing()
 
@@ -52,20 +54,37 @@ def remark() -> str | None:
     return f"by the portable kernel: Hopper's own takes CUTLASS's headers, pip install {build.CUTLASS}"
 
 
-@functools.cache
+# Why there is no library for an architecture: not tried again in this process.
+_failed: dict[str, str] = {}
+
+
 def _builds(device: torch.device) -> bool:
+    """Whether there are kernels for this device; a library that is not there yet is built. A failure is shown, once."""
+    if _failed and _architecture(device) in _failed:
+        return False
     try:
         _library(device)
-    except (build.BuildError, OSError, RuntimeError) as error:
+    except (build.BuildError, OSError) as error:
+        arch = _architecture(device)
+        command = f"python -m amsoftmax_kernels.build --arch {arch} --out FILE.so"
+        where = "" if build.prebuilt() else f" (`{command}` shows all of it)"
+        _failed[arch] = f"its library cannot be had: {build.summary(str(error))}{where}"
         warnings.warn(f"amsoftmax_kernels: the CUDA library cannot be had, other backends serve:\n{error}", stacklevel=2)
         return False
+    except RuntimeError as error:  # the device's, and perhaps not the next time
+        warnings.warn(f"amsoftmax_kernels: the CUDA library does not serve {device}:\n{error}", stacklevel=2)
+        return False
     return True
+
+
+def _architecture(device: torch.device | None = None) -> str:
+    return build.architecture(torch.cuda.get_device_capability(device))
 
 
 @functools.cache
 def _library(device: torch.device) -> c.Library:
     """The library for this device. Its check is also what lets kernels have their shared memory there."""
-    found = c.library(build.architecture(torch.cuda.get_device_capability(device)))
+    found = c.library(_architecture(device))
     found.check(device)
     return found
 

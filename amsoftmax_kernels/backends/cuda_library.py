@@ -90,7 +90,7 @@ LAUNCHERS = {
     "ak_constant_margin": Margin, "ak_factor_rows": Factor, "ak_finish_centres": FinishCentres,
     "ak_finish_rows": FinishRows, "ak_grad_centres": GradCentres, "ak_grad_tiling": GradTiling,
 }  # fmt: skip
-CONSTANTS = ("ak_version", "ak_has_hopper")
+CONSTANTS = ("ak_version", "ak_contract", "ak_has_hopper")
 KERNELS = ("cosine_exp, portable", "cosine_exp, Hopper's", "grad_centres, Hopper's")  # as AkKernel has them
 
 
@@ -98,21 +98,41 @@ class Library:
     """A loaded library. ``call`` launches one kernel on the current stream of the tensors' device."""
 
     def __init__(self, path: Path) -> None:
+        """Load it.
+
+        Raises:
+            OSError: the loader refuses the file.
+            build.BuildError: it is not a library of this package, or of another version's interface.
+        """
         self.path = path
         self._library = ctypes.CDLL(str(path))
-        for name in CONSTANTS:
-            function = getattr(self._library, name, None)
-            if function is None:
-                raise RuntimeError(f"{path} is not a library of this package: it has no {name}")
-            function.argtypes, function.restype = [], c_int32
-        version = self._library.ak_version()
+        if not hasattr(self._library, "ak_version"):
+            raise build.BuildError(f"{path} is not a library of this package: it has no ak_version")
+        version = self._constant("ak_version")
         if version != VERSION:
-            raise RuntimeError(f"{path} has version {version} of the interface, this package {VERSION}: build it again")
-        self._functions = {name: getattr(self._library, name) for name in LAUNCHERS}
+            raise self._refused(f"has version {version} of the interface, this package {VERSION}")
+        if self._constant("ak_contract") != build.contract():
+            raise self._refused("has other structures in its interface than this package's csrc/library.h")
+        self._functions = {name: self._function(name) for name in LAUNCHERS}
         for function in self._functions.values():
             function.argtypes, function.restype = [c_void_p, c_void_p], c_char_p
-        self._library.ak_check.argtypes, self._library.ak_check.restype = [ctypes.POINTER(Where)], c_char_p
-        self.has_hopper = bool(self._library.ak_has_hopper())  # its own kernels
+        self._check = self._function("ak_check")
+        self._check.argtypes, self._check.restype = [ctypes.POINTER(Where)], c_char_p
+        self.has_hopper = bool(self._constant("ak_has_hopper"))  # its own kernels
+
+    def _function(self, name: str) -> Any:
+        function = getattr(self._library, name, None)
+        if function is None:
+            raise self._refused(f"has no {name}, it is of other sources than this package's")
+        return function
+
+    def _constant(self, name: str) -> int:
+        function = self._function(name)
+        function.argtypes, function.restype = [], c_int32
+        return int(function())
+
+    def _refused(self, why: str) -> build.BuildError:
+        return build.BuildError(f"{self.path} {why}: build it again (python -m amsoftmax_kernels.build)")
 
     def call(self, name: str, parameters: ctypes.Structure, device: torch.device) -> None:
         """Launch; RuntimeError with the library's own words if it cannot."""
@@ -145,7 +165,7 @@ class Library:
 
     def check(self, device: torch.device) -> None:
         """RuntimeError if the kernels do not run on this device."""
-        error = self._library.ak_check(ctypes.byref(Where(None, device.index or 0, 0)))
+        error = self._check(ctypes.byref(Where(None, device.index or 0, 0)))
         if error is not None:
             raise RuntimeError(f"the kernels of {self.path} do not run on {device}: {error.decode()}")
 
@@ -189,7 +209,15 @@ def _pointers(structure: type[ctypes.Structure]) -> list[int]:
 @functools.cache
 def library(arch: str) -> Library:
     """The library built ahead of time if there is one, else that of an architecture, built if it is not there yet."""
-    return Library(build.prebuilt() or build.cached(arch))
+    prebuilt = build.prebuilt()
+    if prebuilt is not None:
+        return Library(prebuilt)
+    path = build.cached(arch)
+    when = build.written(path)
+    try:
+        return Library(path)
+    except OSError:  # cut short, or for another machine: a home folder is shared by many
+        return Library(build.cached(arch, broken=when))
 
 
 def matrix(tensor: Tensor | None) -> ctypes.Structure:
