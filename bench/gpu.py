@@ -2,7 +2,7 @@
 
 Right before fast: whether each backend runs at all, in a process of its own, correctness, determinism, graph capture and the
 sanitizer come first; then this card's ceilings, time and peak memory beside the peers, and a profile of our own kernels; the
-repository's tests last.
+sanitizer's slower tools and the repository's tests last, in what time is left.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import amsoftmax_kernels as ak
 
 from . import gpu_checks, gpu_smoke, gpu_targets, gpu_times, machine
 
-STAGES = ("smoke", "correctness", "determinism", "graph", "sanitizer", "ceilings", "times", "profile", "tests")
+STAGES = ("smoke", "correctness", "determinism", "graph", "sanitizer", "ceilings", "times", "profile", "races", "tests")
 OUT_OF_TIME = {"ok": None, "skipped": "out of time"}
 QUICK = ("smoke", "correctness", "determinism", "graph", "ceilings", "times", "profile")
 
@@ -86,10 +86,11 @@ def run_stages(
             gpu_checks.determinism(device, 10 if quick else 100, **shapes.get("determinism", {}))
         ),
         "graph": lambda: _rows(gpu_checks.graph_capture(device)),
-        "sanitizer": lambda: _rows(gpu_checks.sanitizer(device)),
+        "sanitizer": lambda: _rows(gpu_checks.sanitizer(device, gpu_checks.MEMORY)),
         "ceilings": lambda: gpu_times.ceilings(device, shapes.get("times"), shapes.get("size", 8192)),
         "times": lambda: _rows(gpu_times.times(device, known_ceilings(), quick, shapes.get("times"))),
         "profile": lambda: gpu_times.profile(device, **shapes.get("profile", {})),
+        "races": lambda: _rows(gpu_checks.sanitizer(device, gpu_checks.RACES)),
         "tests": lambda: _rows(gpu_checks.gpu_tests()),
     }  # fmt: skip
     failed: list[str] = []

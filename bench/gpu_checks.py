@@ -41,7 +41,7 @@ LARGE: list[tuple[int, int, int, dict[str, Any]]] = [
 TOLERANCE = {"float32": (2e-6, 2e-5), "bfloat16": (2e-4, 8e-3), "float16": (2e-4, 8e-3)}
 # Of compute-sanitizer, with the seconds that each may take. They find reads and writes outside of tensors; barriers that not
 # all threads come to, or that are not set up; uses of shared memory that barriers leave in no order.
-TOOLS = {"memcheck": 100, "synccheck": 60, "racecheck": 60}
+MEMORY, RACES = {"memcheck": 60}, {"synccheck": 60, "racecheck": 60}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -122,28 +122,41 @@ def determinism(
         _release(device)
 
 
-def graph_capture(device: torch.device, shapes: Any = ((256, 512, 10_516), (1024, 512, 93_431))) -> Iterator[Row]:
+# What a captured step may be given beside sizes; the scale and the margins on the device.
+CAPTURED: tuple[tuple[int, int, int, dict[str, Any]], ...] = (
+    (256, 512, 10_516, {}),
+    (256, 512, 10_516, {"scale": 200.0, "interclass_filter": 0.2}),
+    (256, 512, 10_516, {"normalize_features": False, "return_predictions": True}),
+    (256, 512, 10_516, {"scale": "on the device", "margin": "one a class"}),
+    (1024, 512, 93_431, {}),
+)
+
+
+def graph_capture(device: torch.device, captured_steps: Any = CAPTURED) -> Iterator[Row]:
     """A step captured in a CUDA graph and replayed: the same bits as launched one by one."""
-    for B, D, C in shapes:
+    for B, D, C, options in captured_steps:
         features, weight, labels = problem(B, D, C, device)
+        given = dict(options)
+        if "margin" in given:
+            given |= {"scale": torch.tensor(30.0, device=device), "margin": torch.linspace(0, 0.5, C, device=device)}
         for name in compared_backends(device):
             for save_bytes in (1 << 62, 0):
-                row = {"backend": name, "B": B, "D": D, "C": C, "kept": save_bytes > 0}
+                row = {"backend": name, "B": B, "D": D, "C": C, "kept": save_bytes > 0, **options}
                 try:
-                    graph, captured, expected = _capture(features, weight, labels, name, save_bytes)
+                    graph, captured, expected = _capture(features, weight, labels, name, save_bytes, given)
                     for each in captured:
                         each.fill_(float("nan"))
                     graph.replay()
                     row["ok"] = all(map(torch.equal, captured, expected))
                     row["replay_s"] = _replay_seconds(graph)
-                except RuntimeError as error:
+                except Exception as error:  # the others' rows are wanted all the same
                     row |= {"ok": False, "error": first_line(error)}
                 yield row
         _release(device)
 
 
-def sanitizer(device: torch.device) -> Iterator[Row]:
-    """compute-sanitizer over a few of the first stage's shapes, if it is installed: what ``TOOLS`` find."""
+def sanitizer(device: torch.device, tools: dict[str, int]) -> Iterator[Row]:
+    """compute-sanitizer over a few of the first stage's shapes, if it is installed: what these of its tools find."""
     nvcc = build.find_nvcc()
     folders = [os.environ.get("PATH", ""), *([os.path.dirname(nvcc)] if nvcc else [])]
     tool = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
@@ -152,7 +165,7 @@ def sanitizer(device: torch.device) -> Iterator[Row]:
         return
     # Cached, a tensor's neighbours would be memory that may be read.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for checked, seconds in TOOLS.items():
+    for checked, seconds in tools.items():
         for name in compared_backends(device):
             if name != "chunked":
                 child = [sys.executable, "-m", "bench.gpu_smoke", str(device), name, "--few"]
@@ -191,23 +204,24 @@ def _step(
     features: Tensor, weight: Tensor, labels: Tensor, backend: str, save_bytes: int, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, w = features.detach().requires_grad_(), weight.detach().requires_grad_()
-    loss = ak.am_softmax_loss(x, w, labels, backend=backend, save_bytes=save_bytes, **options)
+    result = ak.am_softmax_loss(x, w, labels, backend=backend, save_bytes=save_bytes, **options)
+    loss = result[0] if isinstance(result, tuple) else result
     return (loss.detach(), *torch.autograd.grad(loss, (x, w)))
 
 
 def _capture(
-    features: Tensor, weight: Tensor, labels: Tensor, name: str, save_bytes: int
+    features: Tensor, weight: Tensor, labels: Tensor, name: str, save_bytes: int, options: dict[str, Any]
 ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple[Tensor, ...]]:
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                expected = _step(features, weight, labels, name, save_bytes, {})
+                expected = _step(features, weight, labels, name, save_bytes, options)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = _step(features, weight, labels, name, save_bytes, {})
+            captured = _step(features, weight, labels, name, save_bytes, options)
     return graph, captured, expected
 
 

@@ -315,7 +315,7 @@ def test_the_sanitizer_runs_every_tool_on_every_kernel(monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu_checks.shutil, "which", lambda name, path=None: name)
     monkeypatch.setattr(gpu_checks, "compared_backends", lambda device: ["triton", "cuda", "chunked"])
     monkeypatch.setattr(gpu_checks, "run_child", run_child)
-    rows = list(gpu_checks.sanitizer(CPU))
+    rows = [row for tools in (gpu_checks.MEMORY, gpu_checks.RACES) for row in gpu_checks.sanitizer(CPU, tools)]
     tools = ("memcheck", "synccheck", "racecheck")
     assert [(row["tool"], row["backend"]) for row in rows] == [(t, b) for t in tools for b in ("triton", "cuda")]
     assert [command[2] for command in commands] == [row["tool"] for row in rows]

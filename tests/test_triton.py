@@ -491,16 +491,34 @@ def test_a_newer_architecture_takes_the_newest_entry() -> None:
         assert triton_configs.config(capability, "half") == triton_configs.TABLE[expected, "half"]
 
 
+# Given as functions of the device: scales and margins that lie there.
+ON_THE_GPU: dict[str, Any] = {
+    "plain": dict,
+    "device-scale": lambda: {"scale": torch.tensor(30.0, device="cuda", requires_grad=True)},
+    "no-fn": lambda: {"normalize_features": False},
+    "recomputed": lambda: {"save_bytes": 0},
+    "filter": lambda: {"interclass_filter": 0.2},
+    "predictions": lambda: {"return_predictions": True, "scale": 200.0},
+    "margin-a-class": lambda: {"margin": torch.linspace(0, 0.5, 5000, device="cuda")},
+    "margin-object": lambda: {"margin": ak.margins.AnnealedAdditiveMargin(0.1).cuda()},
+}
+
+
+def loss_alone(*tensors: Tensor, **options: Any) -> Tensor:
+    out = ak.am_softmax_loss(*tensors, **options)
+    return out[0] if isinstance(out, tuple) else out
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("save_bytes", [None, 0])
-def test_a_cuda_graph_replays_the_step(dtype: torch.dtype, save_bytes: int | None) -> None:
-    case = Case("", "", B=256, C=5000, D=512)
+@pytest.mark.parametrize("option", list(ON_THE_GPU))
+def test_a_cuda_graph_replays_the_step(option: str, dtype: torch.dtype) -> None:
+    case, options = Case("", "", B=256, C=5000, D=512), ON_THE_GPU[option]()
     features, weight, labels, _ = (each.cuda() for each in case.tensors(dtype))
     x, w = features.clone().requires_grad_(), weight.clone().requires_grad_()
 
     def step() -> tuple[Tensor, ...]:
-        loss = ak.am_softmax_loss(x, w, labels, save_bytes=save_bytes)
+        loss = loss_alone(x, w, labels, **options)
         return (loss.detach(), *torch.autograd.grad(loss, (x, w)))
 
     stream = torch.cuda.Stream()
@@ -522,12 +540,12 @@ def test_a_cuda_graph_replays_the_step(dtype: torch.dtype, save_bytes: int | Non
 @pytest.mark.gpu
 def test_nothing_synchronizes() -> None:
     tensors = [each.cuda() for each in Case("", "", B=256, C=5000, D=512).tensors(torch.float32)]
-    scale = torch.tensor(30.0, device="cuda", requires_grad=True)
-    for options in ({}, {"scale": scale}, {"normalize_features": False}, {"save_bytes": 0}, {"interclass_filter": 0.2}):
-        evaluate(ak.am_softmax_loss, *tensors, **options)
+    for make in ON_THE_GPU.values():
+        options = make()
+        evaluate(loss_alone, *tensors, **options)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            evaluate(ak.am_softmax_loss, *tensors, **options)
+            evaluate(loss_alone, *tensors, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
