@@ -6,19 +6,22 @@ import dataclasses
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
-from amsoftmax_kernels import build
+from amsoftmax_kernels import am_softmax_loss, backends, build
 from amsoftmax_kernels.backends import fused
 from amsoftmax_kernels.backends import triton as backend
 from bench import estimate, kernels, library, plan_time
-from bench.launches import Launch, of_a_step
+from bench.launches import Launch, no_product, of_a_step, recording, variants
 
 INSTRUCTIONS = {
     "sm_80": ("HMMA", "cp.async"),
@@ -93,6 +96,74 @@ def test_sizes_that_change_compile_nothing_new() -> None:
     compiled = set(of_a_step((9, 0), 132, 512, 512, 4096, predict=True, normalize=False, save_bytes=0))
     for B, C in ((100, 4096), (17, 4096), (512, 4099), (3, 1001)):
         assert set(of_a_step((9, 0), 132, B, 512, C, predict=True, normalize=False, save_bytes=0)) <= compiled
+
+
+# What a caller can choose, each first value the usual one.
+CHOICES: dict[str, list[Any]] = {
+    "features": [torch.float32, None],  # None: the compute dtype
+    "weight": [torch.float32, None],
+    "scale": [30.0, 100.0, "tensor", "learned"],
+    "margin": [0.35, "one a class"],
+    "normalize_features": [True, False],
+    "reduction": ["mean", "sum", "none"],
+    "interclass_filter": [None, 0.5],
+    "return_predictions": [False, True],
+    "save_bytes": [1 << 40, 0],
+    "gradients": ["features and weight", "features", "weight", ""],
+    "chunks": [1, 2],
+}
+
+
+def launches_of_a_call(dtype: torch.dtype, choice: dict[str, Any]) -> set[Launch]:
+    """Those of the public function and its backward pass, which CPU tensors take for a GPU's."""
+    choice = dict(choice)
+    gradients, classes = choice.pop("gradients"), 64 if choice.pop("chunks") == 1 else 300
+    features = torch.zeros(16, 512, dtype=choice.pop("features") or dtype, requires_grad="features" in gradients)
+    weight = torch.zeros(classes, 512, dtype=choice.pop("weight") or dtype, requires_grad="weight" in gradients)
+    scale, margin = choice.pop("scale"), choice.pop("margin")
+    if isinstance(scale, str):
+        scale = torch.tensor(30.0, requires_grad=scale == "learned")
+    if isinstance(margin, str):
+        margin = torch.full((classes,), 0.35)
+    with (
+        recording((9, 0), 132) as launches,
+        mock.patch.object(backends, "choose", lambda *_: "triton"),
+        mock.patch.object(fused, "CHUNK_ELEMENTS", 1),  # 256 classes a chunk
+        mock.patch.object(fused, "_product", no_product),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        result = am_softmax_loss(
+            features, weight, torch.zeros(16, dtype=torch.int64), scale=scale, margin=margin, **choice
+        )  # fmt: skip
+        loss = result[0] if isinstance(result, tuple) else result
+        if loss.requires_grad:
+            loss.backward(torch.ones(17)[1:].expand(16) if loss.dim() else torch.ones(2)[1])
+    return set(launches)
+
+
+def test_every_kernel_that_can_be_launched_is_compiled() -> None:
+    compiled = set(variants((9, 0), 132))
+    usual = {name: values[0] for name, values in CHOICES.items()}
+    calls = [usual | {name: value} for name, values in CHOICES.items() for value in values]
+    generator = random.Random(0)
+    found = set()
+    precision = torch.get_float32_matmul_precision()
+    try:
+        for how, dtype in itertools.product(("highest", "high"), (torch.bfloat16, torch.float16, torch.float32)):
+            if how == "high" and dtype != torch.float32:
+                continue
+            torch.set_float32_matmul_precision(how)
+            some = [{name: generator.choice(values) for name, values in CHOICES.items()} for _ in range(100)]
+            found.update(*(launches_of_a_call(dtype, call) for call in calls + some))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    for labels in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        with recording((9, 0), 132) as launches:
+            backend.fused.labels(torch.zeros(16, dtype=labels), 64, -100)
+        found |= set(launches)
+    assert len(found) > 300 and {each.kernel for each in found} == {each.kernel for each in compiled}
+    assert found <= compiled, sorted({each.kernel for each in found - compiled})
+    assert set(variants((9, 0), 132, quick=True)) < compiled
 
 
 def test_programs_resident() -> None:
