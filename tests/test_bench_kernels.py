@@ -30,7 +30,6 @@ INSTRUCTIONS = {
     "sm_120": ("HMMA", "cp.async"),
 }
 ROOT = Path(__file__).parents[1]
-NO_LAUNCHES = {True: 0, False: 0}
 
 
 @pytest.mark.parametrize("arch", list(estimate.CARDS))
@@ -172,28 +171,6 @@ def test_programs_resident() -> None:
     assert card.programs_resident(32, 120 << 10, 4) == 1 and card.programs_resident(32, 0, 4) == 16
 
 
-def test_estimates_grow_with_the_work_and_never_beat_the_floor() -> None:
-    for arch in estimate.CARDS:
-        rows = estimate.table(arch)
-        assert [(row["B"], row["D"], row["C"]) for row in rows[::2]] == estimate.SHAPES
-        for kept, recomputed in zip(rows[::2], rows[1::2], strict=True):
-            assert 0 < kept["of_floor"] < 1 and 0 < recomputed["of_floor"] < 1
-            assert kept["total_s"] < recomputed["total_s"]
-        totals = [row["total_s"] for row in rows[::2]]
-        assert totals == sorted(totals)
-    hopper = estimate.step(estimate.CARDS["sm_90"], 1024, 512, 1_000_000, True, NO_LAUNCHES)
-    assert hopper["flops"] == 6 * 1024 * 512 * 1_000_000 and hopper["bytes"] == 18 * 512 * 1_000_000
-
-
-def test_the_partial_fc_algorithm_is_estimated() -> None:
-    """What is to be reached: a third of its time, a quarter of its memory (save_bytes and a chunk)."""
-    card, shape = estimate.CARDS["sm_90"], (1024, 512, 1_000_000)
-    ours, theirs = estimate.step(card, *shape, True, NO_LAUNCHES), estimate.partial_fc(card, *shape)
-    assert ours["total_s"] < theirs["total_s"] / 3
-    assert theirs["held"] / 4 > 2 * 1024 * 1_000_000
-    assert theirs["total_s"] > ours["floor_s"] + 90 * 1024 * 1_000_000 / card.copy
-
-
 @pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
 @pytest.mark.parametrize("arch", ["80", "90a", "100", "120"])
 def test_the_cpp_kernels_are_read(arch: str) -> None:
@@ -234,33 +211,3 @@ def test_launches_of_many_chunks(kept: bool, at_once: bool, monkeypatch: pytest.
     few = launches(200)
     for classes in (200, 512, 513, 1400, 2048):
         assert launches(classes) - few == estimate.more_launches(16, 32, classes, kept, at_once)
-
-
-def test_estimates_of_the_cpp_kernels() -> None:
-    """Never faster than the card's products, nor than what must be read and stored."""
-    card = estimate.CARDS["sm_90"]
-    for B, D, C in estimate.SHAPES:
-        bounds = estimate.hopper_cosine_exp(card, B, D, C)
-        assert bounds["busy"] >= 2 * B * D * C / card.products and bounds["memory"] >= 2 * B * C / card.copy
-        gradient = estimate.hopper_grad_centres(card, B, D, C)
-        assert gradient["busy"] >= 2 * B * D * C / card.products and gradient["memory"] >= 8 * C * D / card.copy
-        kept, recomputed = (estimate.hopper_step(card, B, D, C, how, NO_LAUNCHES) for how in (True, False))
-        assert kept["total_s"] < recomputed["total_s"] and kept["total_s"] > 6 * B * C * D / card.products
-
-
-def test_the_centres_gradient_is_made_at_once_where_that_is_estimated_faster() -> None:
-    card = estimate.CARDS["sm_90"]
-    for B, D, C in itertools.product(
-        (256, 512, 1024, 2048, 4096), (64, 96, 128, 144, 256, 272, 384, 496, 512, 1024), (100_000, 10_000_000)
-    ):
-        bounds = estimate.grad_centres(card, B, D, C)
-        assert bounds["one after the other"] >= 2 * B * D * C / card.products + 8 * C * D / card.copy
-        other = 2 * B * D * C / card.products + 12 * C * D / card.copy
-        other += 2 * -(-C // fused.finish_size(D)) * estimate.SECONDS_A_LAUNCH
-        if estimate.gradient_at_once(card, B, D):
-            assert max(bounds.values()) < other
-    assert estimate.gradient_at_once(card, 1024, 512) and not estimate.gradient_at_once(card, 2048, 512)
-    assert estimate.gradient_at_once(card, 512, 128) and not estimate.gradient_at_once(card, 1024, 128)
-    assert not estimate.gradient_at_once(card, 256, 272) and not estimate.gradient_at_once(card, 256, 1024)
-    assert not estimate.gradient_at_once(estimate.CARDS["sm_80"], 256, 512)
-    assert len(estimate.printed_hopper(card).splitlines()) == 3 * len(estimate.SHAPES) + 5
