@@ -38,6 +38,7 @@ class Card:
     copy: float  # bytes/s read and written
     l2: float  # bytes/s out of the L2 cache
     shared_memory: int  # bytes an SM
+    float32: float | None = None  # flop/s in IEEE float32, if known
 
     def programs_resident(self, registers: int, shared_memory: int, warps: int) -> int:
         """Programs that fit an SM: registers are given out to a warp in lots of 256, shared memory with 1 KiB beside it."""
@@ -103,7 +104,7 @@ class Kind:
         units, 64 multiply-adds a clock and SM on an A100 and 128 on the others, of which 80% are assumed to be reached.
         """
         if self.how == "float32":
-            return 0.8 * 2 * (64 if card.capability == (8, 0) else 128) * card.multiprocessors * card.clock
+            return card.float32 or 0.8 * 2 * (64 if card.capability == (8, 0) else 128) * card.multiprocessors * card.clock
         return card.products / (2 if self.how == "tf32" else 1)
 
 

@@ -87,6 +87,9 @@ def test_a_product_of_few_tiles_is_split() -> None:
         parts = 132 // tiles
         assert seconds <= whole / parts * 1.001 + 8 * parts * B * 512 / H200.l2 + estimate.SECONDS_A_LAUNCH
         assert 2 * B * 512 * depth / rate + estimate.SECONDS_A_LAUNCH < seconds < whole / 1.9
+    # Eight parts of 16 tiles, on 128 of 132 SMs; what they add up to is written, read, and another kernel's.
+    parts = 2 * 128 * 256 * 131_072 / 8 / (rate / 132) + 8 * 8 * 1024 * 512 / H200.l2 + estimate.SECONDS_A_LAUNCH
+    assert large(H200, 1024, 512, 131_072) == pytest.approx(parts)
     full, slow = (estimate.product_with_centres(H200, 1024, 512, 131_072, of_rate=of) for of in (1, 0.6))
     assert slow == pytest.approx(full / 0.6)
 
