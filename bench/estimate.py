@@ -5,7 +5,6 @@ Each ceiling says where it is from. An estimate is not a measurement: it is writ
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +38,7 @@ class Card:
     copy: float  # bytes/s read and written
     l2: float  # bytes/s out of the L2 cache
     shared_memory: int  # bytes an SM
+    float32: float | None = None  # flop/s in IEEE float32, if known
 
     def programs_resident(self, registers: int, shared_memory: int, warps: int) -> int:
         """Programs that fit an SM: registers are given out to a warp in lots of 256, shared memory with 1 KiB beside it."""
@@ -88,39 +88,113 @@ def more_launches(B: int, D: int, C: int, kept: bool, at_once: bool = False) -> 
     return each + (chunks - 1 if at_once else 2 * (pieces - 1))
 
 
-def prepare_bytes(B: int, D: int, C: int, kept: bool) -> int:
-    """Of the passes that make ŵ: float32 read, bfloat16 written; again in the backward pass if it was not one chunk."""
-    return (6 if kept or chunk_size(B, D) >= C else 12) * C * D
+@dataclass(frozen=True)
+class Kind:
+    """How a step is computed: the operands of its products, and how fast a library multiplies them."""
+
+    how: str  # as in triton_configs
+    size: int  # bytes of an element of x̂, ŵ
+    e_size: int  # and of E and a∘x̂
+    converted: bool = False  # ŵ is copied to E's dtype for E·ŵ
+
+    def rate(self, card: Card) -> float:
+        """Flop/s of a large product.
+
+        TF32 has half the rate of bfloat16 on each of the cards by their datasheets. IEEE float32 runs on the ordinary
+        units, 64 multiply-adds a clock and SM on an A100 and 128 on the others, of which 80% are assumed to be reached.
+        """
+        if self.how == "float32":
+            return card.float32 or 0.8 * 2 * (64 if card.capability == (8, 0) else 128) * card.multiprocessors * card.clock
+        return card.products / (2 if self.how == "tf32" else 1)
 
 
-def floor(card: Card, B: int, D: int, C: int, kept: bool) -> float:
+KINDS = {
+    "bfloat16": Kind("half", 2, 2),
+    "float16": Kind("half", 2, 2, converted=True),  # E cannot be float16
+    "TF32": Kind("tf32", 4, 4),
+    "float32": Kind("float32", 4, 4),
+}
+
+
+def chunks(B: int, D: int, C: int) -> list[tuple[int, int]]:
+    """Classes of a chunk and how many such there are: what one launch of a kernel is given."""
+    chunk = chunk_size(B, D)
+    return [each for each in ((chunk, C // chunk), (C % chunk, 1)) if each[0] and each[1]]
+
+
+def prepare_bytes(B: int, D: int, C: int, kept: bool, size: int = 2) -> int:
+    """Of the passes that make ŵ: float32 read, ŵ written; again in the backward pass if it was not one chunk."""
+    return (4 + size) * (1 if kept or chunk_size(B, D) >= C else 2) * C * D
+
+
+def floor(card: Card, B: int, D: int, C: int, kept: bool, kind: Kind = KINDS["bfloat16"]) -> float:
     """Seconds of the products, and of w read once a pass and dw written."""
-    return (3 if kept else 4) * 2 * B * C * D / card.products + 12 * C * D / card.copy
+    return (3 if kept else 4) * 2 * B * C * D / kind.rate(card) + 12 * C * D / card.copy
 
 
-def step(card: Card, B: int, D: int, C: int, kept: bool, launches: dict[bool, int]) -> dict[str, Any]:
-    """One step's pieces in seconds, its floor, and its share of it; ``launches``: :func:`few_launches` of this ``kept``."""
-    config = triton_configs.config(card.capability, "half")
+def library_product(card: Card, rows: int, columns: int, depth: int, kind: Kind = KINDS["bfloat16"]) -> float:
+    """Seconds of a library's product, whose output is float32.
+
+    Assumed: tiles of 128 x 256, each as fast on its SM as in a large product (blocks share what they load, so that the L2
+    cache is not waited for), in whole rounds over the SMs. Where there are fewer tiles than SMs, as of E·ŵ, the depth is
+    split into the number of parts that is quickest; each part's tile goes to memory in float32 and is read again by one
+    more kernel. That is at most a tile an SM, 17 MB on an H200, and so the L2 cache's.
+    """
+    tiles = -(-rows // 128) * -(-columns // 256)
+
+    def split(parts: int) -> float:
+        rounds = -(-tiles * parts // card.multiprocessors)
+        products = rounds * 2 * 128 * 256 * -(-depth // parts) / (kind.rate(card) / card.multiprocessors)
+        return products + (8 * parts * rows * columns / card.l2 + SECONDS_A_LAUNCH if parts > 1 else 0)
+
+    return min(map(split, range(1, max(card.multiprocessors // tiles, 1) + 1)))
+
+
+def product_with_centres(card: Card, B: int, D: int, C: int, kind: Kind = KINDS["bfloat16"], of_rate: float = 1) -> float:
+    """Seconds of E·ŵ, chunk by chunk; every one but the first is added to their sum, a launch more.
+
+    ``of_rate``: of the rate assumed what the library reaches.
+    """
+    found = chunks(B, D, C)
+    products = sum(count * library_product(card, B, D, classes, kind) for classes, count in found) / of_rate
+    sums = sum(count for _, count in found) - 1
+    converted = 4 * C * D if kind.converted else 0
+    return products + (converted + 12 * B * D * sums) / card.copy + sums * SECONDS_A_LAUNCH
+
+
+def step(
+    card: Card, B: int, D: int, C: int, kept: bool, launches: dict[bool, int], kind: str = "bfloat16", of_rate: float = 1
+) -> dict[str, Any]:
+    """One step's pieces in seconds, its floor, and its share of it.
+
+    ``launches``: :func:`few_launches` of this ``kept``; ``of_rate``: as in :func:`product_with_centres`.
+    """
+    how = KINDS[kind]
     flops = 2 * B * C * D
-    cosine = _cosine_exp(card, config, B, D, C)
-    summed = _cosine_exp(card, config, B, D, C, stored=False)
-    pieces = {
-        "prepare": prepare_bytes(B, D, C, kept) / card.copy,
-        "cosine_exp": max(cosine["tensor"] + cosine["epilogue"], cosine["l2"]),
-        "product with centres": flops / card.products,
-        # A library's product; then dŵ written (read again out of the L2 cache), w read, dw written.
-        "gradient": flops / card.products + 12 * C * D / card.copy,
-    }
-    at_once = gradient_at_once(card, B, D)
+    cosine = cosine_exp(card, B, D, C, kind=how)
+    at_once = how.how == "half" and gradient_at_once(card, B, D)
+    each = chunks(B, D, C)
     if at_once:
-        pieces["gradient"] = max(grad_centres(card, B, D, C).values())
-    pieces["launches"] = (launches[at_once] + more_launches(B, D, C, kept, at_once)) * SECONDS_A_LAUNCH
+        gradient = sum(count * max(grad_centres(card, B, D, classes).values()) for classes, count in each)
+    else:  # a library's product, piece by piece; then dŵ written (read again out of the L2 cache), w read, dw written
+        gradient, piece = 12 * C * D / card.copy, finish_size(padded(D))
+        for classes, count in each:
+            for rows, times in ((piece, classes // piece), (classes % piece, 1)):
+                gradient += count * times * library_product(card, rows, D, B, how) if rows else 0
+    converted = sum(count for _, count in each) if how.converted else 0
+    pieces = {
+        "prepare": prepare_bytes(B, D, C, kept, how.size) / card.copy,
+        "cosine_exp": cosine["total"],
+        "product with centres": product_with_centres(card, B, D, C, how, of_rate),
+        "gradient": gradient,
+        "launches": (launches[at_once] + more_launches(B, D, C, kept, at_once) + converted) * SECONDS_A_LAUNCH,
+    }
     if not kept:  # a pass for the sums alone comes first
-        pieces["cosine_exp"] += max(summed["tensor"] + summed["epilogue"], summed["l2"])
-    total, least = sum(pieces.values()), floor(card, B, D, C, kept)
+        pieces["cosine_exp"] += cosine_exp(card, B, D, C, stored=False, kind=how)["total"]
+    total, least = sum(pieces.values()), floor(card, B, D, C, kept, how)
     return {
-        "B": B, "D": D, "C": C, "kept": kept, "flops": (3 if kept else 4) * flops,
-        "bytes": prepare_bytes(B, D, C, kept) + 12 * C * D, "pieces_s": pieces, "cosine_exp_s": cosine,
+        "B": B, "D": D, "C": C, "kept": kept, "dtype": kind, "flops": (3 if kept else 4) * flops,
+        "bytes": prepare_bytes(B, D, C, kept, how.size) + 12 * C * D, "pieces_s": pieces, "cosine_exp_s": cosine,
         "total_s": total, "floor_s": least, "of_floor": least / total,
     }  # fmt: skip
 
@@ -132,7 +206,7 @@ def gradient_at_once(card: Card, B: int, D: int) -> bool:
 
 
 def grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
-    """Seconds of Triton's kernel for the centres' gradient by what could bound it."""
+    """Seconds of a launch of Triton's kernel for the centres' gradient by what could bound it."""
     config = triton_configs.GRADIENT[card.capability[0]]
     columns = config.columns_for(padded(D))
     across, tiles = -(-D // columns), -(-C // config.classes)
@@ -147,123 +221,31 @@ def grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
     }
 
 
-def _cosine_exp(card: Card, config: Config, B: int, D: int, C: int, stored: bool = True) -> dict[str, float]:
-    """Seconds of the fused kernel by what could bound it; its products as fast as a library's, its epilogue after them."""
-    tiles = -(-B // config.rows) * -(-C // config.classes)
+def cosine_exp(
+    card: Card, B: int, D: int, C: int, stored: bool = True, kind: Kind = KINDS["bfloat16"]
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of the fused kernel by what could bound it, chunk by chunk, and their total.
+
+    Its products are as fast as a library's (in float32 too, which flatters it), its epilogue comes after them, and the
+    slowest SM's tiles are what is waited for.
+    """
+    config = triton_configs.config(card.capability, kind.how)
+    slots, blocks = card.multiprocessors * config.resident, -(-B // config.rows)
     elements = config.rows * config.classes
-    waves = tiles / card.multiprocessors
     # 16 exponentials a clock and SM; a multiply, an add and half a conversion an element beside them, 128 a clock; the
     # rest (barriers, the tile's way to memory, filling the pipeline) assumed at 600 clocks a tile.
-    epilogue = max(elements / 16, elements * 3.5 / 128) + 600
-    operands = (config.rows + config.classes) * D * 2 + (elements * 2 if stored else 0)
-    return {
-        "tensor": 2 * B * C * D / card.products,
-        "epilogue": waves * epilogue / card.clock,
-        "l2": tiles * operands / card.l2,
-    }
-
-
-def hopper_cosine_exp(card: Card, B: int, D: int, C: int, size: int = 2, stored: bool = True) -> dict[str, float]:
-    """Seconds of the C++ kernel for Hopper (csrc/kernel_sm90.cuh) by what could bound it; all overlaps but its ends.
-
-    Operands and E, if ``stored``, take ``size`` bytes an element: 4 in TF32, whose products take twice as long.
-    """
-    e = size if stored else 0
-    tile, cluster = 128, 2 if B > 128 else 1
-    rows, tiles = -(-B // tile), -(-C // tile)
-    blocks, slots = -(-rows // cluster), card.multiprocessors // cluster
-    streams = streams_for(slots, blocks, tiles)
-    rounds = -(-blocks * streams // slots)
-    # A tile takes what its products take at a library's rate, or its epilogue if that is longer: 16 exponentials a clock, or
-    # a warp's instructions, 800 in the machine code, one warp to each of an SM's schedulers. The ends: x̂ at 64 bytes a
-    # clock, and the last epilogue.
-    products = size * tile * tile * D / (card.products / card.multiprocessors / card.clock)
-    clocks = max(products, tile * tile / 16, 800)
-    ends = tile * D * size / 64 + 1500
-    x_again = 0 if D * size <= 1024 else tile * D * size
-    return {
-        "busy": rounds * (-(-tiles // streams) * clocks + ends) / card.clock,
-        "l2": rows * tiles * (tile * D * size / cluster + x_again + tile * tile * e) / card.l2,
-        "memory": (size * C * D + e * B * C) / card.copy,
-    }
-
-
-def hopper_grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
-    """Seconds of the C++ kernel for the centres' gradient on Hopper (csrc/gradient_sm90.cuh), to a width of 512."""
-    halves, columns, together = 2 if D > 256 else 1, 256 if D > 128 else 128, 512
-    tiles = -(-C // together)
-    rounds = -(-tiles // (card.multiprocessors // (4 * halves)))
-    # A block's tile, at a library's rate, whose products of 128 x 256 ask the same of an SM's shared memory.
-    products = 2 * 128 * columns * B / (card.products / card.multiprocessors / card.clock)
-    # After it, the centres: eight rounds of 16 loads under way together, each some 800 clocks as the L2 cache is busy; dw is
-    # stored meanwhile. Assumed.
-    epilogue = 8 * 800
-    return {
-        "busy": rounds * (products + epilogue) / card.clock,
-        "l2": tiles * (2 * B * (together + halves * columns) + 12 * together * D) / card.l2,  # the centres twice, dw
-        "memory": (8 * C * D + 2 * B * C) / card.copy,
-    }
-
-
-def hopper_step(card: Card, B: int, D: int, C: int, kept: bool, launches: dict[bool, int]) -> dict[str, Any]:
-    """As :func:`step`, with the C++ kernels for Hopper."""
-    product = 2 * B * C * D / card.products
-    pieces = {
-        "prepare": prepare_bytes(B, D, C, kept) / card.copy,
-        "cosine_exp": max(hopper_cosine_exp(card, B, D, C).values()),
-        "product with centres": product,
-        "grad_centres": max(hopper_grad_centres(card, B, D, C).values()),
-        "launches": (launches[True] + more_launches(B, D, C, kept, at_once=True)) * SECONDS_A_LAUNCH,
-    }
-    if not kept:
-        pieces["cosine_exp"] += max(hopper_cosine_exp(card, B, D, C, stored=False).values())
-    total, least = sum(pieces.values()), floor(card, B, D, C, kept)
-    return {"pieces_s": pieces, "total_s": total, "floor_s": least, "of_floor": least / total}
-
-
-def printed_hopper(card: Card) -> str:
-    """The estimates of the C++ kernels, the first beside that of Triton's, as text."""
-    launches = few_launches("sm_90")
-    lines = [
-        "cosine_exp alone, E stored: estimated milliseconds, in C++ by what could bound it, in Triton, and in C++ in TF32"
-    ]
-    lines.append(f"{'B':>5} {'D':>4} {'C':>11} {'busy':>8} {'l2':>8} {'memory':>8} {'C++':>8} {'Triton':>8} {'C++ TF32':>8}")
-    for B, D, C in SHAPES:
-        bounds = hopper_cosine_exp(card, B, D, C)
-        of_triton = step(card, B, D, C, True, launches[True])["pieces_s"]["cosine_exp"]
-        tf32 = max(hopper_cosine_exp(card, B, D, C, 4).values())
-        values = (*bounds.values(), max(bounds.values()), of_triton, tf32)
-        lines.append(f"{B:5} {D:4} {C:11,} " + " ".join(f"{1e3 * value:8.3f}" for value in values))
-    lines += [
-        "",
-        "A step on the C++ kernels for Hopper, estimated: milliseconds. The floor adds products and bytes; grad_centres has"
-        " both at once",
-        f"{'B':>5} {'D':>4} {'C':>11} {'E':>10} {'prepare':>8} {'cosine_exp':>10} {'product':>8} {'grad_centres':>12}"
-        f" {'launches':>8} {'total':>8} {'floor':>8} {'share':>6}",
-    ]
-    for (B, D, C), kept in itertools.product(SHAPES, (True, False)):
-        of = hopper_step(card, B, D, C, kept, launches[kept])
-        p = [1e3 * value for value in of["pieces_s"].values()]
-        lines.append(
-            f"{B:5} {D:4} {C:11,} {'kept' if kept else 'recomputed':>10} {p[0]:8.3f} {p[1]:10.3f} {p[2]:8.3f} {p[3]:12.3f}"
-            f" {p[4]:8.3f} {1e3 * of['total_s']:8.3f} {1e3 * of['floor_s']:8.3f} {of['of_floor']:6.2f}"
-        )
-    return "\n".join(lines)
-
-
-# What the PartialFC algorithm (gpu_peers.partial_fc) reads and writes of each logit, operation by operation.
-PARTIAL_FC_BYTES = {
-    "product stored": 2, "to float32": 6, "clamp": 8, "scale": 8, "maximum": 4, "subtract": 8, "exponential": 8, "sum": 4,
-    "divide": 8, "times the gradient": 8, "of the scale": 8, "of the margin": 8, "of the clamp": 12, "to float16": 6,
-}  # fmt: skip
-# And of each element of the centres: norm, division, cast; of the gradients the cast, and about 28 of the division and norm.
-PARTIAL_FC_CENTRES_BYTES = 4 + 8 + 6 + 6 + 28
-
-
-def partial_fc(card: Card, B: int, D: int, C: int) -> dict[str, float]:
-    """Seconds and bytes of a step as InsightFace computes it; of its memory what is held at once: logits three times."""
-    moved = B * C * sum(PARTIAL_FC_BYTES.values()) + C * D * PARTIAL_FC_CENTRES_BYTES
-    return {"total_s": 6 * B * C * D / card.products + moved / card.copy, "held": (4 + 4 + 2) * B * C}
+    epilogue = config.resident * (max(elements / 16, elements * 3.5 / 128) + 600) / card.clock
+    products = 2 * elements * D / (kind.rate(card) / slots)
+    operands = (config.rows + config.classes) * D * kind.size + (elements * kind.e_size if stored else 0)
+    bounds = {"tensor": 0.0, "epilogue": 0.0, "l2": 0.0, "total": 0.0}
+    for classes, count in chunks(B, D, C):
+        tiles = -(-classes // config.classes)
+        streams = streams_for(slots, blocks, tiles)
+        rounds = -(-blocks * streams // slots) * -(-tiles // streams)
+        of = {"tensor": rounds * products, "epilogue": rounds * epilogue, "l2": blocks * tiles * operands / card.l2}
+        of["total"] = max(of["tensor"] + of["epilogue"], of["l2"])
+        bounds = {name: bounds[name] + count * of[name] for name in bounds}
+    return bounds
 
 
 def few_launches(arch: str) -> dict[bool, dict[bool, int]]:
@@ -280,23 +262,26 @@ def few_launches(arch: str) -> dict[bool, dict[bool, int]]:
 
 
 def table(arch: str) -> list[dict[str, Any]]:
-    """Estimates of every shape, E kept and recomputed."""
+    """Estimates of every shape, E kept and recomputed; then of the other dtypes at the second."""
     card, counts = CARDS[arch], few_launches(arch)
-    return [step(card, B, D, C, kept, counts[kept]) for B, D, C in SHAPES for kept in (True, False)]
+    rows = [(*shape, kept, "bfloat16") for shape in SHAPES for kept in (True, False)]
+    rows += [(*SHAPES[1], kept, kind) for kind in KINDS if kind != "bfloat16" for kept in (True, False)]
+    return [step(card, B, D, C, kept, counts[kept], kind) for B, D, C, kept, kind in rows]
 
 
 def printed(rows: list[dict[str, Any]], card: Card) -> str:
     """The table as text."""
     lines = [
         f"Estimated, not measured: {card.name}; {card.source}. Milliseconds.",
-        f"{'B':>5} {'D':>4} {'C':>11} {'E':>10} {'prepare':>8} {'cosine_exp':>10} {'product':>8} {'gradient':>8}"
-        f" {'launches':>8} {'total':>8} {'floor':>8} {'share':>6}",
+        "The product with centres, E·ŵ, has few tiles: a library is assumed to split its depth, partial sums in float32.",
+        f"{'B':>5} {'D':>4} {'C':>11} {'dtype':>8} {'E':>10} {'prepare':>8} {'cosine_exp':>10} {'product':>8}"
+        f" {'gradient':>8} {'launches':>8} {'total':>8} {'floor':>8} {'share':>6}",
     ]
     for row in rows:
         p = {name: 1e3 * value for name, value in row["pieces_s"].items()}
         lines.append(
-            f"{row['B']:5} {row['D']:4} {row['C']:11,} {'kept' if row['kept'] else 'recomputed':>10} {p['prepare']:8.3f}"
-            f" {p['cosine_exp']:10.3f} {p['product with centres']:8.3f} {p['gradient']:8.3f} {p['launches']:8.3f}"
-            f" {1e3 * row['total_s']:8.3f} {1e3 * row['floor_s']:8.3f} {row['of_floor']:6.2f}"
+            f"{row['B']:5} {row['D']:4} {row['C']:11,} {row['dtype']:>8} {'kept' if row['kept'] else 'recomputed':>10}"
+            f" {p['prepare']:8.3f} {p['cosine_exp']:10.3f} {p['product with centres']:8.3f} {p['gradient']:8.3f}"
+            f" {p['launches']:8.3f} {1e3 * row['total_s']:8.3f} {1e3 * row['floor_s']:8.3f} {row['of_floor']:6.2f}"
         )
     return "\n".join(lines)

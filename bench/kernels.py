@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from amsoftmax_kernels import build
 
-from . import estimate, library
+from . import estimate, estimate_hopper, estimate_targets, library
 
 if TYPE_CHECKING:
     from .launches import Launch
@@ -72,16 +72,17 @@ def run(args: argparse.Namespace) -> int:
             row["faults"] = faults(launch, row, card)
             rows.append(row)
             print(_line(row), flush=True)
+    print("\n" + _summary(rows))
     cpp = [] if args.quick or build.find_nvcc() is None else library.rows(build.architecture(card.capability))
     if cpp:
         print("\nThe C++ library's:\n" + library.printed(cpp))
     shapes = estimate.table(args.arch)
     print("\n" + estimate.printed(shapes, card))
-    B, D, C = estimate.SHAPES[2]
-    print(f"The PartialFC algorithm at {B}, {D}, {C:,}: {1e3 * estimate.partial_fc(card, B, D, C)['total_s']:.1f}")
-    if args.arch == "sm_90":
-        print("\n" + estimate.printed_hopper(card))
     report = {"triton": triton.__version__, "arch": args.arch, "kernels": rows, "cpp_kernels": cpp, "estimates": shapes}
+    if args.arch == "sm_90":
+        print("\n" + estimate_hopper.printed_hopper(card))
+        report["targets"] = estimate_targets.targets(card, estimate.few_launches(args.arch))
+        print("\n" + estimate_targets.printed(report["targets"], card))
     with open(folder / "kernels.json", "w", encoding="utf-8") as file:
         json.dump(report, file, indent=1)
     bad = [f"{row['kernel']} ({row['variant']}): {fault}" for row in [*rows, *cpp] for fault in row["faults"]]
@@ -169,6 +170,16 @@ def _variant(launch: Launch) -> str:
     precision = launch.constant("PRECISION")
     parts = [kinds, "x".join(tile), "tf32" if precision == "tf32" else "", "+".join(flags).lower()]
     return " ".join(part for part in parts if part)
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    """How many of each kernel, with the most registers and local accesses of any."""
+    lines = []
+    for name in dict.fromkeys(row["kernel"] for row in rows):
+        mine = [row for row in rows if row["kernel"] == name]
+        registers, local = max(row["registers"] for row in mine), max(row["instructions"]["local"] for row in mine)
+        lines.append(f"{name:17} {len(mine):4} compiled, at most {registers:3} registers and {local} local accesses")
+    return "\n".join(lines)
 
 
 def _line(row: dict[str, Any]) -> str:

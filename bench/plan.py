@@ -96,7 +96,7 @@ def _rates(args: argparse.Namespace) -> plan_time.Rates:
     if args.device == "cpu":
         return plan_time.of_this_cpu(args.batch * max(args.ranks), args.dim)
     tflops, copy = args.tflops, args.copy_gb_per_s
-    return plan_time.of_card(tflops and tflops * 1e12, copy and copy * 1e9)
+    return plan_time.of_card(tflops and tflops * 1e12, copy and copy * 1e9, args.compute or "bfloat16")
 
 
 def _planned(args: argparse.Namespace, num_classes: int, ranks: int, rates: plan_time.Rates) -> dict[str, Any]:

@@ -30,11 +30,17 @@ class Rates:
     recorded: tuple[dict[str, Any], ...] = ()  # times over the floor as measured; none: estimated by bench/estimate.py
 
 
-def of_card(products: float | None, copy: float | None) -> Rates:
-    """An H200's, or those given."""
+def of_card(products: float | None, copy: float | None, kind: str = "bfloat16") -> Rates:
+    """An H200's, or those given; ``kind`` of :data:`.estimate.KINDS`."""
     card = estimate.CARDS["sm_90"]
     given = "as given" if products or copy else card.source
-    return Rates(products or card.products, copy or card.copy, f"{card.name}: {given}; efficiency estimated, not measured")
+    if kind == "float32" and not products:
+        given += "; in float32 80% of 128 multiply-adds a clock and SM, assumed"
+    return Rates(
+        products or estimate.KINDS[kind].rate(card),
+        copy or card.copy,
+        f"{card.name}: {given}; efficiency estimated, not measured",
+    )
 
 
 def of_this_cpu(rows: int, dim: int) -> Rates:
@@ -65,10 +71,11 @@ def head_seconds(run: Run, rates: Rates) -> tuple[float, float]:
     if rates.recorded:
         floor = 6 * rows * dim * classes / rates.products
         return floor * _times_floor(run, rates), floor
-    card = replace(estimate.CARDS["sm_90"], products=rates.products, copy=rates.copy)
+    card = replace(estimate.CARDS["sm_90"], products=rates.products, copy=rates.copy, float32=rates.products)
+    kind = str(run.compute_dtype).removeprefix("torch.")
     share = run.kept / classes
     # Between all terms kept and none: what is not kept is computed again.
-    steps = [estimate.step(card, rows, dim, classes, kept, _LAUNCHES[kept]) for kept in (True, False)]
+    steps = [estimate.step(card, rows, dim, classes, kept, _LAUNCHES[kept], kind) for kept in (True, False)]
     weights = (share, 1 - share)
     time, floor = (sum(w * each[name] for w, each in zip(weights, steps, strict=True)) for name in ("total_s", "floor_s"))
     return time, floor

@@ -6,19 +6,22 @@ import dataclasses
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
-from amsoftmax_kernels import build
+from amsoftmax_kernels import am_softmax_loss, backends, build
 from amsoftmax_kernels.backends import cuda_library, fused
 from amsoftmax_kernels.backends import triton as backend
 from bench import estimate, kernels, library, plan_time
-from bench.launches import Launch, of_a_step
+from bench.launches import Launch, no_product, of_a_step, recording, variants
 
 INSTRUCTIONS = {
     "sm_80": ("HMMA", "cp.async"),
@@ -27,7 +30,6 @@ INSTRUCTIONS = {
     "sm_120": ("HMMA", "cp.async"),
 }
 ROOT = Path(__file__).parents[1]
-NO_LAUNCHES = {True: 0, False: 0}
 
 
 @pytest.mark.parametrize("arch", list(estimate.CARDS))
@@ -95,32 +97,78 @@ def test_sizes_that_change_compile_nothing_new() -> None:
         assert set(of_a_step((9, 0), 132, B, 512, C, predict=True, normalize=False, save_bytes=0)) <= compiled
 
 
+# What a caller can choose, each first value the usual one.
+CHOICES: dict[str, list[Any]] = {
+    "features": [torch.float32, None],  # None: the compute dtype
+    "weight": [torch.float32, None],
+    "scale": [30.0, 100.0, "tensor", "learned"],
+    "margin": [0.35, "one a class"],
+    "normalize_features": [True, False],
+    "reduction": ["mean", "sum", "none"],
+    "interclass_filter": [None, 0.5],
+    "return_predictions": [False, True],
+    "save_bytes": [1 << 40, 0],
+    "gradients": ["features and weight", "features", "weight", ""],
+    "chunks": [1, 2],
+}
+
+
+def launches_of_a_call(dtype: torch.dtype, choice: dict[str, Any]) -> set[Launch]:
+    """Those of the public function and its backward pass, which CPU tensors take for a GPU's."""
+    choice = dict(choice)
+    gradients, classes = choice.pop("gradients"), 64 if choice.pop("chunks") == 1 else 300
+    features = torch.zeros(16, 512, dtype=choice.pop("features") or dtype, requires_grad="features" in gradients)
+    weight = torch.zeros(classes, 512, dtype=choice.pop("weight") or dtype, requires_grad="weight" in gradients)
+    scale, margin = choice.pop("scale"), choice.pop("margin")
+    if isinstance(scale, str):
+        scale = torch.tensor(30.0, requires_grad=scale == "learned")
+    if isinstance(margin, str):
+        margin = torch.full((classes,), 0.35)
+    with (
+        recording((9, 0), 132) as launches,
+        mock.patch.object(backends, "choose", lambda *_: "triton"),
+        mock.patch.object(fused, "CHUNK_ELEMENTS", 1),  # 256 classes a chunk
+        mock.patch.object(fused, "_product", no_product),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        result = am_softmax_loss(
+            features, weight, torch.zeros(16, dtype=torch.int64), scale=scale, margin=margin, **choice
+        )  # fmt: skip
+        loss = result[0] if isinstance(result, tuple) else result
+        if loss.requires_grad:
+            loss.backward(torch.ones(17)[1:].expand(16) if loss.dim() else torch.ones(2)[1])
+    return set(launches)
+
+
+def test_every_kernel_that_can_be_launched_is_compiled() -> None:
+    compiled = set(variants((9, 0), 132))
+    usual = {name: values[0] for name, values in CHOICES.items()}
+    calls = [usual | {name: value} for name, values in CHOICES.items() for value in values]
+    generator = random.Random(0)
+    found = set()
+    precision = torch.get_float32_matmul_precision()
+    try:
+        for how, dtype in itertools.product(("highest", "high"), (torch.bfloat16, torch.float16, torch.float32)):
+            if how == "high" and dtype != torch.float32:
+                continue
+            torch.set_float32_matmul_precision(how)
+            some = [{name: generator.choice(values) for name, values in CHOICES.items()} for _ in range(100)]
+            found.update(*(launches_of_a_call(dtype, call) for call in calls + some))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    for labels in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        with recording((9, 0), 132) as launches:
+            backend.fused.labels(torch.zeros(16, dtype=labels), 64, -100)
+        found |= set(launches)
+    assert len(found) > 300 and {each.kernel for each in found} == {each.kernel for each in compiled}
+    assert found <= compiled, sorted({each.kernel for each in found - compiled})
+    assert set(variants((9, 0), 132, quick=True)) < compiled
+
+
 def test_programs_resident() -> None:
     card = estimate.CARDS["sm_90"]
     assert card.programs_resident(128, 0, 8) == 2 and card.programs_resident(255, 0, 8) == 1
     assert card.programs_resident(32, 120 << 10, 4) == 1 and card.programs_resident(32, 0, 4) == 16
-
-
-def test_estimates_grow_with_the_work_and_never_beat_the_floor() -> None:
-    for arch in estimate.CARDS:
-        rows = estimate.table(arch)
-        assert [(row["B"], row["D"], row["C"]) for row in rows[::2]] == estimate.SHAPES
-        for kept, recomputed in zip(rows[::2], rows[1::2], strict=True):
-            assert 0 < kept["of_floor"] < 1 and 0 < recomputed["of_floor"] < 1
-            assert kept["total_s"] < recomputed["total_s"]
-        totals = [row["total_s"] for row in rows[::2]]
-        assert totals == sorted(totals)
-    hopper = estimate.step(estimate.CARDS["sm_90"], 1024, 512, 1_000_000, True, NO_LAUNCHES)
-    assert hopper["flops"] == 6 * 1024 * 512 * 1_000_000 and hopper["bytes"] == 18 * 512 * 1_000_000
-
-
-def test_the_partial_fc_algorithm_is_estimated() -> None:
-    """What is to be reached: a third of its time, a quarter of its memory (save_bytes and a chunk)."""
-    card, shape = estimate.CARDS["sm_90"], (1024, 512, 1_000_000)
-    ours, theirs = estimate.step(card, *shape, True, NO_LAUNCHES), estimate.partial_fc(card, *shape)
-    assert ours["total_s"] < theirs["total_s"] / 3
-    assert theirs["held"] / 4 > 2 * 1024 * 1_000_000
-    assert theirs["total_s"] > ours["floor_s"] + 90 * 1024 * 1_000_000 / card.copy
 
 
 @pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
@@ -166,33 +214,3 @@ def test_launches_of_many_chunks(kept: bool, at_once: bool, monkeypatch: pytest.
     few = launches(200)
     for classes in (200, 512, 513, 1400, 2048):
         assert launches(classes) - few == estimate.more_launches(16, 32, classes, kept, at_once)
-
-
-def test_estimates_of_the_cpp_kernels() -> None:
-    """Never faster than the card's products, nor than what must be read and stored."""
-    card = estimate.CARDS["sm_90"]
-    for B, D, C in estimate.SHAPES:
-        bounds = estimate.hopper_cosine_exp(card, B, D, C)
-        assert bounds["busy"] >= 2 * B * D * C / card.products and bounds["memory"] >= 2 * B * C / card.copy
-        gradient = estimate.hopper_grad_centres(card, B, D, C)
-        assert gradient["busy"] >= 2 * B * D * C / card.products and gradient["memory"] >= 8 * C * D / card.copy
-        kept, recomputed = (estimate.hopper_step(card, B, D, C, how, NO_LAUNCHES) for how in (True, False))
-        assert kept["total_s"] < recomputed["total_s"] and kept["total_s"] > 6 * B * C * D / card.products
-
-
-def test_the_centres_gradient_is_made_at_once_where_that_is_estimated_faster() -> None:
-    card = estimate.CARDS["sm_90"]
-    for B, D, C in itertools.product(
-        (256, 512, 1024, 2048, 4096), (64, 96, 128, 144, 256, 272, 384, 496, 512, 1024), (100_000, 10_000_000)
-    ):
-        bounds = estimate.grad_centres(card, B, D, C)
-        assert bounds["one after the other"] >= 2 * B * D * C / card.products + 8 * C * D / card.copy
-        other = 2 * B * D * C / card.products + 12 * C * D / card.copy
-        other += 2 * -(-C // fused.finish_size(D)) * estimate.SECONDS_A_LAUNCH
-        if estimate.gradient_at_once(card, B, D):
-            assert max(bounds.values()) < other
-    assert estimate.gradient_at_once(card, 1024, 512) and not estimate.gradient_at_once(card, 2048, 512)
-    assert estimate.gradient_at_once(card, 512, 128) and not estimate.gradient_at_once(card, 1024, 128)
-    assert not estimate.gradient_at_once(card, 256, 272) and not estimate.gradient_at_once(card, 256, 1024)
-    assert not estimate.gradient_at_once(estimate.CARDS["sm_80"], 256, 512)
-    assert len(estimate.printed_hopper(card).splitlines()) == 3 * len(estimate.SHAPES) + 5

@@ -140,6 +140,13 @@ def test_time_of_a_card_and_of_a_cpu() -> None:
     sampled = plan_time.step(Run(**{**run.__dict__, "sample_rate": 0.1}), rates, 4e11)
     assert 0.09 < sampled["head_s"] / times["head_s"] < 0.12
 
+    for kind, slower in (("float16", 1.01), ("float32", 8)):
+        dtype = Run(**{**run.__dict__, "compute_dtype": getattr(torch, kind)})
+        other = plan_time.step(dtype, plan_time.of_card(None, None, kind), 4e11)
+        assert other["head_s"] > slower * times["head_s"]
+        given = plan_time.step(dtype, plan_time.of_card(1e12, None, kind), 4e11)
+        assert given["floor_s"] == pytest.approx(6 * 1024 * 1_000_000 * 512 / 1e12, rel=0.01)
+
     recorded = ({"peer": "ours", "B": 256, "D": 512, "C": 10_000, "of_floor": 2.0},
                 {"peer": "ours", "B": 256, "D": 512, "C": 900_000, "of_floor": 1.5})  # fmt: skip
     cpu = plan_time.Rates(1e11, 1e10, "", recorded)
