@@ -12,8 +12,8 @@ Eŵ needs no gradient from above, so it is made in the forward pass where E is k
 nor x̂. Where E is computed again, it is for both products at once, and the forward pass stores none of it (but where the
 centres are frozen the forward pass makes all of Eŵ, and nothing is computed again). What is not kept goes through a chunk of
 memory: 6 bytes a logit of traffic beside 8·D flops. dx̂ and dŵ kernels that make E themselves would save it, but each makes
-it anew, and they read their operands from the L2 cache less efficiently than a library product does (a tile of 64 x 512
-carries 57 flops a byte, one of 128 x 256 carries 85). From E as it lies in memory, dŵ and its Jacobian in one kernel spare
+it anew, four products in place of three: slower by the count of bench/estimate_targets.py (0.64 ms to 0.55 at B = 1,024,
+C = 93,431, and 0.58 if all but the bytes overlapped). From E as it lies in memory, dŵ and its Jacobian in one kernel spare
 dŵ's way to memory and back: in C++ by clusters of blocks that hold whole rows and share what they load; in Triton a program
 makes a row's tiles one after the other, which loads as much as two products of such tiles, so for moderate batches only.
 
