@@ -156,13 +156,13 @@ def test_a_folder_that_is_taken_is_refused_in_good_order(whole: Path) -> None:
 
 
 def test_a_rank_that_hangs_ends_the_run_within_the_timeout(tmp_path: Path) -> None:
-    process = start(tmp_path, "--steps", "100000", "--eval-every", "0", "--checkpoint-every", "0", "--timeout", "3")
+    process = start(tmp_path, "--steps", "100000", "--eval-every", "0", "--checkpoint-every", "0", "--timeout", "8")
     wait_for(lambda: (tmp_path / "log.csv").exists() and losses(tmp_path), process)
     first, second = workers(process.pid)
     os.kill(second, signal.SIGSTOP)
     began = time.monotonic()
     wait_for(lambda: first not in workers(process.pid), process)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 30
     os.kill(second, signal.SIGCONT)  # or the launcher, which asks it to end, would wait half a minute for it
     status, output = ended(process)
     assert status != 0 and "rank 0 ends" in output, output
