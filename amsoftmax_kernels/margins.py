@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .values import is_number, plain, type_name
+from .values import is_number, is_readable, plain, type_name
 
 # cos spans a range of 2: a margin beyond it is no cosine margin (an angle in degrees, most likely).
 MARGIN_LIMIT = 2.0
@@ -99,9 +99,9 @@ class AnnealedAdditiveMargin(nn.Module):
         for name, value in (("start", start), ("end", end), ("increment", increment)):
             if isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a float, but it is a Tensor")
+            if name == "increment" and is_number(value) and not math.isfinite(value):
+                raise ValueError(f"increment must be finite, but it is {value}")
             check_value(name, value, math.inf if name == "increment" else MARGIN_LIMIT)
-        if not math.isfinite(increment):
-            raise ValueError(f"increment must be finite, but it is {increment}")
         if (end - start) * increment < 0 or (increment == 0 and start != end):
             raise ValueError(f"increment must lead from start={start} to end={end}, but it is {increment}")
         self.start, self.end, self.increment = float(start), float(end), float(increment)
@@ -128,12 +128,12 @@ class AnnealedAdditiveMargin(nn.Module):
 def check_value(name: str, value: Any, limit: float = MARGIN_LIMIT) -> None:
     """Check that what is taken off a cosine is a number, or a floating-point tensor, within ``limit``.
 
-    A tensor's values are read; on the meta device it has none.
+    A tensor's values are read, if it has any.
     """
     if isinstance(value, Tensor):
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating-point, but its dtype is {value.dtype}")
-        if value.numel() and not value.is_meta:
+        if value.numel() and is_readable(value):
             largest = value.detach().abs().max().item()  # NaN if any is
             if not largest <= limit:
                 raise ValueError(

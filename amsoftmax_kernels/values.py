@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def is_int(value: Any) -> bool:
@@ -19,9 +20,16 @@ def is_number(value: Any) -> bool:
 
 def plain(value: Any) -> Any:
     """A number of another library's, NumPy's say, as Python's own; all else as it is."""
-    if isinstance(value, (int, float, Tensor, type(None))) or not isinstance(value, numbers.Real):
+    if type(value) in (int, float, bool, type(None)) or isinstance(value, (Tensor, torch.SymInt, torch.SymFloat)):
+        return value
+    if not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether it has values: not on the meta device, in a fake tensor or under ``torch.func``'s transforms."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def type_name(value: Any) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 from amsoftmax_kernels.backends.fused import chunk_size
 
 from . import estimate_peers as peers
-from .estimate import SHAPES, Card, chunks, step
-from .estimate_hopper import hopper_step
+from . import gpu_targets
+from .estimate import SHAPES, Card, chunks, cosine_exp, step
+from .estimate_hopper import hopper_cosine_exp, hopper_step
 
 # A library might reach this share of its rate in E·ŵ, whose tiles are few: what would be left.
 SLOW = 0.6
@@ -41,12 +42,12 @@ def targets(card: Card, launches: dict[bool, dict[bool, int]]) -> list[dict[str,
              "estimate": values[0], "slow_product": values[1], "verdict": found[0], "slow_verdict": found[1]}
         )  # fmt: skip
 
-    for backend in ("Triton", "C++"):
+    for name, backend in (("triton", "Triton"), ("cuda", "C++")):
         totals = {
             (shape, kept, rate): _total(card, backend, shape, kept, launches, rate)
             for shape in SHAPES for kept in (True, False) for rate in (1, SLOW)
         }  # fmt: skip
-        for kept, limit in ((True, 0.65), (False, 0.75)):
+        for kept, limit in ((True, gpu_targets.KEPT[name]), (False, gpu_targets.RECOMPUTED[name])):
             for shape in SHAPES[1:]:
                 shares = (totals[shape, kept, rate]["of_floor"] for rate in (1, SLOW))
                 add("E kept" if kept else "recomputed", backend, shape, "of the floor", limit, *shares)
@@ -64,6 +65,16 @@ def targets(card: Card, launches: dict[bool, dict[bool, int]]) -> list[dict[str,
                 totals[shape, True, SLOW]["total_s"] / min(slow.values()),
             )
             add(f"{best}{', bare' if bare else ''}", backend, shape, "of its time", 1, *ratios)
+    for shape in SHAPES[1:]:
+        cpp = max(hopper_cosine_exp(card, *shape).values())
+        add(
+            "Triton's kernel",
+            "C++",
+            shape,
+            "times as fast",
+            gpu_targets.CUDA_TIMES,
+            *[cosine_exp(card, *shape)["total"] / cpp] * 2,
+        )
     return rows
 
 

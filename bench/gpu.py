@@ -60,6 +60,7 @@ def run_stages(
     """The stages on any device; ``shapes`` replaces what each stage would take (for the tests)."""
     shapes = shapes or {}
     gpu_checks.clock.ends = time.perf_counter() + seconds
+    gpu_checks.left_out.clear()
     facts = machine.describe(device)
     name = facts.get("gpu", facts["cpu"]).lower().replace(" ", "-")
     out.mkdir(parents=True, exist_ok=True)

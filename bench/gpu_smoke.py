@@ -15,7 +15,8 @@ import torch
 
 from amsoftmax_kernels import backends
 
-from .gpu_checks import DTYPES, _relative, _serves, _step, compared_backends, run_child
+from . import gpu_checks
+from .gpu_checks import DTYPES, _relative, _serves, _step, clock, compared_backends, run_child
 from .peers import problem
 
 Row = dict[str, Any]
@@ -44,7 +45,7 @@ def smoke(device: torch.device, seconds: float = SECONDS) -> Iterator[Row]:
     for name in compared_backends(device):
         row = _ask(device, name, None, seconds)
         yield row
-        if not row["ok"] and name in WITHOUT:
+        if row["ok"] is False and name in WITHOUT:
             yield _ask(device, name, WITHOUT[name], seconds)
 
 
@@ -65,9 +66,11 @@ def leave_out(rows: list[Row]) -> list[str]:
     """Take what failed out of this process, and say what that is."""
     if not isinstance(rows, list):
         return []  # the stage itself broke
+    rows = [row for row in rows if "backend" in row]  # not what says that the stage ended early
     served = {row["backend"]: row["without"] for row in rows if row["ok"]}
     broken = {row["backend"] for row in rows if row["ok"] is False and row["backend"] not in served}
     lacking = {name: without for name, without in served.items() if without is not None}
+    gpu_checks.left_out.update(lacking)
     backends.NAMES = tuple(name for name in backends.NAMES if name not in broken)
     for name, without in lacking.items():
         do_without(name, without)
@@ -83,7 +86,9 @@ def do_without(name: str, without: str) -> None:
 def _ask(device: torch.device, name: str, without: str | None, seconds: float) -> Row:
     command = [sys.executable, "-m", "bench.gpu_smoke", str(device), name, *([without] if without else [])]
     result = run_child(command, seconds)
-    row: Row = {"backend": name, "without": without, "ok": result["ok"] is True, "seconds": result.get("seconds", seconds)}
+    # One that hangs is broken; but not one that the whole run has no time for.
+    ok = None if result["ok"] is None and clock.left() <= 0 else result["ok"] is True
+    row: Row = {"backend": name, "without": without, "ok": ok, "seconds": result.get("seconds", seconds)}
     return row if row["ok"] else row | {"error": " ".join((result.get("skipped", ""), result["output"])).strip()}
 
 

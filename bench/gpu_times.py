@@ -21,6 +21,8 @@ Row = dict[str, Any]
 OTHER_DTYPES = {"float32": (1024, 512, 93_431), "float16": (1024, 512, 93_431)}
 # A loss that others should share, relative: they round each cosine to bfloat16.
 SAME_LOSS = 2e-2
+# A step that would take longer, by what the one of the last shape took a logit, is left out: it is taken seven times.
+SLOWEST = 4.0
 # Peers with a dtype of their own, and the rows that they may stand in.
 COMPUTED_IN = {
     "PartialFC algorithm": ("float16", "bfloat16"), "CCE": ("bfloat16",), "Liger": ("bfloat16",), "quack": ("bfloat16",),
@@ -63,6 +65,7 @@ def times(device: torch.device, known: dict[str, Any], quick: bool, shapes: Any 
         wanted = wanted[:3]
     elif shapes is None:
         wanted += [(*shape, dtype) for dtype, shape in OTHER_DTYPES.items()]
+    took: dict[tuple[str, str], float] = {}  # seconds a logit, by peer and dtype
     for B, D, C, dtype in wanted:
         floors = _floors(B, D, C, dtype, known, device)
         expected: float | None = None
@@ -72,6 +75,9 @@ def times(device: torch.device, known: dict[str, Any], quick: bool, shapes: Any 
             name = peer.name + (", again" if i == len(every) else "")
             row: Row = {"B": B, "D": D, "C": C, "dtype": dtype, "peer": name, "margin": peer.margin}
             reason = _left_out(peer, B, D, C, dtype, device, quick)
+            predicted = took.get((peer.name, dtype), 0.0) * B * C
+            if reason is None and predicted > SLOWEST:
+                reason = f"would take some {predicted:.0f} s a step"
             if reason is None:
                 try:
                     row |= _measure(peer, B, D, C, dtype, device, quick)
@@ -81,6 +87,7 @@ def times(device: torch.device, known: dict[str, Any], quick: bool, shapes: Any 
                 yield row | {"skipped": reason}
                 _release(device)
                 continue
+            took[peer.name, dtype] = row["median_s"] / (B * C)
             products = 4 if "recomputed" in peer.name else 3
             floor, of_card = floors[products], _card_floor(products, B, D, C, dtype, known)
             row |= {"floor_s": floor, "of_floor": floor / row["median_s"], "of_card_floor": of_card / row["median_s"]}

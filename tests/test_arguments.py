@@ -164,3 +164,21 @@ def test_a_learned_margin_may_go_where_it_goes() -> None:
     margin = AdditiveMargin(torch.nn.Parameter(torch.tensor(0.3)))
     margin.margin.data.fill_(2.5)  # type: ignore[union-attr]
     assert call(**GOOD, margin=margin).isfinite()
+
+
+def test_margins_are_read_only_where_they_have_values() -> None:
+    """Not under torch.func's transforms, nor in fake tensors."""
+    margins = torch.tensor([0.1, 0.3])
+    losses = torch.func.vmap(lambda m: ak.reference.am_softmax_loss(*GOOD.values(), margin=m))(margins)
+    for loss, margin in zip(losses, margins, strict=True):
+        assert torch.allclose(loss, ak.reference.am_softmax_loss(*GOOD.values(), margin=margin.item()))
+    with torch._subclasses.FakeTensorMode():
+        assert ak.AMSoftmaxLoss(8, 10, margin=torch.full((10,), 0.3)).weight.shape == (10, 8)
+
+
+def test_a_number_of_numpy_can_be_compiled() -> None:
+    numpy = pytest.importorskip("numpy")
+    head = ak.AMSoftmaxLoss(8, 10, scale=numpy.float64(20), margin=numpy.float64(0.25))
+    assert type(head.scale) is float and type(head.margin) is float
+    compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(GOOD["features"], GOOD["labels"]), head(GOOD["features"], GOOD["labels"]))

@@ -51,6 +51,8 @@ def remark() -> str | None:
     device = torch.device("cuda", torch.cuda.current_device())
     if torch.cuda.get_device_capability(device)[0] != 9 or not _builds(device) or _library(device).has_hopper:
         return None
+    if build.prebuilt() is None and build.find_cutlass() is not None:
+        return "by the portable kernel: Hopper's own did not compile (python -m amsoftmax_kernels.build --arch 90a says why)"
     return f"by the portable kernel: Hopper's own takes CUTLASS's headers, pip install {build.CUTLASS}"
 
 

@@ -13,7 +13,7 @@ nor x̂. Where E is computed again, it is for both products at once, and the for
 centres are frozen the forward pass makes all of Eŵ, and nothing is computed again). What is not kept goes through a chunk of
 memory: 6 bytes a logit of traffic beside 8·D flops. dx̂ and dŵ kernels that make E themselves would save it, but each makes
 it anew, four products in place of three: slower by the count of bench/estimate_targets.py (0.64 ms to 0.55 at B = 1,024,
-C = 93,431, and 0.58 if all but the bytes overlapped). From E as it lies in memory, dŵ and its Jacobian in one kernel spare
+C = 93,431, and 0.59 if all but the bytes overlapped). From E as it lies in memory, dŵ and its Jacobian in one kernel spare
 dŵ's way to memory and back: in C++ by clusters of blocks that hold whole rows and share what they load; in Triton a program
 makes a row's tiles one after the other, which loads as much as two products of such tiles, so for moderate batches only.
 
