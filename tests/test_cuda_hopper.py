@@ -352,14 +352,16 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> to
     return torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("has_hopper", [True, False])
-def test_hopper_without_its_own_kernel_says_so(has_hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("has_hopper", "headers"), [(True, True), (False, False), (False, True)])
+def test_hopper_without_its_own_kernel_says_so(has_hopper: bool, headers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     device = _pretend(monkeypatch, (9, 0))
     monkeypatch.setattr(cuda, "_builds", lambda device: True)
     monkeypatch.setattr(cuda, "_library", lambda device: type("Library", (), {"has_hopper": has_hopper}))
+    monkeypatch.setattr(build, "find_cutlass", lambda: Path("include") if headers else None)
     assert cuda.serves(device, torch.bfloat16)
+    said = "did not compile" if headers else f"pip install {build.CUTLASS}"
     remark = cuda.remark()
-    assert remark is None if has_hopper else remark is not None and f"pip install {build.CUTLASS}" in remark
+    assert remark is None if has_hopper else remark is not None and said in remark
     _pretend(monkeypatch, (8, 0))
     assert cuda.remark() is None
 
