@@ -68,7 +68,8 @@ def _row(target: str, at: Row, found: float, *, at_least: float | None = None, a
     row = {"target": target, "B": at["B"], "D": at["D"], "C": at["C"], "found": found}
     if at_least is not None:
         return row | {"at_least": at_least, "met": found >= at_least}
-    return row | {"at_most": at_most, "met": at_most is not None and found <= at_most}
+    assert at_most is not None
+    return row | {"at_most": at_most, "met": found <= at_most}
 
 
 def _rows(stages: dict[str, Any], stage: str) -> list[Row]:
