@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from amsoftmax_kernels.backends import triton_configs
-from amsoftmax_kernels.backends.fused import chunk_size, finish_size, padded, streams_for
+from amsoftmax_kernels.backends.chunking import chunk_size, finish_size, forward_spans, padded
+from amsoftmax_kernels.backends.fused import streams_for
+from amsoftmax_kernels.backends.parts import places_for
 from amsoftmax_kernels.backends.triton_configs import Config
 
 # (B, D, C): bfloat16 compute, float32 centres.
@@ -79,13 +81,21 @@ def more_launches(B: int, D: int, C: int, kept: bool, at_once: bool = False) -> 
 
     ``at_once``: one kernel a chunk makes that gradient, in place of two a piece.
     """
-    chunk = chunk_size(B, D)
+    chunk, spans = chunk_size(B, D), forward_spans(B, D, C, C if kept else 0)
     chunks = -(-C // chunk)
     pieces = sum(-(-min(chunk, C - first) // finish_size(padded(D))) for first in range(0, C, chunk))
-    # ŵ, E and Eŵ; where E is computed again, ŵ and z before. The first of several chunks has its ŵ, twice where E is made
-    # again (a single one has it once), and all their z a sum.
-    each = (3 if kept else 5) * (chunks - 1) + (2 if kept else 3) * (chunks > 1)
+    # The forward pass: E and what it is made of; ŵ of the first of several too, which is else prepared with the rows; all
+    # their z a sum. The backward pass, where E is made again: E, and ŵ but for what the forward pass has left.
+    each = 2 * (len(spans) - 1) + 2 * (len(spans) > 1)
+    each += 0 if kept else chunks - 1 + chunks - -(-len(spans[-1]) // chunk)
+    each += chunks - 1 + (chunks > 1) + 2 * _sums_between(B, D, chunks)  # E·ŵ and their sum
     return each + (chunks - 1 if at_once else 2 * (pieces - 1))
+
+
+def _sums_between(B: int, D: int, chunks: int) -> int:
+    """Times that the parts of E·ŵ are added up because there is no place for more."""
+    places = places_for(chunks, B * padded(D), 4)
+    return max(-(-(chunks - places) // (places - 1)), 0) if places > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -123,8 +133,9 @@ def chunks(B: int, D: int, C: int) -> list[tuple[int, int]]:
 
 
 def prepare_bytes(B: int, D: int, C: int, kept: bool, size: int = 2) -> int:
-    """Of the passes that make ŵ: float32 read, ŵ written; again in the backward pass if it was not one chunk."""
-    return (4 + size) * (1 if kept or chunk_size(B, D) >= C else 2) * C * D
+    """Of the passes that make ŵ: float32 read, ŵ written; again in the backward pass but for what was made last."""
+    again = 0 if kept else C - len(forward_spans(B, D, C, 0)[-1])
+    return (4 + size) * (C + again) * D
 
 
 def floor(card: Card, B: int, D: int, C: int, kept: bool, kind: Kind = KINDS["bfloat16"]) -> float:
@@ -151,15 +162,16 @@ def library_product(card: Card, rows: int, columns: int, depth: int, kind: Kind 
 
 
 def product_with_centres(card: Card, B: int, D: int, C: int, kind: Kind = KINDS["bfloat16"], of_rate: float = 1) -> float:
-    """Seconds of E·ŵ, chunk by chunk; every one but the first is added to their sum, a launch more.
+    """Seconds of E·ŵ, chunk by chunk, and of their sum.
 
     ``of_rate``: of the rate assumed what the library reaches.
     """
     found = chunks(B, D, C)
     products = sum(count * library_product(card, B, D, classes, kind) for classes, count in found) / of_rate
-    sums = sum(count for _, count in found) - 1
+    parts = sum(count for _, count in found)
+    summed = 4 * B * D * (parts + 1 + 4 * _sums_between(B, D, parts)) if parts > 1 else 0
     converted = 4 * C * D if kind.converted else 0
-    return products + (converted + 12 * B * D * sums) / card.copy + sums * SECONDS_A_LAUNCH
+    return products + (converted + summed) / card.copy
 
 
 def step(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from amsoftmax_kernels.backends.fused import chunk_size
+from amsoftmax_kernels.backends.chunking import chunk_size
 
 from . import estimate_peers as peers
 from . import gpu_targets

@@ -92,8 +92,8 @@ def _times(name: str, B: int, D: int, C: int, steps: int) -> tuple[float, float]
 
 @contextlib.contextmanager
 def _without_products() -> Iterator[None]:
-    def product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
-        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32) if out is None else out
+    def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        return out
 
     with (
         mock.patch.object(fused, "_product", product),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from amsoftmax_kernels.backends import chunked, fused, triton_configs
+from amsoftmax_kernels.backends import chunked, chunking, triton_configs
 from amsoftmax_kernels.backends.budget import kept_classes
 from amsoftmax_kernels.backends.parts import places_for
 from amsoftmax_kernels.functional import DEFAULT_SAVE_BYTES
@@ -72,7 +72,7 @@ class Run:
         if self.device == "cpu":
             chunk = chunked._chunk_size(self.rows, self.dim, torch.device("cpu"))
             return kept_classes(self.rows, self.drawn, torch.float32, self.save_bytes, chunk)
-        return min(fused.kept_count(self.rows, self.drawn, self.dim, self.compute_dtype, self.save_bytes), self.drawn)
+        return min(chunking.kept_count(self.rows, self.drawn, self.dim, self.compute_dtype, self.save_bytes), self.drawn)
 
 
 @dataclass(frozen=True)
@@ -124,21 +124,23 @@ def _workspace(run: Run) -> dict[str, int]:
         parts["features of all ranks, their gradient"] = rows * dim * 48  # much of it in float64, for exact targets
         parts["chunks"] = 3 * 4 * chunk * (rows + dim) + _CPU_BUFFERS
         return parts
-    compute, panel = run.compute_dtype.itemsize, fused.panel_dtype(run.compute_dtype).itemsize
-    width, all_kept = fused.padded(dim), run.kept == classes
-    chunk = min(fused.chunk_size(rows, dim), fused.padded(classes))
-    parts["kept terms E"] = panel * rows * fused.padded(run.kept)
+    compute, panel = run.compute_dtype.itemsize, chunking.panel_dtype(run.compute_dtype).itemsize
+    width, all_kept = chunking.padded(dim), run.kept == classes
+    chunk = min(chunking.chunk_size(rows, dim), chunking.padded(classes))
+    parts["kept terms E"] = panel * rows * chunking.padded(run.kept)
     # Gathered; in float32; x̂; a∘x̂; E·ŵ; the gradient.
     parts["features of all ranks, their gradient"] = rows * width * (compute + 4 + compute + panel + 4 + 4)
     in_place = run.dtype == torch.float32 and width == dim
-    finish = 0 if in_place else 4 * min(fused.FINISH_ELEMENTS, classes * width)
+    finish = 0 if in_place else 4 * min(chunking.FINISH_ELEMENTS, classes * width)
     gradient, card = triton_configs.GRADIENT[9], estimate.CARDS["sm_90"]
     if panel == 2 and run.dtype == torch.float32 and width == dim and gradient.serves(rows, width):
         columns = gradient.columns_for(width)  # a program's tiles, all but the last, wait in memory
         finish = 4 * card.multiprocessors * gradient.classes * (-(-width // columns) - 1) * columns
-    # ŵ and the terms of a chunk: both made again in the backward pass unless all terms are kept.
-    parts["chunks"] = (0 if all_kept else chunk * (width * compute + rows * panel)) + finish
-    parts["partial sums"] = 8 * rows * _STREAMS * places_for(-(-classes // chunk), _STREAMS, rows)
+    chunks, spans = -(-classes // chunk), chunking.forward_spans(rows, dim, classes, run.kept)
+    # The terms of a chunk, made again in the backward pass, and what the forward pass has left of ŵ.
+    parts["chunks"] = (0 if all_kept else max(map(len, spans)) * width * compute + chunk * rows * panel) + finish
+    products = 4 * rows * width * places_for(chunks, rows * width, 4) if chunks > 1 else 0
+    parts["partial sums"] = 8 * rows * _STREAMS * places_for(chunks, rows * _STREAMS) + products
     return parts
 
 

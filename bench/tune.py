@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from amsoftmax_kernels import am_softmax_loss
-from amsoftmax_kernels.backends import Problem, fused, triton_configs
+from amsoftmax_kernels.backends import Problem, chunking, triton_configs
 from amsoftmax_kernels.backends import triton as backend
 from amsoftmax_kernels.backends.triton_configs import Config
 
@@ -132,9 +132,9 @@ def _cosine_seconds(B: int, D: int, C: int, dtype: torch.dtype, device: torch.de
     """Seconds of a launch, and the row sums."""
     features, weight, labels = (each.detach() for each in problem(B, D, C, device))
     problem_ = Problem(features, weight, labels, torch.tensor(30.0), True, dtype, math.inf)
-    shard, kernels = fused.Shard.of(problem_, True, True), backend._Kernels()
+    shard, kernels = chunking.Shard.of(problem_, True), backend._Kernels()
     x_hat = torch.nn.functional.normalize(features).to(dtype)
-    w_hat = shard.prepare(kernels, 0, features.new_empty(C))
+    w_hat = shard.prepare(kernels, range(C), shard.room(C), features.new_empty(C))
     factor = features.new_full((B,), 30 * math.log2(math.e))
     z = features.new_empty(kernels.streams(problem_, C), B, dtype=torch.float64)
 
@@ -180,7 +180,7 @@ def _chunks(
     for chunk, finish in itertools.product(chunks, finishes):
         if time.perf_counter() > end:
             return
-        with mock.patch.object(fused, "CHUNK_ELEMENTS", chunk), mock.patch.object(fused, "FINISH_ELEMENTS", finish):
+        with mock.patch.object(chunking, "CHUNK_ELEMENTS", chunk), mock.patch.object(chunking, "FINISH_ELEMENTS", finish):
             row: dict[str, Any] = {"chunk": chunk, "finish": finish}
             for name, save_bytes in (("kept", 1 << 62), ("recomputed", 0)):
                 row[name] = _step_seconds(tensors, save_bytes, device)

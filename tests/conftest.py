@@ -10,7 +10,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what older PyTorc
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the Triton backend then serves CPU tensors
 
-from amsoftmax_kernels.backends import chunked, cuda_library, fused
+from amsoftmax_kernels.backends import chunked, chunking, cuda_library
 
 from .cases import CHUNK
 from .emulation import build_emulated, hopper_on_cpu, serve
@@ -26,7 +26,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for the backends on fused kernels."""
-    monkeypatch.setattr(fused, "chunk_size", lambda batch, dim: CHUNK)
+    monkeypatch.setattr(chunking, "chunk_size", lambda batch, dim: CHUNK)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels.backends import Forward, Problem, fused, margin
+from amsoftmax_kernels.backends import Forward, Problem, chunking, fused, margin
 from amsoftmax_kernels.backends.kernels import Kernels
 
 from .cases import Case, relative
@@ -46,7 +46,7 @@ def check_the_margin_kernel(
         saved.z.fill_(math.nan)
     loss = saved.z.new_full((B,) if reduction == "none" else (), math.nan)
     derivatives = saved.z.new_full((3, B), math.nan)
-    x_factored = saved.z.new_full((B, fused.padded(D)), math.nan, dtype=fused.panel_dtype(compute_dtype))
+    x_factored = saved.z.new_full((B, chunking.padded(D)), math.nan, dtype=chunking.panel_dtype(compute_dtype))
     s = fused.scale_of(problem.scale, normalize)
     kernels.constant_margin(
         problem, saved, shares, count, s, 0.35, reduction, loss, derivatives, None if reduction == "none" else x_factored

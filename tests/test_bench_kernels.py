@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("triton")
 from amsoftmax_kernels import am_softmax_loss, backends, build
-from amsoftmax_kernels.backends import cuda_library, fused
+from amsoftmax_kernels.backends import chunking, cuda_library, fused
 from amsoftmax_kernels.backends import triton as backend
 from bench import estimate, kernels, library, plan_time
 from bench.launches import Launch, no_product, of_a_step, recording, variants
@@ -127,7 +127,7 @@ def launches_of_a_call(dtype: torch.dtype, choice: dict[str, Any]) -> set[Launch
     with (
         recording((9, 0), 132) as launches,
         mock.patch.object(backends, "choose", lambda *_: "triton"),
-        mock.patch.object(fused, "CHUNK_ELEMENTS", 1),  # 256 classes a chunk
+        mock.patch.object(chunking, "CHUNK_ELEMENTS", 1),  # 256 classes a chunk
         mock.patch.object(fused, "_product", no_product),
         torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
     ):
@@ -190,20 +190,22 @@ def test_the_cpp_kernels_are_read(arch: str) -> None:
         assert library._faults(kernel, 0, row["instructions"] | {"in flight": 0}) == ["each group of HGMMAs is waited for"]
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("kept", [True, False])
-def test_launches_of_many_chunks(kept: bool, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_of_many_chunks(kept: bool, at_once: bool, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that the estimates add are those that a step has."""
     products: list[object] = []
     product = fused._product
     monkeypatch.setattr(fused, "_product", lambda *args: (products.append(None), product(*args))[1])
-    for module in (fused, estimate):
-        monkeypatch.setattr(module, "chunk_size", lambda batch, dim: 512)
+    for module in (chunking, estimate):
+        monkeypatch.setattr(module, "chunk_size", lambda batch, dim: 512 if batch else 512 * together)
         monkeypatch.setattr(module, "finish_size", lambda width: 256)
 
     def launches(classes: int) -> int:
         products.clear()
-        return len(of_a_step((9, 0), 132, 16, 32, classes, save_bytes=1 << 40 if kept else 0)) + len(products)
+        own = len(of_a_step((9, 0), 132, 16, 32, classes, save_bytes=1 << 40 if kept else 0))
+        return own + len(products) + (classes > 512)  # PyTorch's sum of the products
 
     def grad_centres(*unused: Any) -> bool:
         if at_once:

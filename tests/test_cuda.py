@@ -19,7 +19,7 @@ from torch import Tensor
 
 import amsoftmax_kernels as ak
 from amsoftmax_kernels import build
-from amsoftmax_kernels.backends import Problem, cuda, cuda_library, fused
+from amsoftmax_kernels.backends import Problem, chunking, cuda, cuda_library, fused
 
 from .cases import CASES, CHUNK, Case, relative
 from .emulation import build_changed, serve
@@ -67,7 +67,7 @@ def check_the_cosine_kernel(
         weight = torch.empty(N, width, dtype=dtype, device=device)
         problem = Problem(x_hat, weight, labels, torch.tensor(30.0), True, dtype, limit)
         parts = (partial_sums or kernels.streams(problem, N), B)
-        terms = x_hat.new_full((B, fused.padded(N)), math.nan, dtype=fused.panel_dtype(dtype))
+        terms = x_hat.new_full((B, chunking.padded(N)), math.nan, dtype=chunking.panel_dtype(dtype))
         z, best = factor.new_full(parts, math.nan, dtype=torch.float64), factor.new_full(parts, math.nan)
         best_class = labels.new_full(parts, -7)
         given = shift if with_shift else None
@@ -133,7 +133,7 @@ def test_a_reduced_loss(
 ) -> None:
     """Whose upstream gradient is one number, and joins the finished gradients."""
     if save_bytes:
-        monkeypatch.setattr(fused, "chunk_size", lambda batch, dim: CHUNK)
+        monkeypatch.setattr(chunking, "chunk_size", lambda batch, dim: CHUNK)
     case = BY_NAME[name]
     options = {**case.options, "reduction": reduction}
     actual = ours(torch.float16, *case.tensors(torch.float32), save_bytes=save_bytes, **options)

@@ -21,7 +21,7 @@ from torch import Tensor
 import amsoftmax_kernels as ak
 from amsoftmax_kernels import __main__ as command
 from amsoftmax_kernels import backends, build
-from amsoftmax_kernels.backends import Problem, cuda, cuda_library, fused
+from amsoftmax_kernels.backends import Problem, chunking, cuda, cuda_library
 from bench.library import IN_FLIGHT
 
 from .cases import CASES, CHUNK, Case
@@ -139,7 +139,7 @@ def test_terms_end_where_their_matrix_does(dtype: torch.dtype, hopper: None) -> 
     """Rows of E are written into a wider matrix, whose other columns are another chunk's."""
     x_hat, w_hat = (torch.randn(n, 16).to(dtype) for n in (130, 72))
     problem = Problem(x_hat, w_hat, torch.zeros(130).long(), torch.tensor(30.0), True, dtype, math.inf)
-    kept = torch.full((131, 200), 7.0, dtype=fused.panel_dtype(dtype))
+    kept = torch.full((131, 200), 7.0, dtype=chunking.panel_dtype(dtype))
     terms = kept[:130, 40 : 40 + 80]
     cuda._Kernels().cosine_exp(problem, 0, x_hat, w_hat, torch.ones(130), None, terms, None, None, None, False)
     assert (kept[:130, :40] == 7).all() and (kept[:130, 120:] == 7).all() and (kept[130] == 7).all()

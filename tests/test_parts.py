@@ -54,7 +54,8 @@ def test_chunks_share_places(
 def test_memory_does_not_grow_with_the_classes() -> None:
     for streams, batch in ((1, 65_536), (64, 32_768), (4, 4_096), (8, 1)):
         for chunks in (1, 2, 100, 10_000, 1_000_000):
-            places = parts.places_for(chunks, streams, batch)
+            places = parts.places_for(chunks, streams * batch)
             assert min(chunks, 2) <= places <= chunks
-            assert places * streams * batch <= max(parts.PART_ELEMENTS, 2 * streams * batch)
-    assert parts.places_for(306, 4, 4_096) == 306  # ten million classes
+            assert 8 * places * streams * batch <= max(parts.PART_BYTES, 16 * streams * batch)
+    assert parts.places_for(306, 4 * 4_096) == 306  # ten million classes
+    assert parts.places_for(306, 4_096 * 512, 4) == 8

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import amsoftmax_kernels as ak
 from amsoftmax_kernels import arguments, backends
-from amsoftmax_kernels.backends import Forward, Problem, fused
+from amsoftmax_kernels.backends import Forward, Problem, chunking, fused
 
 from .cases import CASES, CHUNK, Case, relative
 from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel
@@ -68,7 +68,7 @@ def test_a_reduced_loss(
     """Whose upstream gradient is one number, and joins the finished gradients."""
     case = BY_NAME[name]
     if short:
-        monkeypatch.setattr(fused, "chunk_size", lambda batch, dim: CHUNK)
+        monkeypatch.setattr(chunking, "chunk_size", lambda batch, dim: CHUNK)
     options = {**case.options, "reduction": reduction}
     actual = ours(*case.tensors(torch.float32), save_bytes=save_bytes, **options)
     check(case, torch.float32, actual, oracle(case, torch.float32, **options))
@@ -132,7 +132,7 @@ def test_the_tables_tiles(entry: tuple[int, str], monkeypatch: pytest.MonkeyPatc
 def gradient_operands(B: int, C: int, D: int) -> tuple[Tensor, ...]:
     """E, a∘x̂, w, 1/‖w‖ and a place for dw, for ``_Kernels.grad_centres``."""
     generator = torch.Generator().manual_seed(B * C + D)
-    terms = torch.rand(B, fused.padded(C) + 16, generator=generator).bfloat16()[:, :C]
+    terms = torch.rand(B, chunking.padded(C) + 16, generator=generator).bfloat16()[:, :C]
     x_factored, weight = torch.randn(B, D, generator=generator).bfloat16(), torch.randn(C, D, generator=generator)
     weight[C // 2] = 0
     norm = weight.double().norm(dim=1)
@@ -305,7 +305,8 @@ def test_tf32_operands_are_rounded_not_cut(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(backend, "kind", lambda _: "tf32")
     features, weight, labels, _ = (each.to(DEVICE) for each in Case("", "", C=300, D=48).tensors(torch.float32))
     problem = Problem(features, weight, labels, torch.tensor(30.0), True, torch.float32, math.inf)
-    w_hat = fused.Shard.of(problem, True, False).prepare(backend._Kernels(), 0, torch.empty(300, device=DEVICE)).cpu()
+    shard, inverse_norm = chunking.Shard.of(problem, False), torch.empty(300, device=DEVICE)
+    w_hat = shard.prepare(backend._Kernels(), range(300), shard.room(300), inverse_norm).cpu()
     exact = torch.nn.functional.normalize(weight.cpu().double())
     assert not (w_hat.view(torch.int32) & 0x1FFF).any()
     error = (w_hat - exact) / exact
@@ -403,9 +404,9 @@ def test_no_grad_keeps_nothing() -> None:
 
 def test_kept_bytes_stay_within_the_budget() -> None:
     for batch, classes, budget in itertools.product((1, 7, 1024), (10, 100_003, 10_000_000), (0, 10**5, 10**9, 10**12)):
-        count = fused.kept_count(batch, classes, 512, torch.bfloat16, budget)
-        assert count in range(classes + 1) and batch * fused.padded(count) * 2 <= budget
-        assert count == classes or batch * fused.padded(classes) * 2 > budget
+        count = chunking.kept_count(batch, classes, 512, torch.bfloat16, budget)
+        assert count in range(classes + 1) and batch * chunking.padded(count) * 2 <= budget
+        assert count == classes or batch * chunking.padded(classes) * 2 > budget
 
 
 def test_labels_as_the_operator_makes_them() -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 from .. import build
 from . import Forward, Problem
 from . import cuda_library as c
-from .fused import Fused, padded, streams_for
+from .chunking import padded
+from .fused import Fused, streams_for
 from .triton_configs import kind
 
 _MIN_CAPABILITY = (8, 0)

@@ -1,7 +1,8 @@
 """The decomposition on fused kernels, whoever wrote them: what is launched on which chunk, and the buffers between.
 
-    forward     for each chunk of classes: ŵ; E = 2^(log2(e)·logit − shift) and z in one kernel; Eŵ by a library product
-    backward    for each chunk: E kept, or ŵ (unless there is one chunk), E and Eŵ again; dŵ = Eᵀ(a∘x̂) by a library product,
+    forward     for each chunk of classes (several, where E is not stored): ŵ; E = 2^(log2(e)·logit − shift) and z in one
+                kernel; Eŵ by a library product
+    backward    for each chunk: E kept, or ŵ (but for the last), E and Eŵ again; dŵ = Eᵀ(a∘x̂) by a library product,
                 then the Jacobian while dŵ is in the cache, or both by one kernel; dx and the targets' part of dw by one
                 small kernel
 
@@ -28,7 +29,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,21 +37,17 @@ from torch import Tensor
 from .. import arguments
 from ..arguments import no_autocast
 from ..operators import GRADS_SCHEMA, LABELS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced, register
-from . import Derivatives, Forward, Problem
+from . import Derivatives, Forward, Problem, chunking
 from . import margin as constant_margin
-from .budget import BOUNDED_SCALE, kept_classes
+from .budget import BOUNDED_SCALE
+from .chunking import Shard, padded, panel_dtype
 from .kernels import Kernels
-from .parts import Maxima, Sums
+from .parts import Maxima, Products, Sums
 from .replay import Replayed, on_device
 from .triton_configs import kind
 
-# Classes a chunk: what is not kept of E, and ŵ, take at most this many elements.
-CHUNK_ELEMENTS = 1 << 27
-# Classes of which dŵ is computed at a time, in elements: still in the L2 cache when the Jacobian reads it.
-FINISH_ELEMENTS = 1 << 23
 # Logits up to which the host is the slower one and replays what it did: some 0.5 ms of an H200's time.
 REPLAYED_LOGITS = 1 << 24
-_ALIGN = 16  # elements: rows of operands start at multiples of 16 bytes, as bulk copies want
 
 
 class Fused:
@@ -181,7 +177,7 @@ class Fused:
 
         saved, *prepared = self._over_chunks(problem, *how, finish=finish)
         recompute = needed and saved.kept.shape[1] < problem.weight.shape[0]
-        # ŵ too, if it is in one piece: the backward pass would have to make it again, in memory as large.
+        # And the last of ŵ, which the backward pass would have to make again; it has room for the rest in the gradient.
         return *saved, loss, derivatives, x_factored, *(each if recompute else each.new_empty(0) for each in prepared)
 
     def _over_chunks(
@@ -194,7 +190,7 @@ class Fused:
         *,
         finish: Callable[[Forward, Tensor | None], None] | None,
     ) -> tuple[Forward, Tensor, Tensor, Tensor]:
-        """The forward pass, x̂, log2(e)·s, and ŵ if the classes are one chunk (else of size 0).
+        """The forward pass, x̂, log2(e)·s, and ŵ of the classes that were taken last.
 
         ``finish`` is called at its end, to sum z if it is given the parts.
         """
@@ -202,61 +198,60 @@ class Fused:
         (B, D), C = features.shape, weight.shape[0]
         kernels = self.kernels
         with no_autocast(features.device), on_device(features.device):
-            count = kept_count(B, C, D, problem.compute_dtype, save_bytes)
+            count = chunking.kept_count(B, C, D, problem.compute_dtype, save_bytes)
             # Of what is not kept, E is made again for the centres' gradient, if that is wanted, and serves both there.
             at_once = need_rows and not need_weight
-            shard = Shard.of(problem, True, terms_needed=at_once and count < C)
+            shard = Shard.of(problem, terms_needed=at_once and count < C)
             z, cosine, norm, factor = (features.new_empty(B, dtype=torch.float32) for _ in range(4))
             shift = torch.empty_like(z)
             inverse_norm = features.new_empty(C, dtype=torch.float32)
             kept = features.new_empty(B, padded(count), dtype=shard.panel_dtype)
-            has_rows = need_rows and (at_once or count > 0)
-            rows = features.new_empty((B, shard.width) if has_rows else 0, dtype=torch.float32)
             best = features.new_empty(B if predict else 0, dtype=torch.float32)
             best_class = labels.new_empty(B if predict else 0)
-            results = Forward(z, shift, cosine, norm, inverse_norm, kept, z.new_empty(0), rows, best, best_class)
             x_hat = features.new_empty(B, shard.width, dtype=problem.compute_dtype)
-            one_chunk = len(shard.chunks) == 1
-            whole = shard.w_hat[:C] if one_chunk else x_hat.new_empty(0)
+            spans = chunking.forward_spans(B, D, C, C if at_once else count)
+            multiplied = [span for span in spans if need_rows and (at_once or span.start < count)]
+            products = Products(features, len(multiplied), B, shard.width)
+            room = shard.room(max(map(len, spans)))
+            results = Forward(z, shift, cosine, norm, inverse_norm, kept, z.new_empty(0), z, best, best_class)
             if B == 0:
+                results = results._replace(rows=products.total())
                 if finish is not None:
                     finish(results, None)
-                return results, x_hat, factor, whole
+                return results, x_hat, factor, room[: len(spans[-1])]
             s = scale_of(scale, normalize)
-            w_hat = whole if one_chunk else None
+            w_hat = room if len(spans) == 1 else None
             kernels.prepare_rows(problem, s, x_hat, cosine, norm, factor, shift, w_hat, inverse_norm)
             bounded = _bounded(s, normalize)
-            streams = kernels.streams(problem, shard.classes(0))
-            sums = Sums(features, len(shard.chunks), streams, B)
-            maxima = Maxima(kernels, features, labels, len(shard.chunks), streams, B) if predict or not bounded else None
+            streams = kernels.streams(problem, len(spans[0]))
+            sums = Sums(features, len(spans), streams, B)
+            maxima = Maxima(kernels, features, labels, len(spans), streams, B) if predict or not bounded else None
             if maxima is not None and not bounded:
                 unless = s if isinstance(s, Tensor) and normalize else None
-                for start in shard.chunks:
-                    centres = w_hat if w_hat is not None else shard.prepare(kernels, start, inverse_norm, unless)
-                    kernels.cosine_exp(problem, start, x_hat, centres, factor, None, None, None, *maxima.next(), True)
+                for span in spans:
+                    centres = w_hat if w_hat is not None else shard.prepare(kernels, span, room, inverse_norm, unless)
+                    kernels.cosine_exp(problem, span.start, x_hat, centres, factor, None, None, None, *maxima.next(), True)
                 kernels.reduce_shift(*maxima.parts, factor, shift)
                 maxima.restart()
-            for i, start in enumerate(shard.chunks):
-                if not one_chunk or w_hat is None:
-                    w_hat = shard.prepare(kernels, start, inverse_norm)
-                keep = start < count
-                terms = kept[:, start : start + shard.chunk] if keep else shard.terms
+            for span in spans:
+                centres = w_hat if w_hat is not None else shard.prepare(kernels, span, room, inverse_norm)
+                keep = span.start < count
+                terms = kept[:, span.start : span.start + shard.chunk] if keep else shard.terms
                 best_parts, class_parts = maxima.next() if predict and maxima is not None else (None, None)
                 kernels.cosine_exp(
-                    problem, start, x_hat, w_hat, factor, None if bounded else shift, terms if keep or at_once else None,
-                    sums.next(), best_parts, class_parts, False,
+                    problem, span.start, x_hat, centres, factor, None if bounded else shift,
+                    terms if keep or at_once else None, sums.next(), best_parts, class_parts, False,
                 )  # fmt: skip
-                if need_rows and (keep or at_once):
-                    product = _product(terms[:, : w_hat.shape[0]], w_hat.to(shard.panel_dtype), rows if i == 0 else None)
-                    if i > 0:
-                        rows += product
-            if finish is None or not one_chunk:
+                if span in multiplied:
+                    _product(terms[:, : len(span)], centres.to(shard.panel_dtype), products.next())
+            results = results._replace(rows=products.total())
+            if finish is None or len(spans) > 1:
                 kernels.reduce_sums(sums.parts, labels, z)
             if finish is not None:
-                finish(results, sums.parts if one_chunk else None)
+                finish(results, sums.parts if len(spans) == 1 else None)
             if predict and maxima is not None:
                 kernels.reduce_best(*maxima.parts, best, best_class)
-            return results, x_hat, factor, whole
+            return results, x_hat, factor, room[: len(spans[-1])]
 
     def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         problem, vectors = Problem(*arguments[:7]), arguments[7:13]
@@ -302,12 +297,12 @@ class Fused:
         x_factored: Tensor | None,
         x_hat: Tensor | None,
         factor: Tensor | None,
-        whole: Tensor | None,
+        last: Tensor | None,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The backward pass; ``x_factored`` is there for the centres' gradient, x̂ and its factor where E is recomputed.
 
-        ``whole``: ŵ of all classes, where it is at hand.
+        ``last``: ŵ of the last classes, of whole chunks, as far as it is at hand.
         """
         shift, cosine, norm, inverse_norm, kept, rows = vectors
         need_features, need_weight, need_scale = needs
@@ -322,22 +317,24 @@ class Fused:
             if B == 0:
                 return grad_features, grad_weight.zero_(), grad_scale
             count = min(kept.shape[1], C)
-            recompute = need_weight and count < C
-            shard = Shard.of(problem, recompute and whole is None, recompute)
+            shard = Shard.of(problem, terms_needed=need_weight and count < C)
             s = scale_of(scale, normalize)
             if need_weight and x_factored is not None:
-                for start in shard.chunks:
-                    terms = kept[:, start : start + shard.chunk] if start < count else shard.terms
-                    if x_hat is not None and factor is not None and start >= count:
-                        w_hat = shard.prepare(kernels, start, inverse_norm) if whole is None else whole
+                again = [chunk for chunk in shard.chunks if chunk.start >= count]
+                products = Products(features, len(again) if need_rows else 0, B, shard.width)
+                for chunk in shard.chunks:
+                    terms = kept[:, chunk.start : chunk.start + shard.chunk] if chunk.start < count else shard.terms
+                    if x_hat is not None and factor is not None and chunk.start >= count:
+                        w_hat = self._again(shard, chunk, last, grad_weight, inverse_norm)
                         kernels.cosine_exp(
-                            problem, start, x_hat, w_hat, factor,
+                            problem, chunk.start, x_hat, w_hat, factor,
                             None if _bounded(s, normalize) else shift, terms, None, None, None, False,
                         )  # fmt: skip
                         if need_rows:
-                            product = _product(terms[:, : w_hat.shape[0]], w_hat.to(shard.panel_dtype), None)
-                            rows = rows + product if rows.numel() else product
-                    _grad_centres(kernels, shard, start, terms, x_factored, inverse_norm, grad_weight, upstream)
+                            _product(terms[:, : len(chunk)], w_hat.to(shard.panel_dtype), products.next())
+                    _grad_centres(kernels, shard, chunk, terms, x_factored, inverse_norm, grad_weight, upstream)
+                if need_rows and again:
+                    rows = rows + products.total() if rows.numel() else products.total()
             if need_rows and rows.numel() == 0:
                 raise RuntimeError("the forward pass was told that the centres' gradient would be asked for, and it is not")
             of_scale = need_scale and normalize
@@ -352,50 +349,19 @@ class Fused:
                 grad_scale = parts.sum().to(scale.device, scale.dtype)
             return grad_features, grad_weight, grad_scale
 
-
-@dataclass
-class Shard:
-    """The classes in chunks, and the buffers that each chunk passes through."""
-
-    weight: Tensor
-    panel_dtype: torch.dtype  # of E, and of the products with it
-    width: int  # D, padded
-    chunk: int  # classes
-    w_hat: Tensor  # [chunk, width]
-    terms: Tensor  # [B, chunk] for what is not kept
-
-    @classmethod
-    def of(cls, problem: Problem, w_hat_needed: bool, terms_needed: bool) -> Shard:
-        weight = problem.weight
-        (batch, dim), num_classes = problem.features.shape, weight.shape[0]
-        width, chunk = padded(dim), chunk_size(batch, dim)
-        dtype = panel_dtype(problem.compute_dtype)
-        classes = min(chunk, padded(num_classes))
-        return cls(
-            weight, dtype, width, chunk,
-            weight.new_empty((classes, width) if w_hat_needed else 0, dtype=problem.compute_dtype),
-            weight.new_empty((batch, classes) if terms_needed else 0, dtype=dtype),
-        )  # fmt: skip
-
-    @property
-    def chunks(self) -> range:
-        return range(0, self.weight.shape[0], self.chunk)
-
-    def classes(self, start: int) -> int:
-        return min(self.chunk, self.weight.shape[0] - start)
-
-    def prepare(self, kernels: Kernels, start: int, inverse_norm: Tensor, unless_bounded: Tensor | None = None) -> Tensor:
-        """ŵ of a chunk, ``[n, width]``."""
-        n = self.classes(start)
-        w_hat = self.w_hat[:n]
-        kernels.prepare_centres(self.weight[start : start + n], w_hat, inverse_norm[start : start + n], unless_bounded)
-        return w_hat
+    def _again(self, shard: Shard, chunk: range, last: Tensor | None, grad_weight: Tensor, inverse_norm: Tensor) -> Tensor:
+        """ŵ of a chunk in the backward pass: left from the forward pass, or made in the memory of its gradient."""
+        first = shard.weight.shape[0] - (0 if last is None else last.shape[0])
+        if last is not None and chunk.start >= first:
+            return last[chunk.start - first : chunk.stop - first]
+        room = shard.room_in(grad_weight, chunk)
+        return shard.prepare(self.kernels, chunk, shard.room(len(chunk)) if room is None else room, inverse_norm)
 
 
 def _grad_centres(
     kernels: Kernels,
     shard: Shard,
-    start: int,
+    classes: range,
     terms: Tensor,
     x_factored: Tensor,
     inverse_norm: Tensor,
@@ -403,13 +369,13 @@ def _grad_centres(
     upstream: Tensor | None,
 ) -> None:
     """The gradient of a chunk's centres but for the targets' part: at once, or a few thousand classes at a time."""
-    count = shard.classes(start)
-    chunk = slice(start, start + count)
+    start, count = classes.start, len(classes)
+    chunk = slice(start, classes.stop)
     if kernels.grad_centres(
         terms[:, :count], x_factored, shard.weight[chunk], inverse_norm[chunk], grad_weight[chunk], upstream
     ):
         return
-    piece = finish_size(shard.width)
+    piece = chunking.finish_size(shard.width)
     in_place = grad_weight.dtype == torch.float32 and grad_weight.shape[1] == shard.width
     buffer = x_factored.new_empty(0 if in_place else min(piece, count), shard.width, dtype=torch.float32)
     for first in range(0, count, piece):
@@ -420,10 +386,8 @@ def _grad_centres(
         kernels.finish_centres(unit, shard.weight[mine], inverse_norm[mine], target, upstream)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
-    """``a @ b`` in float32, into ``out`` if it is given."""
-    if out is None:
-        out = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``a @ b`` in float32, into ``out``."""
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
     if a.device.type == "cpu":  # emulated: there is no such product here
@@ -454,7 +418,7 @@ def _of_problem(*arguments: Any) -> tuple[Any, ...] | None:
     features, weight, _, scale, normalize, compute_dtype = arguments[:6]
     device, (B, D), C = features.device, features.shape, weight.shape[0]
     # Of several chunks all buffers would be there at once; of an empty batch, results that share a program's tensors.
-    if not replayed_on(device) or not 0 < B * C <= REPLAYED_LOGITS or chunk_size(B, D) < C:
+    if not replayed_on(device) or not 0 < B * C <= REPLAYED_LOGITS or chunking.chunk_size(B, D) < C:
         return None
     s = scale.item() if normalize and scale.device.type == "cpu" else scale.device
     return device, s, kind(compute_dtype) if compute_dtype == torch.float32 else None
@@ -478,38 +442,12 @@ def streams_for(slots: int, blocks: int, tiles: int) -> int:
     return min(range(1, min(tiles, max(8 * slots // max(blocks, 1), 1)) + 1), key=rounds)
 
 
-def panel_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of E."""
-    return torch.float32 if compute_dtype == torch.float32 else torch.bfloat16
-
-
-def padded(size: int) -> int:
-    """The next multiple of 16."""
-    return -(-size // _ALIGN) * _ALIGN
-
-
-def chunk_size(batch: int, dim: int) -> int:
-    """Classes a chunk, a multiple of 256."""
-    return max(CHUNK_ELEMENTS // max(batch, dim, 1) // 256, 1) * 256
-
-
-def finish_size(width: int) -> int:
-    """Classes of which dŵ is computed at a time, where that is not done at once."""
-    return max(FINISH_ELEMENTS // width // 256, 1) * 256
-
-
-def kept_count(batch: int, num_classes: int, dim: int, compute_dtype: torch.dtype, save_bytes: int) -> int:
-    """Classes of which E is kept: whole chunks, or all."""
-    count = kept_classes(batch, padded(num_classes), panel_dtype(compute_dtype), save_bytes, chunk_size(batch, dim))
-    return num_classes if count == padded(num_classes) else count
-
-
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     problem, (save_bytes, predict, need_rows, need_weight) = Problem(*arguments[:7]), arguments[7:]
     features, weight, labels = problem[:3]
     (B, D), C = features.shape, weight.shape[0]
     vectors = [features.new_empty(B, dtype=torch.float32) for _ in range(4)]
-    kept = padded(kept_count(B, C, D, problem.compute_dtype, save_bytes))
+    kept = padded(chunking.kept_count(B, C, D, problem.compute_dtype, save_bytes))
     has_rows = need_rows and (not need_weight or kept > 0)
     return (
         *vectors,
@@ -526,14 +464,15 @@ def _forward_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     problem, (save_bytes, _, _, need_weight, *_, reduction, need_scale) = Problem(*arguments[:7]), arguments[7:]
     (B, D), C = problem.features.shape, problem.weight.shape[0]
     needed = need_weight and reduction != "none"
-    recompute = needed and padded(kept_count(B, C, D, problem.compute_dtype, save_bytes)) < C
-    one_chunk = chunk_size(B, D) >= C
+    count = chunking.kept_count(B, C, D, problem.compute_dtype, save_bytes)
+    recompute = needed and padded(count) < C
+    last = chunking.forward_spans(B, D, C, count)[-1]
     return (
         *_forward_fake(*arguments[:11]),
         *_loss_buffers(problem, reduction, needed, need_scale),
         problem.features.new_empty((B, padded(D)) if recompute else 0, dtype=problem.compute_dtype),
         problem.features.new_empty(B if recompute else 0, dtype=torch.float32),
-        problem.features.new_empty((C, padded(D)) if recompute and one_chunk else 0, dtype=problem.compute_dtype),
+        problem.features.new_empty((len(last), padded(D)) if recompute else 0, dtype=problem.compute_dtype),
     )
 
 

@@ -1,4 +1,4 @@
-"""What the programs of the fused kernels leave of each row, chunk by chunk of the classes: sums, and maxima.
+"""What is left of each row, chunk by chunk of the classes: the fused kernels' sums and maxima, and the products E·ŵ.
 
 A place a chunk, as long as that is little; else all are added up into the first whenever they are full, so that memory does
 not grow with rows times classes. In a fixed order, as everything here.
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from .kernels import Kernels
 
-# Of sums, and of maxima: 64 MB of float64. 10 million classes in a batch of 4,096 are some 5 million.
-PART_ELEMENTS = 1 << 23
+# Of each. 10 million classes in a batch of 4,096 have some 5 million sums.
+PART_BYTES = 1 << 26
 
 
-def places_for(chunks: int, streams: int, batch: int) -> int:
-    """Chunks whose parts stand beside one another."""
-    return min(chunks, max(PART_ELEMENTS // max(streams * batch, 1), 2))
+def places_for(chunks: int, elements: int, size: int = 8) -> int:
+    """Chunks whose parts, of so many elements of ``size`` bytes, stand beside one another."""
+    return min(chunks, max(PART_BYTES // max(elements * size, 1), 2))
 
 
 class Sums:
     """Float64 ``[streams, B]`` a chunk."""
 
     def __init__(self, like: Tensor, chunks: int, streams: int, batch: int) -> None:
-        self._parts = like.new_empty((places_for(chunks, streams, batch), streams, batch), dtype=torch.float64)
+        self._parts = like.new_empty((places_for(chunks, streams * batch), streams, batch), dtype=torch.float64)
         self._used = 0
 
     def next(self) -> Tensor:
@@ -46,7 +46,7 @@ class Maxima:
     """Float32 cosines ``[streams, B]`` a chunk, and their classes."""
 
     def __init__(self, kernels: Kernels, like: Tensor, labels: Tensor, chunks: int, streams: int, batch: int) -> None:
-        shape = (places_for(chunks, streams, batch), streams, batch)
+        shape = (places_for(chunks, streams * batch), streams, batch)
         self._kernels = kernels
         self._best, self._classes = like.new_empty(shape, dtype=torch.float32), labels.new_empty(shape)
         self._used = 0
@@ -69,3 +69,26 @@ class Maxima:
 
     def restart(self) -> None:
         self._used = 0
+
+
+class Products:
+    """Float32 ``[B, width]`` a chunk."""
+
+    def __init__(self, like: Tensor, chunks: int, batch: int, width: int) -> None:
+        places = places_for(chunks, batch * width, 4)
+        self._parts = like.new_empty((places, batch, width), dtype=torch.float32)
+        self._used = 0
+
+    def next(self) -> Tensor:
+        """The next chunk's, to be written whole."""
+        if self._used == self._parts.shape[0]:
+            self._parts[0] = self._parts.sum(0)
+            self._used = 1
+        self._used += 1
+        return self._parts[self._used - 1]
+
+    def total(self) -> Tensor:
+        """Their sum, ``[B, width]``; of size 0 if there were none."""
+        if self._parts.shape[0] == 0:
+            return self._parts.new_empty(0)
+        return self._parts[0] if self._used <= 1 else self._parts[: self._used].sum(0)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import Forward, Problem, replay
-from .fused import Fused, padded, streams_for
+from .chunking import padded
+from .fused import Fused, streams_for
 from .triton_configs import GRADIENT, Config, GradientConfig, config, kind
 
 try:
