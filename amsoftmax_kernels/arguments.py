@@ -58,9 +58,9 @@ def check_features(features: Any, weight: Any) -> None:
             f"weight must have shape [C, D] with at least one class and dimension, but it has {list(weight.shape)}"
         )
     if features.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"features [B, D] and weight [C, D] must share D, but they have {features.shape[1]} and {weight.shape[1]}"
-        )
+        D, (C, dim) = features.shape[1], weight.shape
+        swapped = "; are D and C, embedding_dim and num_classes, swapped?" if D == C else ""
+        raise ValueError(f"features [B, D] and weight [C, D] must share D, but they have {D} and {dim}{swapped}")
 
 
 def _check_dense(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -130,7 +130,8 @@ def check_scale(scale: Any, device: torch.device | None = None) -> None:
     else:
         raise TypeError(f"scale must be a float or a 0-d tensor, but it is {type_name(scale)}")
     if not (0 < value < math.inf):
-        raise ValueError(f"scale must be positive and finite, but it is {value}")
+        learned = " (learned: nothing but the loss keeps it there)" if getattr(scale, "requires_grad", False) else ""
+        raise ValueError(f"scale must be positive and finite, but it is {value}{learned}")
 
 
 def check_margin(margin: Any, num_classes: int, device: torch.device | None = None) -> None:

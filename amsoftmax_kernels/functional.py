@@ -79,7 +79,8 @@ def am_softmax_loss(
         labels: ``[B]`` integer class indices.
         scale: s, a positive float or a 0-d tensor (learned if it requires grad).
         margin: m, a float, a ``[C]`` tensor (one a class), or a margin object (:class:`amsoftmax_kernels.margins.Margin`).
-        normalize_features: if False, ‖x‖ takes the place of ``scale`` (the paper's variant without feature normalization).
+        normalize_features: if False, ‖x‖ takes the place of ``scale``, which is then ignored (the paper's variant without
+            feature normalization).
         reduction: ``"mean"`` over the rows not ignored, ``"sum"``, or ``"none"`` for the ``[B]`` rows.
         ignore_index: rows with this label give loss 0 and no gradient, whatever their features.
         interclass_filter: negatives whose cosine exceeds this are left out: they may be the same identity under another
@@ -104,6 +105,7 @@ def am_softmax_loss(
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device, range, reduction or backend; on the CPU, a label that is neither in
             ``[0, C)`` nor ``ignore_index``.
+        RuntimeError: under ``torch.func``'s transforms, which only ``backend="reference"`` serves.
     """
     scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
     interclass_filter, save_bytes = plain(interclass_filter), plain(save_bytes)
@@ -115,15 +117,16 @@ def am_softmax_loss(
     )  # fmt: skip
     dtype = compute_dtype(features, weight)
     backend = backends.choose(backend, features.device, dtype)
-    canonical = canonical_labels if backend == "reference" else backends.load(backend).canonical_labels
-    labels, num_rows = canonical(labels, weight.shape[0], ignore_index)
     if backend == "reference":
+        labels, num_rows = canonical_labels(labels, weight.shape[0], ignore_index)
         rows, predictions = reference.loss_rows(
             features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter
         )
         loss = reduce_rows(rows, labels, num_rows, reduction)
         return (loss, predictions) if return_predictions else loss
 
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"torch.func's transforms take backend='reference', but backend is {backend!r}")
     scale, s = scale_tensor(scale, features.device)
     problem = backends.Problem(
         features, weight, labels, scale, normalize_features, dtype,
@@ -132,7 +135,7 @@ def am_softmax_loss(
     constant = margin.margin if type(margin) is AdditiveMargin else margin
     if isinstance(constant, (int, float)) and reduction != "none":
         at_once = backends.load(backend).loss_at_once(
-            problem, num_rows, float(constant), reduction == "mean", return_predictions
+            problem, ignore_index, float(constant), reduction == "mean", return_predictions
         )
         if at_once is not None:
             loss = _LossAtOnce.apply(features, weight, scale, at_once)  # type: ignore[no-untyped-call]
@@ -146,9 +149,13 @@ def am_softmax_loss(
     need_weight = torch.is_grad_enabled() and weight.requires_grad
     how = (min(save_bytes, (1 << 63) - 1), return_predictions, need_rows, need_weight, backend)
     if isinstance(constant, (int, float)):
-        of_loss = (num_rows, float(constant), reduction, not normalize_features or scale.requires_grad)
-        loss, cosine, best, best_class = _ConstantMarginLoss.apply(*problem, *how, *of_loss)  # type: ignore[no-untyped-call]
+        of_loss = (ignore_index, float(constant), reduction, not normalize_features or scale.requires_grad)
+        loss, labels, cosine, best, best_class = _ConstantMarginLoss.apply(  # type: ignore[no-untyped-call]
+            *problem, *how, *of_loss
+        )
     else:
+        labels, num_rows = backends.load(backend).canonical_labels(labels, weight.shape[0], ignore_index)
+        problem = problem._replace(labels=labels)
         log_z, cosine, norm, best, best_class = AMSoftmaxFunction.apply(*problem, *how)  # type: ignore[no-untyped-call]
         rows = loss_rows(log_z, cosine, norm, labels, weight.shape[0], s if normalize_features else norm, as_margin(margin))
         loss = reduce_rows(rows, labels, num_rows, reduction)
@@ -271,18 +278,18 @@ class _LossAtOnce(torch.autograd.Function):
 class _ConstantMarginLoss(torch.autograd.Function):
     """The whole loss for a margin that is a number: its derivatives are known in the forward pass.
 
-    ``apply(*AMSoftmaxFunction's arguments, num_rows, margin, reduction, need_scale)``, the last four as in
-    :meth:`amsoftmax_kernels.backends.Backend.forward_loss`, returns the loss, t, and the best negative's cosine and class,
-    of which the loss alone is differentiable.
+    ``apply(*AMSoftmaxFunction's arguments, ignore_index, margin, reduction, need_scale)``, labels and the last four as in
+    :meth:`amsoftmax_kernels.backends.Backend.forward_loss`, returns the loss, the labels made canonical, t, and the best
+    negative's cosine and class, of which the loss alone is differentiable.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         problem, (*how, backend), of_loss = backends.Problem(*arguments[:7]), arguments[7:12], arguments[12:]
-        out, loss, derivatives = backends.load(backend).forward_loss(problem, *how, *of_loss)
-        _save(ctx, problem, out, backend, *derivatives)
-        ctx.mark_non_differentiable(out.cosine, out.best, out.best_class)
-        return loss, out.cosine, out.best, out.best_class
+        labels, out, loss, derivatives = backends.load(backend).forward_loss(problem, *how, *of_loss)
+        _save(ctx, problem._replace(labels=labels), out, backend, *derivatives)
+        ctx.mark_non_differentiable(labels, out.cosine, out.best, out.best_class)
+        return loss, labels, out.cosine, out.best, out.best_class
 
     @staticmethod
     @once_differentiable

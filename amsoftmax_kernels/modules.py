@@ -20,9 +20,10 @@ class AMSoftmaxLoss(nn.Module):
     Args:
         embedding_dim: D.
         num_classes: C.
-        scale: s, a positive float or a 0-d tensor; an ``nn.Parameter`` is learned.
+        scale: s, a positive float or a 0-d tensor; an ``nn.Parameter`` is learned (nothing but the loss keeps it positive).
         margin: m, a float, a ``[C]`` tensor, or a margin object; an ``nn.Parameter`` or an ``nn.Module`` is registered
-            here, and so moved, saved and trained with the head.
+            here, and so moved, saved and trained with the head. A smaller margin always lowers the loss: one that is
+            learned needs a term in the loss that holds it up.
         normalize_features, reduction, ignore_index, interclass_filter, backend, save_bytes: as in :func:`am_softmax_loss`.
         device, dtype: of the centres.
 
@@ -120,7 +121,14 @@ class AMSoftmaxLoss(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}"]
         names = ("scale", "margin") if self.normalize_features else ("margin",)  # where ‖x‖ takes the place of s
-        parts += [f"{name}={value}" for name in names if isinstance(value := getattr(self, name), (int, float))]
+        parts += [f"{name}={_described(value)}" for name in names if not isinstance(value := getattr(self, name), nn.Module)]
         parts += [] if self.normalize_features else ["normalize_features=False"]
         parts += [] if self.interclass_filter is None else [f"interclass_filter={self.interclass_filter}"]
         return ", ".join(parts)
+
+
+def _described(value: object) -> str:
+    """A scale or margin in a word; one that is a Module is listed as a child."""
+    if isinstance(value, Tensor):
+        return f"{type(value).__name__}{list(value.shape)}"
+    return str(value) if isinstance(value, (int, float)) else str(getattr(value, "__name__", value))

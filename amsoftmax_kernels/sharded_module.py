@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import backends, reference, sharding
@@ -28,11 +28,12 @@ _BLOCK = 4096  # centres drawn from one seed, so that their values do not depend
 class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
     """:class:`AMSoftmaxLoss` with its classes sharded over ranks, each of which brings its own rows.
 
-    The loss is that of all ranks' rows, the same number on every rank (``reduction="none"``: this rank's own rows). Every
-    rank must call it, and backpropagate the same function of it. The gradients are such that a backbone under
-    DistributedDataParallel or FSDP, which average over ranks, trains as one process on the whole batch would; the head's
-    own parameters have their whole gradient, and must not be wrapped. A margin object is evaluated on every rank for all
-    rows: it must not draw random numbers. Batches may differ in size between ranks, or be empty.
+    The loss is that of all ranks' rows, the same number on every rank (``reduction="none"``: this rank's own rows, and the
+    gradient is that of the mean over ranks of what each makes of its rows: of the mean over all rows if each takes the mean
+    of equally many). Every rank must call it, and backpropagate the same function of it. The gradients are such that a
+    backbone under DistributedDataParallel or FSDP, which average over ranks, trains as one process on the whole batch would;
+    the head's own parameters have their whole gradient, and must not be wrapped. A margin object is evaluated on every rank
+    for all rows: it must not draw random numbers. Batches may differ in size between ranks, or be empty.
 
     One all-gather of features (in the compute dtype) and labels, one all-reduce of two numbers a row, one
     reduce-scatter of the features' gradient: see the README for the bytes.
@@ -45,9 +46,10 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             dimension and the rows spread over both. None: all ranks of the default group; where there is none, one process
             has all classes, as in :class:`AMSoftmaxLoss`.
         sample_rate: the share of each rank's classes to compute with in training (PartialFC, An et al. 2021): every class of
-            the batch among them, and others drawn anew each step, equally likely. 1 takes all.
+            the batch among them, and others drawn anew each step, equally likely; of K classes at least B + 1, for B rows
+            on all ranks, as each may be of a class of its own here. 1 takes all.
         sampling_correction: multiply the drawn negatives' terms so that the softmax's denominator estimates that over
-            all classes without bias (the rate is then that of the classes beside the batch's own); otherwise it is
+            all classes without bias (the rate is then that of the others: B + rate·(K − B) are drawn); otherwise it is
             that of the drawn classes, as in PartialFC.
         rowwise_gradient: with a ``sample_rate`` below 1, write only the drawn rows of ``weight.grad``, which is kept between
             steps, for :class:`amsoftmax_kernels.optim.RowwiseSGD` or :class:`~amsoftmax_kernels.optim.RowwiseAdamW`: these
@@ -119,6 +121,14 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             # Seed and steps taken: in the checkpoint, so that a run that is resumed draws what it would have drawn.
             self.register_buffer("sampling_state", torch.zeros(2, dtype=torch.int64, device=where))
         return self.shards.distribute(torch.empty(self.shards.classes, self.embedding_dim, device=where, dtype=dtype))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Of whole centres, as :class:`AMSoftmaxLoss` saves them, this rank's part is taken."""
+        whole: Any = state_dict.get(f"{prefix}weight")
+        if self.shards.mesh is not None and type(whole) in (Tensor, nn.Parameter) and whole.shape == self.weight.shape:
+            local = whole.detach()[self.shards.start : self.shards.stop].to(self.weight.device, self.weight.dtype, copy=True)
+            state_dict[f"{prefix}weight"] = self.shards.distribute(local)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

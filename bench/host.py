@@ -98,8 +98,6 @@ def _without_products() -> Iterator[None]:
     with (
         mock.patch.object(fused, "_product", product),
         mock.patch.object(fused, "replayed_on", lambda device: True),
-        mock.patch.object(backend, "canonical_labels", backend.fused._replayed["canonical_labels"]),
-        mock.patch.object(cuda, "canonical_labels", cuda.fused._replayed["canonical_labels"]),
     ):
         yield
 

@@ -130,6 +130,7 @@ class Options:
     predict: bool = False
     features_dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype = torch.float32
+    labels_dtype: torch.dtype = torch.int64
     constant_margin: bool = True
     of_norm: bool = False
     reduction: str = "mean"
@@ -147,21 +148,22 @@ def of_a_step(
 
 def _step(B: int, D: int, C: int, how: Options) -> None:
     features, weight = torch.empty(B, D, dtype=how.features_dtype), torch.empty(C, D, dtype=how.weight_dtype)
-    labels, count = torch.zeros(B, dtype=torch.int64), torch.tensor(B)
+    labels = torch.zeros(B, dtype=how.labels_dtype)
     scale = torch.tensor(30.0) if how.scale is None else torch.tensor(how.scale, dtype=torch.float64)
     upstream = torch.zeros(2)[1]  # as if part of something else: no kernel may count on its address
     rows, weights, of_scale = how.needs
     problem = Problem(features, weight, labels, scale, how.normalize, how.compute_dtype, how.interclass_filter)
-    backend.fused.labels(labels, C, -100)
     asked = (problem, how.save_bytes if any(how.needs) else 0, how.predict, rows or of_scale, weights)
     if how.constant_margin:
         need_scale = of_scale or not how.normalize
-        out, _, derivatives = backend.forward_loss(*asked, count, 0.35, how.reduction, need_scale)
+        labels, out, _, derivatives = backend.forward_loss(*asked, -100, 0.35, how.reduction, need_scale)
         if any(how.needs):
             upstream = upstream.expand(B) if how.reduction == "none" else upstream
-            backend.backward_loss(problem, out, derivatives, upstream, how.needs)
+            backend.backward_loss(problem._replace(labels=labels), out, derivatives, upstream, how.needs)
     else:
-        out = backend.forward(*asked)
+        labels, _ = backend.fused.labels(labels, C, -100)
+        problem = problem._replace(labels=labels)
+        out = backend.forward(problem, *asked[1:])
         if any(how.needs):
             grad_norm = out.z if how.of_norm else None
             backend.backward(problem, out, out.z, out.z, grad_norm, how.needs)
@@ -252,6 +254,7 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
         if not quick:
             for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
                 backend.fused.labels(torch.zeros(256, dtype=dtype), 2048, -100)
+                add(256, 512, 2048, Options(labels_dtype=dtype))
             add(100, 200, 1000, Options())  # a dimension that fills no tile
             for D in (128, 256, 496):  # the centres' gradient in one tile, narrow or wide, and in two, one of them not full
                 add(256, D, 2048, Options())

@@ -32,7 +32,7 @@ const char* wrong(const AkCosine& p) {
 
 extern "C" {
 
-int32_t ak_version() { return 4; }
+int32_t ak_version() { return 5; }
 
 int32_t ak_contract() { return AK_CONTRACT; }
 

@@ -52,6 +52,7 @@ struct AkRows {
     AkScale scale;
     AkMatrix w_hat;       // [C, width]; data null: not written
     float* inverse_norm;  // [C], with w_hat
+    AkLabels raw;         // those that `labels` are made of, and counted; raw.labels null: they are there
 };
 
 struct AkCentres {

@@ -11,13 +11,29 @@ __device__ inline double element(const T* row, int64_t column, int64_t stride, b
     return present ? double(to_float(row[column * stride])) : 0.0;
 }
 
-template <class T>
-__global__ void __launch_bounds__(1024) canonical_labels(AkLabels p) {
-    const T* labels = static_cast<const T*>(p.labels);
+__device__ inline int64_t canonical_label(const AkLabels& p, int64_t row) {
+    int64_t label = 0;
+    switch (p.type) {
+        case AK_INT64: label = static_cast<const int64_t*>(p.labels)[row]; break;
+        case AK_INT32: label = static_cast<const int32_t*>(p.labels)[row]; break;
+        case AK_INT16: label = static_cast<const int16_t*>(p.labels)[row]; break;
+        case AK_INT8: label = static_cast<const int8_t*>(p.labels)[row]; break;
+        case AK_UINT8: label = static_cast<const uint8_t*>(p.labels)[row]; break;
+    }
+    return label == p.ignore_index ? -1 : label < 0 || label >= p.classes ? p.classes : label;
+}
+
+const char* check_labels(const AkLabels& p) {
+    const bool integer = p.type == AK_INT64 || p.type == AK_INT32 || p.type == AK_INT16 || p.type == AK_INT8 ||
+                         p.type == AK_UINT8;
+    return integer ? nullptr : "labels of a type that is not an integer";
+}
+
+// All of them, by one block.
+__device__ inline void write_labels(const AkLabels& p) {
     int64_t count = 0;
     for (int64_t row = threadIdx.x; row < p.batch; row += blockDim.x) {
-        int64_t label = labels[row];
-        label = label == p.ignore_index ? -1 : label < 0 || label >= p.classes ? p.classes : label;
+        const int64_t label = canonical_label(p, row);
         p.result[row] = label;
         count += label >= 0;
     }
@@ -25,11 +41,17 @@ __global__ void __launch_bounds__(1024) canonical_labels(AkLabels p) {
     if (threadIdx.x == 0) *p.count = count > 0 ? count : 1;
 }
 
-// The blocks after the rows', if there are any, take a class a warp: a launch less.
+__global__ void __launch_bounds__(1024) canonical_labels(AkLabels p) { write_labels(p); }
+
+// A block before the rows' writes the labels, if they are not there yet; those after them, if there are any, take a class a
+// warp. Two launches less.
 template <class X, class W, class O>
 __global__ void __launch_bounds__(kThreads) prepare_rows(AkRows p, bool vector) {
-    if (blockIdx.x >= p.features.rows) {
-        const int64_t row = (blockIdx.x - p.features.rows) * (kThreads / 32) + threadIdx.x / 32;
+    const bool raw = p.raw.labels;
+    if (raw && blockIdx.x == 0) return write_labels(p.raw);
+    const int64_t block = blockIdx.x - (raw ? 1 : 0);
+    if (block >= p.features.rows) {
+        const int64_t row = (block - p.features.rows) * (kThreads / 32) + threadIdx.x / 32;
         if (row >= p.weight.rows) return;
         if (vector)
             prepare_centre<W, O, true>(p.weight, p.w_hat, p.inverse_norm, row);
@@ -37,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) prepare_rows(AkRows p, bool vector) 
             prepare_centre<W, O, false>(p.weight, p.w_hat, p.inverse_norm, row);
         return;
     }
-    const int64_t row = blockIdx.x, label = p.labels[row];
+    const int64_t row = block, label = raw ? canonical_label(p.raw, row) : p.labels[row];
     const bool ignored = label < 0, present = !ignored && label < p.weight.rows;
     const X* x = row_of<X>(p.features, row);
     const W* w = row_of<W>(p.weight, present ? label : 0);
@@ -194,15 +216,8 @@ extern "C" {
 const char* ak_canonical_labels(const AkLabels* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     if (guard.error()) return guard.error();
-    [[maybe_unused]] cudaStream_t stream = static_cast<cudaStream_t>(where->stream);
-    switch (p->type) {
-        case AK_INT64: AK_LAUNCH(ak::canonical_labels<int64_t>, 1, 1024, 0, stream, *p); break;
-        case AK_INT32: AK_LAUNCH(ak::canonical_labels<int32_t>, 1, 1024, 0, stream, *p); break;
-        case AK_INT16: AK_LAUNCH(ak::canonical_labels<int16_t>, 1, 1024, 0, stream, *p); break;
-        case AK_INT8: AK_LAUNCH(ak::canonical_labels<int8_t>, 1, 1024, 0, stream, *p); break;
-        case AK_UINT8: AK_LAUNCH(ak::canonical_labels<uint8_t>, 1, 1024, 0, stream, *p); break;
-        default: return "labels of a type that is not an integer";
-    }
+    if (const char* wrong = ak::check_labels(*p)) return wrong;
+    AK_LAUNCH(ak::canonical_labels, 1, 1024, 0, static_cast<cudaStream_t>(where->stream), *p);
     return ak::launch_error();
 }
 
@@ -218,10 +233,12 @@ const char* ak_prepare_rows(const AkRows* p, const AkWhere* where) {
                 using O = typename decltype(o)::type;
                 if (p->w_hat.data && !ak::aligned_rows(p->w_hat, sizeof(O)))
                     return "rows of normalized centres must start at multiples of 16 bytes";
+                if (const char* wrong = p->raw.labels ? ak::check_labels(p->raw) : nullptr) return wrong;
                 constexpr int kClasses = ak::kThreads / 32;
                 const int64_t centres = p->w_hat.data ? (p->weight.rows + kClasses - 1) / kClasses : 0;
                 const bool vector = ak::in_eights<W>(p->weight, p->w_hat);
-                AK_LAUNCH((ak::prepare_rows<X, W, O>), p->features.rows + centres, ak::kThreads, 0, stream, *p, vector);
+                const int64_t blocks = (p->raw.labels ? 1 : 0) + p->features.rows + centres;
+                AK_LAUNCH((ak::prepare_rows<X, W, O>), blocks, ak::kThreads, 0, stream, *p, vector);
                 return ak::launch_error();
             });
         });

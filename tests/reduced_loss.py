@@ -9,7 +9,7 @@ from torch import Tensor
 
 import amsoftmax_kernels as ak
 from amsoftmax_kernels.backends import Forward, Problem, chunking, fused, margin
-from amsoftmax_kernels.backends.kernels import Kernels
+from amsoftmax_kernels.backends.kernels import Kernels, RawLabels
 
 from .cases import Case, relative
 
@@ -67,6 +67,31 @@ def check_the_margin_kernel(
     problem.labels[1] = 9
     kernels.constant_margin(problem, saved, shares, count, s, 0.35, reduction, loss, derivatives, x_factored)
     assert loss.isnan() and derivatives[0, 1].isnan() and not derivatives[0, 2:].isnan().any()
+
+
+def check_labels_made_with_the_rows(kernels: Kernels, labels: Tensor, ignore_index: int, device: torch.device) -> None:
+    """By the kernel that prepares the rows, as by the one for labels alone; and the rows as with labels that are there."""
+    B, C, D = len(labels), 5, 20
+    generator = torch.Generator().manual_seed(0)
+    features, weight = (torch.randn(rows, D, generator=generator).to(device) for rows in (B, C))
+    scale = torch.tensor(30.0, dtype=torch.float64)
+    ignored = labels == ignore_index
+    expected = labels.long().masked_fill((labels < 0) | (labels >= C), C).masked_fill(ignored, -1)
+    found = []
+    for raw in (True, False):
+        problem = Problem(features, weight, expected.to(device), scale, True, torch.float32, math.inf)
+        num_rows = torch.full((), -7, device=device)
+        given = RawLabels(labels.to(device), ignore_index, num_rows) if raw else None
+        if raw:
+            problem.labels.fill_(-7)
+        vectors = [features.new_full((B,), math.nan) for _ in range(4)]
+        x_hat, w_hat = (features.new_full((rows, 32), math.nan) for rows in (B, C))
+        inverse_norm = features.new_full((C,), math.nan)
+        kernels.prepare_rows(problem, given, 30.0, x_hat, *vectors, w_hat, inverse_norm)
+        assert torch.equal(problem.labels.cpu(), expected)
+        assert num_rows.item() == (max((~ignored).sum().item(), 1) if raw else -7)
+        found.append((*vectors, x_hat, w_hat, inverse_norm))
+    assert all(map(torch.equal, *found)) and not any(each.isnan().any() for each in found[0])
 
 
 def curved(cosine: Tensor, labels: Tensor, feature_norm: Tensor) -> Tensor:

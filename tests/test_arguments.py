@@ -168,6 +168,8 @@ def test_a_learned_margin_may_go_where_it_goes() -> None:
 
 def test_margins_are_read_only_where_they_have_values() -> None:
     """Not under torch.func's transforms, nor in fake tensors."""
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.func.grad(lambda x: ak.am_softmax_loss(x, *list(GOOD.values())[1:]))(GOOD["features"])
     margins = torch.tensor([0.1, 0.3])
     losses = torch.func.vmap(lambda m: ak.reference.am_softmax_loss(*GOOD.values(), margin=m))(margins)
     for loss, margin in zip(losses, margins, strict=True):

@@ -76,7 +76,7 @@ def test_a_failing_peer_does_not_end_the_run(tmp_path: Path, quickly: None, monk
 
 def test_what_is_left_out_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     peer = peers.PEERS[2]
-    earlier = [{"peer": peer.name, "B": 1, "D": 1, "C": 100, "median_s": 2.0}]
+    earlier = [{"peer": peer.name, "B": 1, "D": 1, "C": 100, "median_s": 9.0, "min_s": 2.0}]
     assert command.skip_reason(peer, 1, 1, 200, earlier, 30.0, CPU) is None
     assert "40 s" in (command.skip_reason(peer, 1, 1, 2000, earlier, 30.0, CPU) or "")
     monkeypatch.setattr(machine, "available_bytes", lambda device: 10**9)

@@ -23,7 +23,7 @@ from amsoftmax_kernels.backends import Problem, chunking, cuda, cuda_library, fu
 
 from .cases import CASES, CHUNK, Case, relative
 from .emulation import build_changed, serve
-from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel
+from .reduced_loss import check_a_reduced_loss, check_labels_made_with_the_rows, check_the_margin_kernel
 from .test_loss import eager, evaluate, oracle
 
 CPU = torch.device("cpu")
@@ -279,6 +279,16 @@ def test_labels(dtype: torch.dtype, emulated: None) -> None:
     labels = torch.tensor([3, 100, 0, 5, 7, 4, 100]).to(dtype)
     result, count = cuda.fused.labels(labels, 5, 100)
     assert result.tolist() == [3, -1, 0, 5, 5, 4, -1] and count.item() == 5
+    check_labels_made_with_the_rows(cuda._Kernels(), labels.repeat(60), 100, CPU)
+    check_labels_made_with_the_rows(cuda._Kernels(), labels[1:2], 100, CPU)
+
+
+def test_labels_that_are_no_integers(emulated: None) -> None:
+    floats = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="not an integer"):
+        cuda.fused.labels(floats, 5, 100)
+    with pytest.raises(RuntimeError, match="not an integer"):
+        check_labels_made_with_the_rows(cuda._Kernels(), floats, 100, CPU)
 
 
 def test_errors_come_back_as_exceptions(emulated: None) -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import amsoftmax_kernels as ak
+from amsoftmax_kernels.margins import AnnealedAdditiveMargin
 
 from .cases import relative
+from .reduced_loss import curved
 
 
 def test_it_trains_and_equals_the_function() -> None:
@@ -74,6 +76,10 @@ def test_it_can_be_copied_pickled_and_saved() -> None:
 def test_repr_says_what_it_is() -> None:
     text = repr(ak.AMSoftmaxLoss(8, 10, margin=0.4, normalize_features=False))
     assert text == "AMSoftmaxLoss(embedding_dim=8, num_classes=10, margin=0.4, normalize_features=False)"
+    learned = ak.AMSoftmaxLoss(8, 10, torch.nn.Parameter(torch.tensor(20.0)), torch.rand(10))
+    assert "scale=Parameter[], margin=Tensor[10]" in repr(learned)
+    assert "margin=curved" in repr(ak.AMSoftmaxLoss(8, 10, margin=curved))
+    assert "(margin): AnnealedAdditiveMargin" in repr(ak.AMSoftmaxLoss(8, 10, margin=AnnealedAdditiveMargin(0.0, 0.4, 0.1)))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -93,7 +99,9 @@ def test_bad_dtype_and_features() -> None:
     with pytest.raises(TypeError, match="dtype"):
         ak.AMSoftmaxLoss(8, 10, dtype=torch.complex64)
     head = ak.AMSoftmaxLoss(8, 10)
-    with pytest.raises(ValueError, match="features"):
+    with pytest.raises(ValueError, match=r"features.* 7 and 8$"):
         head.cosine(torch.randn(5, 7))
+    with pytest.raises(ValueError, match="embedding_dim and num_classes, swapped"):
+        head(torch.randn(5, 10), torch.zeros(5, dtype=torch.int64))
     with pytest.raises(TypeError, match="features"):
         head.cosine(torch.ones(5, 8, dtype=torch.int64))

@@ -68,6 +68,30 @@ def state(head: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in result.items() if isinstance(value, Tensor)}
 
 
+def load_whole(centres: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Centres of one process into a head of this rank, in two ways; and into one beside other modules."""
+    head, assigned = (ak.ShardedAMSoftmaxLoss(D, C, device=device()) for _ in range(2))
+    head.load_state_dict(centres)
+    assigned.load_state_dict(centres, assign=True)
+    both = torch.nn.ModuleDict({"head": ak.ShardedAMSoftmaxLoss(D, C, device=device())})
+    both.load_state_dict({f"head.{name}": value for name, value in centres.items()})
+    for each in (head, assigned, both["head"]):
+        each(torch.ones(2, D, device=device()), torch.tensor([0, 1], device=device())).backward()
+    return tuple(whole(each.weight).detach().cpu() for each in (head, assigned, both["head"]))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_centres_of_one_process_are_loaded(world: int, ranks: Ranks) -> None:
+    head = ak.AMSoftmaxLoss(D, C)
+    before = head.weight.detach().clone()
+    for found in ranks.run(world, load_whole, head.state_dict()):
+        assert all(torch.equal(each, before) for each in found)
+    assert torch.equal(head.weight, before)
+    short = ak.AMSoftmaxLoss(D, C - 1).state_dict()
+    with pytest.raises(AssertionError, match="size mismatch for weight"):
+        ranks.run(world, load_whole, short)
+
+
 def save(kind: str, folder: str) -> tuple[dict[str, Tensor], Tensor]:
     head, optimizer = make(kind, 1)
     for number in range(3):

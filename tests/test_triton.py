@@ -16,7 +16,7 @@ from amsoftmax_kernels import arguments, backends
 from amsoftmax_kernels.backends import Forward, Problem, chunking, fused
 
 from .cases import CASES, CHUNK, Case, relative
-from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel
+from .reduced_loss import check_a_reduced_loss, check_labels_made_with_the_rows, check_the_margin_kernel
 from .test_loss import check, eager, evaluate, oracle
 
 pytest.importorskip("triton")
@@ -416,6 +416,8 @@ def test_labels_as_the_operator_makes_them() -> None:
         ignored = each == ignore
         expected = each.long().masked_fill((each < 0) | (each >= 5), 5).masked_fill(ignored, -1)
         assert torch.equal(result.cpu(), expected) and count.item() == max((~ignored).sum().item(), 1)
+        if len(each):
+            check_labels_made_with_the_rows(backend._Kernels(), each.repeat(3), ignore, DEVICE)
     with pytest.raises(ValueError, match="labels"):
         arguments.canonical_labels(labels[3:4], 5, -100)
 
@@ -457,13 +459,12 @@ def test_opcheck(normalize: bool, predict: bool, save_bytes: int, short_chunks: 
     if not save_bytes:
         with pytest.raises(RuntimeError, match="centres' gradient would be asked for"):
             ops.triton_backward(*problem, *saved, grad / out.z, grad, None if normalize else grad, True, False, False)
-    count = torch.tensor(PLAIN.B, device=DEVICE)
     for reduction, need_weight in (("none", True), ("mean", False), ("mean", True)):
-        how = (*problem, save_bytes, predict, True, need_weight, count, 0.35, reduction, normalize)
+        how = (*problem, save_bytes, predict, True, need_weight, -100, 0.35, reduction, normalize)
         torch.library.opcheck(ops.triton_forward_loss, how)
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
-        results = ops.triton_forward_loss(*problem, save_bytes, predict, *needs[:2], count, 0.35, "mean", True)
-        out, of_loss = Forward(*results[:10]), results[11:]
+        results = ops.triton_forward_loss(*problem, save_bytes, predict, *needs[:2], -100, 0.35, "mean", True)
+        out, of_loss = Forward(*results[1:11]), results[12:]
         saved = (out.shift, out.cosine, out.norm, out.inverse_norm, out.kept, out.rows)
         torch.library.opcheck(ops.triton_backward_loss, (*problem, *saved, *of_loss, grad[0], *needs))
 

@@ -80,9 +80,9 @@ class Backend(Protocol):
         ``need_weight``: that of weight will."""
 
     def loss_at_once(
-        self, problem: Problem, num_rows: Tensor, margin: float, mean: bool, predict: bool
+        self, problem: Problem, ignore_index: int, margin: float, mean: bool, predict: bool
     ) -> LossAtOnce | None:
-        """The sum or mean of the loss where it is quicker in one go; else None."""
+        """The sum or mean of the loss where it is quicker in one go; else None. Labels as in :meth:`forward_loss`."""
 
     def forward_loss(
         self,
@@ -91,12 +91,15 @@ class Backend(Protocol):
         predict: bool,
         need_rows: bool,
         need_weight: bool,
-        num_rows: Tensor,  # 0-d: what the mean is over
+        ignore_index: int,
         margin: float,
         reduction: str,
         need_scale: bool,
-    ) -> tuple[Forward, Tensor, Derivatives]:
-        """:meth:`forward`, and the loss for one margin with its derivatives, as in :mod:`.margin`."""
+    ) -> tuple[Tensor, Forward, Tensor, Derivatives]:
+        """:meth:`forward`, and the loss for one margin with its derivatives, as in :mod:`.margin`.
+
+        The problem's labels are those that :meth:`canonical_labels` is given, and come back as it makes them.
+        """
 
     def backward_loss(
         self, problem: Problem, saved: Forward, derivatives: Derivatives, upstream: Tensor, needs: tuple[bool, bool, bool]

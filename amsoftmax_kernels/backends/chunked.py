@@ -44,7 +44,7 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "mps"  # no float64 there
 
 
-def loss_at_once(problem: Problem, num_rows: Tensor, margin: float, mean: bool, predict: bool) -> LossAtOnce | None:
+def loss_at_once(problem: Problem, ignore_index: int, margin: float, mean: bool, predict: bool) -> LossAtOnce | None:
     """Small and plain problems on a CPU: see :mod:`.one_chunk`."""
     features, weight, labels, scale = problem[:4]
     (B, D), C, device = features.shape, weight.shape[0], features.device
@@ -56,6 +56,7 @@ def loss_at_once(problem: Problem, num_rows: Tensor, margin: float, mean: bool, 
     enabled = torch.is_grad_enabled()
     needs = (enabled and features.requires_grad, enabled and weight.requires_grad, enabled and scale.requires_grad)
     dtype = accumulate_dtype(problem.compute_dtype)
+    labels, num_rows = canonical_labels(labels, C, ignore_index)
     with torch.no_grad(), no_autocast(device):
         # The number of rows is at least 1, whatever becomes of a single one.
         if num_rows.item() == B and (B > 1 or labels.item() >= 0):
@@ -93,7 +94,7 @@ def backward(
     return grads
 
 
-def forward_loss(problem: Problem, *how: Any) -> tuple[Forward, Tensor, Derivatives]:
+def forward_loss(problem: Problem, *how: Any) -> tuple[Tensor, Forward, Tensor, Derivatives]:
     return constant_margin.forward_loss(forward, problem, *how)
 
 

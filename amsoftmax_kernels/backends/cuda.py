@@ -22,6 +22,7 @@ from . import Forward, Problem
 from . import cuda_library as c
 from .chunking import padded
 from .fused import Fused, streams_for
+from .kernels import RawLabels
 from .triton_configs import kind
 
 _MIN_CAPABILITY = (8, 0)
@@ -109,6 +110,13 @@ def _in_sixteens(tensor: Tensor) -> bool:
     return aligned and tensor.stride(1) == 1 and tensor.shape[1] % 8 == 0
 
 
+def _labels(labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor) -> Any:
+    return c.Labels(
+        c.pointer(labels), c.pointer(result), c.pointer(count), labels.shape[0], num_classes, ignore_index,
+        c.integer_type(labels), 0,
+    )  # fmt: skip
+
+
 class _Kernels:
     """:class:`.fused.Kernels` through the library."""
 
@@ -119,21 +127,20 @@ class _Kernels:
         return int(tiling.parts) * streams_for(max(tiling.blocks, 1), blocks, tiles)
 
     def canonical_labels(self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor) -> None:
-        parameters = c.Labels(
-            c.pointer(labels), c.pointer(result), c.pointer(count), labels.shape[0], num_classes, ignore_index,
-            c.integer_type(labels), 0,
-        )  # fmt: skip
+        parameters = _labels(labels, ignore_index, num_classes, result, count)
         _library(labels.device).call("ak_canonical_labels", parameters, labels.device)
 
     def prepare_rows(
-        self, problem: Problem, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor, factor: Tensor,
-        shift: Tensor, w_hat: Tensor | None, inverse_norm: Tensor,
+        self, problem: Problem, raw: RawLabels | None, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor,
+        factor: Tensor, shift: Tensor, w_hat: Tensor | None, inverse_norm: Tensor,
     ) -> None:  # fmt: skip
         parameters = c.Rows(
             c.matrix(problem.features), c.matrix(problem.weight), c.operand(x_hat), c.pointer(problem.labels),
             c.pointer(cosine), c.pointer(norm), c.pointer(factor), c.pointer(shift),
             c.scale(s, problem.normalize_features), c.operand(w_hat), c.pointer(inverse_norm),
         )  # fmt: skip
+        if raw is not None:
+            parameters.raw = _labels(raw.labels, raw.ignore_index, problem.weight.shape[0], problem.labels, raw.num_rows)
         _library(x_hat.device).call("ak_prepare_rows", parameters, x_hat.device)
 
     def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None) -> None:

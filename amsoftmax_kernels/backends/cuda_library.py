@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import build
 from . import replay
 
-VERSION = 4  # of the contract: ak_version()
+VERSION = 5  # of the contract: ak_version()
 _TYPES = {
     torch.float32: 0, torch.float16: 1, torch.bfloat16: 2,
     torch.int64: 3, torch.int32: 4, torch.int16: 5, torch.int8: 6, torch.uint8: 7,
@@ -44,7 +44,7 @@ Labels = _structure(
 )  # fmt: skip
 Rows = _structure(
     "AkRows", **_named(Matrix, "features weight x_hat"), **_named(c_void_p, "labels cosine norm factor shift"), scale=Scale,
-    w_hat=Matrix, inverse_norm=c_void_p,
+    w_hat=Matrix, inverse_norm=c_void_p, raw=Labels,
 )  # fmt: skip
 Centres = _structure("AkCentres", **_named(Matrix, "weight w_hat"), **_named(c_void_p, "inverse_norm unless_bounded"))
 Cosine = _structure(

@@ -41,7 +41,7 @@ from . import Derivatives, Forward, Problem, chunking
 from . import margin as constant_margin
 from .budget import BOUNDED_SCALE
 from .chunking import Shard, padded, panel_dtype
-from .kernels import Kernels
+from .kernels import Kernels, RawLabels
 from .parts import Maxima, Products, Sums
 from .replay import Replayed, on_device
 from .triton_configs import kind
@@ -82,8 +82,8 @@ class Fused:
         )
         register(
             f"{name}_forward_loss",
-            f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows, bool need_weight, Tensor num_rows, "
-            f"float margin, str reduction, bool need_scale) -> ({', '.join(['Tensor'] * 16)})",
+            f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows, bool need_weight, int ignore_index, "
+            f"float margin, str reduction, bool need_scale) -> ({', '.join(['Tensor'] * 17)})",
             self._forward_loss,
             _forward_loss_fake,
         )
@@ -97,7 +97,7 @@ class Fused:
         )
 
     def canonical_labels(self, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-        if labels.device.type == "cpu":  # whose values are checked
+        if not replayed_on(labels.device):  # a CPU, where their values are checked
             return arguments.canonical_labels(labels, num_classes, ignore_index)
         result: tuple[Tensor, Tensor] = self._call("canonical_labels", labels)(labels, num_classes, ignore_index)
         return result
@@ -109,10 +109,10 @@ class Fused:
     def loss_at_once(self, *unused: Any) -> None:
         """Not here: multiplying the finished gradients by the upstream one would read and write them once more."""
 
-    def forward_loss(self, problem: Problem, *how: Any) -> tuple[Forward, Tensor, Derivatives]:
-        """In fewer launches than :meth:`forward` and what would follow it."""
-        results = self._call("forward_loss", problem.features)(*problem, *how)
-        return Forward(*results[:10]), results[10], Derivatives(*results[11:])
+    def forward_loss(self, problem: Problem, *how: Any) -> tuple[Tensor, Forward, Tensor, Derivatives]:
+        """In fewer launches than :meth:`forward` and what would go before and after it."""
+        labels, *results = self._call("forward_loss", problem.features)(*problem, *how)
+        return labels, Forward(*results[:10]), results[10], Derivatives(*results[11:])
 
     def backward_loss(
         self, problem: Problem, saved: Forward, derivatives: Derivatives, upstream: Tensor, needs: tuple[bool, bool, bool]
@@ -158,31 +158,41 @@ class Fused:
         return result, count
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        return self._over_chunks(Problem(*arguments[:7]), *arguments[7:], finish=None)[0]
+        return self._over_chunks(Problem(*arguments[:7]), None, *arguments[7:], finish=None)[0]
 
     def _forward_loss(self, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, how, (num_rows, margin, reduction, need_scale) = (
-            Problem(*arguments[:7]),
-            arguments[7:11],
-            arguments[11:],
-        )
+        given, how, rest = Problem(*arguments[:7]), arguments[7:11], arguments[11:]
+        ignore_index, margin, reduction, need_scale = rest
+        problem, raw = self._raw(given, ignore_index)
         needed = how[3] and reduction != "none"
         loss, derivatives, x_factored = _loss_buffers(problem, reduction, needed, need_scale)
         s = scale_of(problem.scale, problem.normalize_features)
+        factored = x_factored if needed else None
 
         def finish(saved: Forward, z_parts: Tensor | None) -> None:
             self.kernels.constant_margin(
-                problem, saved, z_parts, num_rows, s, margin, reduction, loss, derivatives, x_factored if needed else None
+                problem, saved, z_parts, raw.num_rows, s, margin, reduction, loss, derivatives, factored
             )
 
-        saved, *prepared = self._over_chunks(problem, *how, finish=finish)
+        saved, *prepared = self._over_chunks(problem, raw, *how, finish=finish)
         recompute = needed and saved.kept.shape[1] < problem.weight.shape[0]
         # And the last of ŵ, which the backward pass would have to make again; it has room for the rest in the gradient.
-        return *saved, loss, derivatives, x_factored, *(each if recompute else each.new_empty(0) for each in prepared)
+        left = (each if recompute else each.new_empty(0) for each in prepared)
+        return problem.labels, *saved, loss, derivatives, x_factored, *left
+
+    def _raw(self, given: Problem, ignore_index: int) -> tuple[Problem, RawLabels]:
+        """The problem with room for labels that are yet to be made canonical, and what they are made of."""
+        labels = given.labels
+        if not replayed_on(labels.device):  # a CPU, where their values are checked
+            arguments.canonical_labels(labels, given.weight.shape[0], ignore_index)
+        count = torch.empty((), dtype=torch.int64, device=labels.device)
+        problem = given._replace(labels=torch.empty(labels.shape, dtype=torch.int64, device=labels.device))
+        return problem, RawLabels(labels.contiguous(), ignore_index, count)
 
     def _over_chunks(
         self,
         problem: Problem,
+        raw: RawLabels | None,
         save_bytes: int,
         predict: bool,
         need_rows: bool,
@@ -216,12 +226,14 @@ class Fused:
             results = Forward(z, shift, cosine, norm, inverse_norm, kept, z.new_empty(0), z, best, best_class)
             if B == 0:
                 results = results._replace(rows=products.total())
+                if raw is not None:
+                    kernels.canonical_labels(raw.labels, raw.ignore_index, C, labels, raw.num_rows)
                 if finish is not None:
                     finish(results, None)
                 return results, x_hat, factor, room[: len(spans[-1])]
             s = scale_of(scale, normalize)
             w_hat = room if len(spans) == 1 else None
-            kernels.prepare_rows(problem, s, x_hat, cosine, norm, factor, shift, w_hat, inverse_norm)
+            kernels.prepare_rows(problem, raw, s, x_hat, cosine, norm, factor, shift, w_hat, inverse_norm)
             bounded = _bounded(s, normalize)
             streams = kernels.streams(problem, len(spans[0]))
             sums = Sums(features, len(spans), streams, B)
@@ -468,6 +480,7 @@ def _forward_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     recompute = needed and padded(count) < C
     last = chunking.forward_spans(B, D, C, count)[-1]
     return (
+        problem.labels.new_empty(B, dtype=torch.int64),
         *_forward_fake(*arguments[:11]),
         *_loss_buffers(problem, reduction, needed, need_scale),
         problem.features.new_empty((B, padded(D)) if recompute else 0, dtype=problem.compute_dtype),

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from . import Forward, Problem
+
+
+class RawLabels(NamedTuple):
+    """Labels as they were given, of which a kernel makes those that :class:`.Problem` has."""
+
+    labels: Tensor  # [B] of any integer dtype, contiguous
+    ignore_index: int
+    num_rows: Tensor  # 0-d int64, to be written: those not ignored, at least 1
 
 
 class Kernels(Protocol):
@@ -25,10 +33,13 @@ class Kernels(Protocol):
     ) -> None: ...
 
     def prepare_rows(
-        self, problem: Problem, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor, factor: Tensor,
-        shift: Tensor, w_hat: Tensor | None, inverse_norm: Tensor,
+        self, problem: Problem, raw: RawLabels | None, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor,
+        factor: Tensor, shift: Tensor, w_hat: Tensor | None, inverse_norm: Tensor,
     ) -> None:  # fmt: skip
-        """x̂, the target's exact cosine, ‖x‖, log2(e)·s, and a shift of 0; and, with ``w_hat``, all centres as below."""
+        """x̂, the target's exact cosine, ‖x‖, log2(e)·s, and a shift of 0; and, with ``w_hat``, all centres as below.
+
+        With ``raw`` the problem's labels, and their number, are written, as by :meth:`canonical_labels`.
+        """
 
     def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None) -> None:
         """ŵ and 1/‖w‖ of a chunk; nothing if ``unless_bounded``, the scale on the device, needs no shift."""

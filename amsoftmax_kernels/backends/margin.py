@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ..arguments import canonical_labels
 from ..operators import is_traced
 from . import Derivatives, Forward, Problem
 
@@ -23,15 +24,17 @@ def forward_loss(
     predict: bool,
     need_rows: bool,
     need_weight: bool,
-    num_rows: Tensor,
+    ignore_index: int,
     margin: float,
     reduction: str,
     need_scale: bool,
-) -> tuple[Forward, Tensor, Derivatives]:
+) -> tuple[Tensor, Forward, Tensor, Derivatives]:
     """``forward_loss`` of a backend by its ``forward``."""
+    labels, num_rows = canonical_labels(problem.labels, problem.weight.shape[0], ignore_index)
+    problem = problem._replace(labels=labels)
     out = forward(problem, save_bytes, predict, need_rows, need_weight)
     loss, derivatives = constant_margin(problem, out, num_rows, margin, reduction, need_scale)
-    return out, loss, Derivatives(derivatives, *(loss.new_empty(0) for _ in range(4)))
+    return labels, out, loss, Derivatives(derivatives, *(loss.new_empty(0) for _ in range(4)))
 
 
 def backward_loss(

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import Forward, Problem, replay
 from .chunking import padded
 from .fused import Fused, streams_for
+from .kernels import RawLabels
 from .triton_configs import GRADIENT, Config, GradientConfig, config, kind
 
 try:
@@ -92,18 +93,21 @@ class _Kernels:
         _launch(kernels.canonical_labels, (1,), labels, ignore_index, result, count, labels.shape[0], num_classes, 1024)
 
     def prepare_rows(
-        self, problem: Problem, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor, factor: Tensor,
-        shift: Tensor, w_hat: Tensor | None, inverse_norm: Tensor,
+        self, problem: Problem, raw: RawLabels | None, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor,
+        factor: Tensor, shift: Tensor, w_hat: Tensor | None, inverse_norm: Tensor,
     ) -> None:  # fmt: skip
         features, weight = problem.features, problem.weight
         width = x_hat.shape[1]
         block, rows = _rows_a_program(width)
         centres = 0 if w_hat is None else -(-weight.shape[0] // rows)
+        given, ignore_index, count = (problem.labels, 0, problem.labels) if raw is None else raw
         _launch(
-            kernels.prepare_rows, (features.shape[0] + centres,),
-            features, *features.stride(), weight, *weight.stride(), problem.labels, s, x_hat, cosine, norm, factor, shift,
+            kernels.prepare_rows, ((raw is not None) + features.shape[0] + centres,),
+            features, *features.stride(), weight, *weight.stride(), problem.labels, given, ignore_index, count,
+            s, x_hat, cosine, norm, factor, shift,
             x_hat if w_hat is None else w_hat, inverse_norm, features.shape[0], *weight.shape, width,
-            isinstance(s, Tensor), problem.normalize_features, _tf32(x_hat), w_hat is not None, rows, block,
+            raw is not None, isinstance(s, Tensor), problem.normalize_features, _tf32(x_hat), w_hat is not None, rows, block,
+            1024,
         )  # fmt: skip
 
     def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None) -> None:

@@ -47,42 +47,61 @@ def _scale(scale, norm, ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr):
     return s
 
 
-@triton.jit(do_not_specialize=["B", "C", "ignore_index"])
-def canonical_labels(labels, ignore_index, out, count, B, C, BLOCK: tl.constexpr):
-    """Labels ``[B]`` as int64, -1 where ignored, C where out of range; and the number of rows not ignored, at least 1."""
+@triton.jit
+def _canonical(label, ignore_index, C):
+    """A label as int64, -1 where ignored, C where out of range."""
+    label = label.to(tl.int64)
+    return tl.where(label == ignore_index, -1, tl.where((label < 0) | (label >= C), C, label))
+
+
+@triton.jit
+def _canonical_labels(labels, ignore_index, out, count, B, C, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.int32)
     for start in range(0, B, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < B
-        label = tl.load(labels + offsets, mask=inside, other=0).to(tl.int64)
-        ignored = label == ignore_index
-        label = tl.where(ignored, -1, tl.where((label < 0) | (label >= C), C, label))
+        label = _canonical(tl.load(labels + offsets, mask=inside, other=0), ignore_index, C)
         tl.store(out + offsets, label, mask=inside)
         total += (inside & (label >= 0)).to(tl.int32)
     tl.store(count, tl.maximum(tl.sum(total, 0), 1).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["B", "C"])
+@triton.jit(do_not_specialize=["B", "C", "ignore_index"])
+def canonical_labels(labels, ignore_index, out, count, B, C, BLOCK: tl.constexpr):
+    """Labels ``[B]`` made canonical; and the number of rows not ignored, at least 1."""
+    _canonical_labels(labels, ignore_index, out, count, B, C, BLOCK)
+
+
+@triton.jit(do_not_specialize=["B", "C", "ignore_index"])
 def prepare_rows(
     features, stride_row, stride_column,  # [B, D]
     weight, stride_class, stride_dim,  # [C, D]
-    labels,  # [B]
+    labels,  # [B], written if RAW
+    raw, ignore_index, count,  # what those are made of, if RAW, and a number
     scale,  # s, or a pointer to it
     x_hat,  # [B, D_padded] in the operand dtype
     cosine, norm_out, factor, shift,  # [B]
     w_hat, inverse_norm,  # [C, D_padded], [C], written if CENTRES
     B, C, D, D_padded,
-    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, TF32: tl.constexpr,
-    CENTRES: tl.constexpr, CENTRES_A_PROGRAM: tl.constexpr, BLOCK: tl.constexpr,
+    RAW: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, TF32: tl.constexpr,
+    CENTRES: tl.constexpr, CENTRES_A_PROGRAM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_LABELS: tl.constexpr,
 ):  # fmt: skip
     """A row a program: x̂, ‖x‖, the target's exact cosine (in float64), log2(e)·s (or ‖x‖), the logits' factor, no shift.
 
-    With CENTRES the programs after them do what :func:`prepare_centres` does, which spares its launch.
+    With RAW the program before them does what :func:`canonical_labels` does, with CENTRES those after them what
+    :func:`prepare_centres` does, which spares their launches.
     """
     row = tl.program_id(0).to(tl.int64)
-    if row < B:
+    if RAW:
+        row -= 1
+    if row < 0:
+        _canonical_labels(raw, ignore_index, labels, count, B, C, BLOCK_LABELS)
+    elif row < B:
         columns = tl.arange(0, BLOCK).to(tl.int64)  # times a stride that may be C
-        label = tl.load(labels + row)
+        if RAW:
+            label = _canonical(tl.load(raw + row), ignore_index, C)
+        else:
+            label = tl.load(labels + row)
         present = (label >= 0) & (label < C)
         target = tl.where(present, label, 0)
         x = tl.load(features + row * stride_row + columns * stride_column, mask=(columns < D) & (label >= 0), other=0.0)
