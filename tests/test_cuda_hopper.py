@@ -366,6 +366,31 @@ def test_hopper_without_its_own_kernel_says_so(has_hopper: bool, headers: bool, 
     assert cuda.remark() is None
 
 
+@pytest.mark.parametrize("has_hopper", [True, False])
+@pytest.mark.parametrize("prebuilt", [True, False])
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0), (10, 0)])
+def test_hoppers_own_kernels_built_ahead_come_first(
+    capability: tuple[int, int], prebuilt: bool, has_hopper: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    device = _pretend(monkeypatch, capability)
+    looked: list[object] = []
+    monkeypatch.setattr(cuda, "_builds", lambda device: (looked.append(device), True)[1])
+    monkeypatch.setattr(cuda, "_library", lambda device: type("Library", (), {"has_hopper": has_hopper}))
+    monkeypatch.setattr(build, "prebuilt", lambda: Path("library.so") if prebuilt else None)
+    monkeypatch.setattr(build, "missing", lambda: None)
+    triton = backends.load("triton")
+    monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(triton, "serves", lambda device, dtype: True)
+    first = "cuda" if prebuilt and has_hopper and capability == (9, 0) else "triton"
+    assert backends.choose(None, device, torch.bfloat16) == ak.available_backends()[0] == first
+    assert set(ak.available_backends()[:2]) == {"cuda", "triton"} and (prebuilt or not looked)  # nothing is built for it
+    # What it does not serve, as float32 where TF32 is not allowed, goes to the next.
+    monkeypatch.setattr(cuda, "serves", lambda device, dtype: False)
+    assert backends.choose(None, device, torch.float32) == "triton"
+    assert backends.choose(None, torch.device("meta"), torch.float32) == "triton"
+
+
 def test_an_unsupported_card_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, (7, 5))
     assert "needs compute capability 8.0 or newer, but this GPU has 7.5" in (cuda.unavailable_reason() or "")

@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-# Fastest first, as far as it is known: neither has been timed on a GPU yet, and Triton's kernels need no nvcc, so they come
-# before those in C++. "reference" is always there.
+# Triton's kernels need no nvcc, so they come before those in C++, but for where those are known to be there and faster
+# (:func:`_ordered`). "reference" is always there.
 NAMES: tuple[str, ...] = ("triton", "cuda", "chunked", "reference")
 
 
@@ -131,6 +131,13 @@ def load(name: str) -> Backend:
     return _loaded[name]
 
 
+def _ordered(device: torch.device | None = None) -> tuple[str, ...]:
+    """:data:`NAMES` fastest first, as far as it is known: neither has been timed on a GPU yet, but estimated."""
+    if "cuda" in NAMES and load("cuda").comes_first(device):  # type: ignore[attr-defined]
+        return ("cuda", *(name for name in NAMES if name != "cuda"))
+    return NAMES
+
+
 def unavailable_reason(name: str) -> str | None:
     """Why a backend cannot run here, None if it can."""
     if name == "reference":
@@ -140,7 +147,7 @@ def unavailable_reason(name: str) -> str | None:
 
 def available_backends() -> list[str]:
     """Names of the backends that can run on this machine, fastest first."""
-    return [name for name in NAMES if unavailable_reason(name) is None]
+    return [name for name in _ordered() if unavailable_reason(name) is None]
 
 
 def check_available(name: str | None) -> None:
@@ -174,7 +181,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
         load("chunked")
         return "chunked"  # another that serves CPU tensors only emulates a GPU
     if name is None:
-        return next(each for each in NAMES if unavailable_reason(each) is None and _serves(each, device, dtype))
+        return next(each for each in _ordered(device) if unavailable_reason(each) is None and _serves(each, device, dtype))
     if not _serves(name, device, dtype):
         check_available(name)  # a build that was tried just now has failed
         raise ValueError(f"backend {name!r} does not serve {dtype} on {device}")

@@ -4,8 +4,9 @@ which is float32 where PyTorch's setting allows it.
 There are two fused kernels: Hopper's own (wgmma, bulk copies and clusters, under CUTLASS's pipeline), which is built where
 CUTLASS's headers are, and the portable one (mma.sync, cp.async) for the rest. Beside the first there is one that makes the
 gradient of the centres at once, in half precision to a width of 512. nvcc builds the library when it is first needed; where
-that fails this backend says so once, and serves nothing. None of it has been timed on a GPU: where both can run, Triton's
-comes first.
+that fails this backend says so once, and serves nothing. None of it has been timed on a GPU; by estimate
+(bench/estimate_hopper.py) Hopper's own kernels are faster than Triton's: they come first where a library with them was built
+ahead of time.
 """
 
 from __future__ import annotations
@@ -46,6 +47,19 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16, torch.float32) or kind(dtype) == "float32":
         return False
     return torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY and _builds(device)
+
+
+def comes_first(device: torch.device | None = None) -> bool:
+    """Whether this backend comes before Triton's: on Hopper, where a library built ahead of time has Hopper's own kernels.
+
+    One that the cache holds from a first use decides nothing: what is chosen must not depend on what ran before, or where.
+    """
+    if build.prebuilt() is None or not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        return False
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    where = torch.device("cuda", torch.cuda.current_device()) if device is None else device
+    return unavailable_reason() is None and _builds(where) and bool(_library(where).has_hopper)
 
 
 def remark() -> str | None:
