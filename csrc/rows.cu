@@ -32,6 +32,7 @@ const char* check_labels(const AkLabels& p) {
 // All of them, by one block.
 __device__ inline void write_labels(const AkLabels& p) {
     int64_t count = 0;
+#pragma unroll 1  // else prepare_rows spills on sm_100
     for (int64_t row = threadIdx.x; row < p.batch; row += blockDim.x) {
         const int64_t label = canonical_label(p, row);
         p.result[row] = label;
@@ -49,7 +50,7 @@ template <class X, class W, class O>
 __global__ void __launch_bounds__(kThreads) prepare_rows(AkRows p, bool vector) {
     const bool raw = p.raw.labels;
     if (raw && blockIdx.x == 0) return write_labels(p.raw);
-    const int64_t block = blockIdx.x - (raw ? 1 : 0);
+    const unsigned block = blockIdx.x - (raw ? 1 : 0);
     if (block >= p.features.rows) {
         const int64_t row = (block - p.features.rows) * (kThreads / 32) + threadIdx.x / 32;
         if (row >= p.weight.rows) return;
