@@ -238,7 +238,8 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
     def _agreed(self, features: Tensor, backend: str, predict: bool) -> dict[str, Any]:
         """What must be alike on all ranks for their collectives to fit together."""
         grad = torch.is_grad_enabled()
-        agreed = {
+        sampled = self.sample_rate < 1
+        return {
             "D": features.shape[1],
             "features.dtype": features.dtype,
             "compute_dtype": compute_dtype(features, self.weight),
@@ -256,11 +257,10 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             "backend": backend,
             "equal_batches": self.equal_batches,
             "seed": self._seed,
+            "sample_rate": self.sample_rate,
+            "sampling_correction": self.sampling_correction if sampled else None,
+            "training": self.training if sampled else None,
         }
-        if self.sample_rate < 1:
-            agreed |= {"sample_rate": self.sample_rate, "sampling_correction": self.sampling_correction}
-            agreed["training"] = self.training
-        return agreed
 
     def _sampling(self, rows: sharding.Rows) -> Sampling | None:
         classes = self.shards.classes

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -112,7 +112,7 @@ class ClassShards:
         return local.masked_fill_(absent, self.classes).masked_fill_(labels < 0, -1)
 
     def agree_on_rows(self, batch: int, agreed: Mapping[str, Any], error: Exception | None, device: torch.device) -> Rows:
-        """Every rank's number of rows; ``agreed`` is what must be the same everywhere.
+        """Every rank's number of rows; ``agreed``, of the same names everywhere, is what must be alike.
 
         Raises:
             ValueError: the ranks were given different ``agreed``, or another rank has an ``error``.
@@ -122,25 +122,39 @@ class ClassShards:
             if error is not None:
                 raise error
             return Rows(((batch,),), 0, 0)
-        options = ", ".join(f"{name}={value!r}" for name, value in agreed.items())
-        digest = hashlib.blake2b(options.encode(), digest_size=7).digest()
-        mine = torch.tensor([_REFUSED if error else batch, int.from_bytes(digest, "big")])
-        mine = mine.to(self._host_device(device))
-        with _explained("exchanging the batches' sizes"):
-            everyone = _gather(mine[None], self._group)
-            everyone = _gather(everyone[None], self._replicas)
+        table = self._exchanged([_REFUSED if error else batch, _digest(list(agreed.items()))], device)
         if error is not None:
             raise error
-        table = everyone.tolist()
-        for replica, ranks in enumerate(table):
-            for shard, (size, theirs) in enumerate(ranks):
-                who = f"rank {shard}" if self.replicas == 1 else f"rank {shard} of replica {replica}"
-                if size == _REFUSED:
-                    raise ValueError(f"{who} of the mesh was given a wrong argument; its own error says which")
-                if theirs != table[self.replica][self.shard][1]:
-                    raise ValueError(f"features must have the same D and dtype, and all options be alike, on every rank: "
-                                     f"{who} differs from this one's {options}")  # fmt: skip
+        for who, (size, _) in self._named(table):
+            if size == _REFUSED:
+                raise ValueError(f"{who} of the mesh was given a wrong argument; its own error says which")
+        if len({digest for ranks in table for _, digest in ranks}) > 1:
+            self._refuse(agreed, device)
         return Rows(tuple(tuple(size for size, _ in ranks) for ranks in table), self.replica, self.shard)
+
+    def _exchanged(self, numbers: list[int], device: torch.device) -> list[list[list[int]]]:
+        """Every rank's, by replica and shard."""
+        mine = torch.tensor(numbers).to(self._host_device(device))
+        with _explained("exchanging the batches' sizes"):
+            everyone = _gather(mine[None], self._group)
+            table: list[list[list[int]]] = _gather(everyone[None], self._replicas).tolist()
+        return table
+
+    def _named(self, table: list[list[list[int]]]) -> Iterator[tuple[str, list[int]]]:
+        for replica, ranks in enumerate(table):
+            for shard, theirs in enumerate(ranks):
+                yield f"rank {shard}" if self.replicas == 1 else f"rank {shard} of replica {replica}", theirs
+
+    def _refuse(self, agreed: Mapping[str, Any], device: torch.device) -> NoReturn:
+        """Say what differs, once all ranks know that something does."""
+        mine = [_digest(value) for value in agreed.values()]
+        table = self._exchanged(mine, device)
+        who, theirs = next(each for each in self._named(table) if each[1] != mine)
+        apart = [name for name, own, other in zip(agreed, mine, theirs, strict=True) if own != other]
+        raise ValueError(
+            "features must have the same D and dtype, and all options be alike, on every rank: "
+            f"{who} differs from this one's {', '.join(f'{name}={agreed[name]!r}' for name in apart)}"
+        )
 
     def equal_rows(self, batch: int) -> Rows:
         """As if every rank had as many rows as this one: nothing is exchanged."""
@@ -258,6 +272,10 @@ def default_mesh(device: torch.device) -> DeviceMesh:
     if kind == "meta":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     return DeviceMesh(kind, list(range(dist.get_world_size())), mesh_dim_names=("classes",))
+
+
+def _digest(value: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")
 
 
 def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:

@@ -285,6 +285,7 @@ def wrong_on_one_rank(what: str) -> tuple[str, str]:
     head = ak.ShardedAMSoftmaxLoss(
         D, C + (odd == "classes"), seed=5 + (odd == "seed"), device=device(), reduction=reduction,
         interclass_filter=0.5 if odd == "filter" else None, equal_batches=what == "filter",
+        sample_rate=0.5 if odd == "sampling" else 1.0,
     )  # fmt: skip
     if what == "sizes":
         head.equal_batches = True
@@ -314,12 +315,33 @@ def failing(*arguments: Any) -> Any:
         ("shape", "ValueError", "share D", "rank 1 of the mesh"),
         ("dtype", "TypeError", "features must be one of", "rank 1 of the mesh"),
         ("label", "ValueError", "labels must lie in", "rank 1 of the mesh"),
-        ("other dtype", "ValueError", "dtype", "rank 1"),
-        ("options", "ValueError", "reduction='sum'", "reduction='mean'"),
-        ("classes", "ValueError", "options", "rank 1"),
-        ("seed", "ValueError", "options", "rank 1"),
-        ("filter", "ValueError", "options", "rank 1"),
-        ("frozen", "ValueError", "options", "rank 1"),
+        (
+            "other dtype",
+            "ValueError",
+            "rank 0 differs from this one's features.dtype=torch.float64, compute_dtype",
+            "rank 1 differs from this one's features.dtype=torch.float32",
+        ),
+        (
+            "options",
+            "ValueError",
+            "rank 0 differs from this one's reduction='sum'",
+            "1 differs from this one's reduction='mean'",
+        ),
+        ("classes", "ValueError", f"this one's num_classes={C + 1}", f"rank 1 differs from this one's num_classes={C}"),
+        ("seed", "ValueError", "this one's seed=6", "rank 1 differs from this one's seed=5"),
+        (
+            "filter",
+            "ValueError",
+            "this one's interclass_filter=0.5",
+            "rank 1 differs from this one's interclass_filter=None",
+        ),
+        ("frozen", "ValueError", "this one's weight.requires_grad=False", "this one's weight.requires_grad=True"),
+        (
+            "sampling",
+            "ValueError",
+            "this one's sample_rate=0.5, training=True",
+            "this one's sample_rate=1.0, training=False",
+        ),
         ("sizes", "ValueError", "equal_batches promises", "((3, 2, 3),)"),
         ("failure", "MemoryError", "out of memory", "rank 1 of the mesh"),
     ],
