@@ -339,8 +339,8 @@ def failing(*arguments: Any) -> Any:
         (
             "sampling",
             "ValueError",
-            "this one's sample_rate=0.5, training=True",
-            "this one's sample_rate=1.0, training=False",
+            "this one's sample_rate=0.5, sampling_correction=False, training=True",
+            "this one's sample_rate=1.0, sampling_correction=None, training=None",
         ),
         ("sizes", "ValueError", "equal_batches promises", "((3, 2, 3),)"),
         ("failure", "MemoryError", "out of memory", "rank 1 of the mesh"),
