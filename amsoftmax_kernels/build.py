@@ -72,9 +72,14 @@ def _same(number: int) -> list[str]:
     return [each for each in ARCHITECTURES if int(each.rstrip("a")) // 10 == number // 10 and each != "87"]
 
 
+def prebuilt_name() -> str:
+    """What the environment variable AMSOFTMAX_KERNELS_LIBRARY says; empty if it is not set."""
+    return os.environ.get(_PREBUILT, "")
+
+
 def prebuilt() -> Path | None:
-    """The library that the environment variable AMSOFTMAX_KERNELS_LIBRARY names, if it is set."""
-    value = os.environ.get(_PREBUILT)
+    """The library that it names, if it is set."""
+    value = prebuilt_name()
     return Path(value).absolute() if value else None  # the loader looks for a bare name elsewhere
 
 

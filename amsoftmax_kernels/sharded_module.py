@@ -122,13 +122,19 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             self.register_buffer("sampling_state", torch.zeros(2, dtype=torch.int64, device=where))
         return self.shards.distribute(torch.empty(self.shards.classes, self.embedding_dim, device=where, dtype=dtype))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *rest: Any) -> None:
         """Of whole centres, as :class:`AMSoftmaxLoss` saves them, this rank's part is taken."""
         whole: Any = state_dict.get(f"{prefix}weight")
-        if self.shards.mesh is not None and type(whole) in (Tensor, nn.Parameter) and whole.shape == self.weight.shape:
-            local = whole.detach()[self.shards.start : self.shards.stop].to(self.weight.device, self.weight.dtype, copy=True)
+        mesh = self.shards.mesh
+        if mesh is not None and type(whole) in (Tensor, nn.Parameter) and whole.shape == self.weight.shape:
+            where, dtype = self.weight.device, self.weight.dtype
+            if local_metadata.get("assign_to_params_buffers", False):  # in the place of this head's, which may be on "meta"
+                dtype = whole.dtype
+                if where.type == "meta":
+                    where = whole.device if whole.device.type == mesh.device_type else torch.device(mesh.device_type)
+            local = whole.detach()[self.shards.start : self.shards.stop].to(where, dtype, copy=True)
             state_dict[f"{prefix}weight"] = self.shards.distribute(local)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

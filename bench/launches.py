@@ -131,6 +131,7 @@ class Options:
     features_dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype = torch.float32
     labels_dtype: torch.dtype = torch.int64
+    ignore_index: int = -100
     constant_margin: bool = True
     of_norm: bool = False
     reduction: str = "mean"
@@ -156,7 +157,7 @@ def _step(B: int, D: int, C: int, how: Options) -> None:
     asked = (problem, how.save_bytes if any(how.needs) else 0, how.predict, rows or of_scale, weights)
     if how.constant_margin:
         need_scale = of_scale or not how.normalize
-        labels, out, _, derivatives = backend.forward_loss(*asked, -100, 0.35, how.reduction, need_scale)
+        labels, out, _, derivatives = backend.forward_loss(*asked, how.ignore_index, 0.35, how.reduction, need_scale)
         if any(how.needs):
             upstream = upstream.expand(B) if how.reduction == "none" else upstream
             backend.backward_loss(problem._replace(labels=labels), out, derivatives, upstream, how.needs)
@@ -255,6 +256,8 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
             for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
                 backend.fused.labels(torch.zeros(256, dtype=dtype), 2048, -100)
                 add(256, 512, 2048, Options(labels_dtype=dtype))
+            backend.fused.labels(torch.zeros(256, dtype=torch.int64), 2048, 1 << 40)
+            add(256, 512, 2048, Options(ignore_index=1 << 40))
             add(100, 200, 1000, Options())  # a dimension that fills no tile
             for D in (128, 256, 496):  # the centres' gradient in one tile, narrow or wide, and in two, one of them not full
                 add(256, D, 2048, Options())

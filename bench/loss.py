@@ -185,7 +185,7 @@ def skip_reason(
         last = max(before, key=lambda row: row["B"] * row["C"] * row["D"])
         expected = last["min_s"] * B * D * C / (last["B"] * last["D"] * last["C"])
         if expected > slowest:
-            return f"left out: would take about {expected:.2g} s a step, more than {slowest:.0f}"
+            return f"left out: would take about {expected:.1f} s a step, more than {slowest:.0f}"
     return None
 
 

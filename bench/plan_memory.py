@@ -137,8 +137,11 @@ def _workspace(run: Run) -> dict[str, int]:
         columns = gradient.columns_for(width)  # a program's tiles, all but the last, wait in memory
         finish = 4 * card.multiprocessors * gradient.classes * (-(-width // columns) - 1) * columns
     chunks, spans = -(-classes // chunk), chunking.forward_spans(rows, dim, classes, run.kept)
-    # The terms of a chunk, made again in the backward pass, and what the forward pass has left of ŵ.
-    parts["chunks"] = (0 if all_kept else max(map(len, spans)) * width * compute + chunk * rows * panel) + finish
+    # The terms of a chunk, made again in the backward pass, what the forward pass has left of ŵ, and another chunk of it
+    # where the gradient has no room.
+    made = chunks > 1 and dim * run.dtype.itemsize < width * compute
+    again = max(map(len, spans)) * width * compute + chunk * (rows * panel + (width * compute if made else 0))
+    parts["chunks"] = (0 if all_kept else again) + finish
     products = 4 * rows * width * places_for(chunks, rows * width, 4) if chunks > 1 else 0
     parts["partial sums"] = 8 * rows * _STREAMS * places_for(chunks, rows * _STREAMS) + products
     return parts

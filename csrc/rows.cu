@@ -29,27 +29,27 @@ const char* check_labels(const AkLabels& p) {
     return integer ? nullptr : "labels of a type that is not an integer";
 }
 
-// All of them, by one block.
-__device__ inline void write_labels(const AkLabels& p) {
-    int64_t count = 0;
-#pragma unroll 1  // else prepare_rows spills on sm_100
+// All of them, by one block: their number, and with WRITE themselves.
+template <bool WRITE>
+__device__ inline void count_labels(const AkLabels& p) {
+    int32_t count = 0;
     for (int64_t row = threadIdx.x; row < p.batch; row += blockDim.x) {
         const int64_t label = canonical_label(p, row);
-        p.result[row] = label;
+        if (WRITE) p.result[row] = label;
         count += label >= 0;
     }
-    count = block_sum(count);
-    if (threadIdx.x == 0) *p.count = count > 0 ? count : 1;
+    const int64_t total = block_sum(int64_t(count));
+    if (threadIdx.x == 0) *p.count = total > 0 ? total : 1;
 }
 
-__global__ void __launch_bounds__(1024) canonical_labels(AkLabels p) { write_labels(p); }
+__global__ void __launch_bounds__(1024) canonical_labels(AkLabels p) { count_labels<true>(p); }
 
-// A block before the rows' writes the labels, if they are not there yet; those after them, if there are any, take a class a
-// warp. Two launches less.
+// A block before the rows' counts the labels, if they are not canonical yet, and each row's writes its own; those after them,
+// if there are any, take a class a warp. Two launches less.
 template <class X, class W, class O>
 __global__ void __launch_bounds__(kThreads) prepare_rows(AkRows p, bool vector) {
     const bool raw = p.raw.labels;
-    if (raw && blockIdx.x == 0) return write_labels(p.raw);
+    if (raw && blockIdx.x == 0) return count_labels<false>(p.raw);
     const unsigned block = blockIdx.x - (raw ? 1 : 0);
     if (block >= p.features.rows) {
         const int64_t row = (block - p.features.rows) * (kThreads / 32) + threadIdx.x / 32;
@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(kThreads) prepare_rows(AkRows p, bool vector) 
         p.norm[row] = length;
         p.factor[row] = scale_of(p.scale, length) * kLog2e;
         p.shift[row] = 0;
+        if (raw) p.raw.result[row] = label;
     }
 }
 

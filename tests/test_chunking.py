@@ -46,11 +46,24 @@ def test_every_class_is_taken_once(C: int, monkeypatch: pytest.MonkeyPatch) -> N
             assert -(-len(others[-1]) // CHUNK) == min(TOGETHER, chunks - stored // CHUNK)
 
 
-@pytest.mark.parametrize("save_bytes", [0, 2 * CHUNK * 40 * 4], ids=["recomputed", "mixed"])
-@pytest.mark.parametrize(("D", "places"), [(8, 2), (16, 100)])  # ŵ, padded, does not fit the gradient's memory, or does
-@pytest.mark.parametrize("options", [{}, {"scale": 100.0}, {"margin": lambda cosine, *_: cosine - 0.3}], ids=str)
+MIXED = 2 * CHUNK * 40 * 4
+
+
+@pytest.mark.parametrize(
+    ("D", "places", "save_bytes"),
+    [(8, 2, 0), (16, 100, MIXED), (16, 2, 0)],  # ŵ, padded, does not fit the gradient's memory, or does
+    ids=["no room", "room, mixed", "room"],
+)
+@pytest.mark.parametrize(
+    ("options", "half"),
+    [
+        ({}, None), ({"scale": 100.0}, None), ({"margin": lambda cosine, *_: cosine - 0.3}, None),
+        ({}, "autocast"), ({"scale": 100.0}, "centres"),
+    ],
+    ids=["plain", "shifted", "function", "autocast", "half centres, shifted"],
+)  # fmt: skip
 def test_gradients(
-    name: str, options: dict[str, Any], D: int, places: int, save_bytes: int, poisoned: None,
+    name: str, options: dict[str, Any], half: str | None, D: int, places: int, save_bytes: int, poisoned: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Taken twice: what the forward pass left of ŵ is there again, and so are the bits."""
@@ -58,14 +71,18 @@ def test_gradients(
     device = GPU if name == "triton" else torch.device("cpu")  # where the emulation is
     features, weight, labels, _ = Case("", "", B=40, C=6 * CHUNK + 5, D=D, own=0.5).tensors(torch.float32)
     labels[4] = -100
+    if half == "centres":
+        features, weight = features.half().float(), weight.half().float()
     found = []
-    for backend_name, dtype in (("reference", torch.float64), (name, torch.float32)):
+    for backend_name, dtype in (("reference", torch.float64), (name, torch.float16 if half == "centres" else torch.float32)):
         x, w = (each.to(device, dtype, copy=True).requires_grad_() for each in (features, weight))
         how = {} if backend_name == "reference" else {"save_bytes": save_bytes}
-        loss = ak.am_softmax_loss(x, w, labels.to(device), backend=backend_name, **how, **options)
+        with torch.autocast(device.type, torch.float16, enabled=half == "autocast" and backend_name == name):
+            loss = ak.am_softmax_loss(x, w, labels.to(device), backend=backend_name, **how, **options)
         found.append((loss, *torch.autograd.grad(loss, (x, w), retain_graph=True)))
+    exactness = 2e-2 if half else 2e-5 if name == "triton" else 5e-3  # in TF32
     for got, exact in zip(found[1], found[0], strict=True):
-        assert relative(got.double(), exact) < (2e-5 if name == "triton" else 5e-3)  # in TF32
+        assert relative(got.double(), exact) < exactness
     again = torch.autograd.grad(found[1][0], (x, w))
     assert all(map(torch.equal, again, found[1][1:]))
 
@@ -80,11 +97,24 @@ def test_the_room_in_the_gradient() -> None:
     ):
         problem = Problem(torch.empty(4, D), torch.empty(300, D), torch.zeros(4).long(), torch.tensor(1.0), True, compute, 2)
         shard, grad = chunking.Shard.of(problem, False), torch.zeros(300, D, dtype=dtype)
+        assert not shard.room_in(grad, range(256, 300)).fill_(1).isnan().any() and not grad.any()  # one chunk: not there
+        shard.chunk, shard.spare = 256, None
         room = shard.room_in(grad, range(256, 300))
-        assert (room is not None) == fits
-        if room is not None:
-            assert room.shape == (44, chunking.padded(D)) and room.dtype == compute and room.is_contiguous()
-            room.fill_(1)
-            assert not grad[:256].any() and grad[256:].any()
+        assert room.shape == (44, chunking.padded(D)) and room.dtype == compute and room.is_contiguous()
+        room.fill_(1)
+        assert not grad[:256].any() and grad[256:].any() == fits
+        assert (shard.spare is None) == fits and (fits or shard.room_in(grad, range(256)).data_ptr() == room.data_ptr())
     grad = torch.zeros(301 * 32)[1:-31].view(300, 32)  # at a multiple of 4 bytes only
-    assert chunking.Shard.of(problem._replace(weight=grad), False).room_in(grad, range(256)) is None
+    shard.chunk, shard.spare = 256, None
+    shard.room_in(grad, range(256)).fill_(1)
+    assert not grad.any()
+
+
+def test_the_room_for_normalized_centres_is_bounded() -> None:
+    for batch, dim, stored in ((1, 1, 0), (256, 1, 0), (256, 17, 0), (1024, 512, 131_072), (4096, 512, 0), (70_000, 512, 0)):
+        for C in (1, 10_000, 1_000_003, 100_000_000):
+            spans = chunking.forward_spans(batch, dim, C, min(stored, C))
+            chunk = chunking.chunk_size(batch, dim)
+            assert max(map(len, spans)) <= max(chunking.CHUNK_ELEMENTS // chunking.padded(dim), chunk)
+            if stored < C:
+                assert chunking.last_span(batch, dim, C, min(stored, C)) == len(spans[-1])

@@ -281,6 +281,7 @@ def test_labels(dtype: torch.dtype, emulated: None) -> None:
     assert result.tolist() == [3, -1, 0, 5, 5, 4, -1] and count.item() == 5
     check_labels_made_with_the_rows(cuda._Kernels(), labels.repeat(60), 100, CPU)
     check_labels_made_with_the_rows(cuda._Kernels(), labels[1:2], 100, CPU)
+    check_labels_made_with_the_rows(cuda._Kernels(), torch.tensor([3, 2**40, -1, -(2**40)]), 2**40, CPU)
 
 
 def test_labels_that_are_no_integers(emulated: None) -> None:

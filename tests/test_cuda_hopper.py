@@ -346,6 +346,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> to
         function = getattr(module, name)
         monkeypatch.setattr(module, name, functools.cache(getattr(function, "__wrapped__", function)))
     monkeypatch.setattr(cuda, "_failed", {})
+    monkeypatch.setattr(cuda, "_has_hopper", functools.cache(getattr(cuda._has_hopper, "__wrapped__", cuda._has_hopper)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -377,7 +378,7 @@ def test_hoppers_own_kernels_built_ahead_come_first(
     looked: list[object] = []
     monkeypatch.setattr(cuda, "_builds", lambda device: (looked.append(device), True)[1])
     monkeypatch.setattr(cuda, "_library", lambda device: type("Library", (), {"has_hopper": has_hopper}))
-    monkeypatch.setattr(build, "prebuilt", lambda: Path("library.so") if prebuilt else None)
+    monkeypatch.setattr(build, "prebuilt_name", lambda: "library.so" if prebuilt else "")
     monkeypatch.setattr(build, "missing", lambda: None)
     triton = backends.load("triton")
     monkeypatch.setattr(triton, "unavailable_reason", lambda: None)

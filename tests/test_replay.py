@@ -85,7 +85,10 @@ def test_the_function_is_left_alone_from_the_third_call_on(replayed: None, monke
         assert len(calls) == expected, calls
 
 
-@pytest.mark.parametrize("what", ["predictions", "margin a class", "margin object", "scale", "bf16 centres", "no gradient"])
+@pytest.mark.parametrize(
+    "what",
+    ["predictions", "margin a class", "margin a class, recomputed", "margin object", "scale", "bf16 centres", "no gradient"],
+)
 def test_other_steps_are_repeated(what: str, replayed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     case = BY_NAME["plain"]
 
@@ -96,8 +99,8 @@ def test_other_steps_are_repeated(what: str, replayed: None, monkeypatch: pytest
         if what == "scale":
             options["scale"] = torch.tensor(20.0, requires_grad=True)
             leaves.append(options["scale"])
-        if what == "margin a class":
-            options["margin"] = torch.linspace(0, 1, case.C)
+        if "margin a class" in what:
+            options |= {"margin": torch.linspace(0, 1, case.C), "save_bytes": 0 if "recomputed" in what else None}
         if what == "margin object":
             options["margin"] = lambda cosine, labels, norm: cosine.clamp(-0.9, 0.9) - 0.2
         with torch.autocast("cpu", torch.bfloat16):
@@ -109,6 +112,7 @@ def test_other_steps_are_repeated(what: str, replayed: None, monkeypatch: pytest
 
     check_repeated(monkeypatch, step, case)
     assert any(programs("forward_loss") + programs("forward"))
+    assert what == "no gradient" or any(programs("backward_loss") + programs("backward"))
 
 
 def test_values_that_change(replayed: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,16 +68,20 @@ def state(head: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in result.items() if isinstance(value, Tensor)}
 
 
-def load_whole(centres: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Centres of one process into a head of this rank, in two ways; and into one beside other modules."""
+def load_whole(centres: dict[str, Tensor]) -> list[Tensor]:
+    """Centres of one process into a head of this rank, in three ways; and into one beside other modules."""
     head, assigned = (ak.ShardedAMSoftmaxLoss(D, C, device=device()) for _ in range(2))
     head.load_state_dict(centres)
     assigned.load_state_dict(centres, assign=True)
+    made = ak.ShardedAMSoftmaxLoss(D, C, device="meta", dtype=torch.bfloat16)
+    made.load_state_dict(centres, assign=True)
+    assert not made.weight.to_local().is_meta and made.weight.dtype == torch.float32
     both = torch.nn.ModuleDict({"head": ak.ShardedAMSoftmaxLoss(D, C, device=device())})
     both.load_state_dict({f"head.{name}": value for name, value in centres.items()})
-    for each in (head, assigned, both["head"]):
+    heads = (head, assigned, made, both["head"])
+    for each in heads:
         each(torch.ones(2, D, device=device()), torch.tensor([0, 1], device=device())).backward()
-    return tuple(whole(each.weight).detach().cpu() for each in (head, assigned, both["head"]))  # type: ignore[return-value]
+    return [whole(each.weight).detach().cpu() for each in heads]
 
 
 @pytest.mark.parametrize("world", [2, 5])

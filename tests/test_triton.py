@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import amsoftmax_kernels as ak
 from amsoftmax_kernels import arguments, backends
@@ -411,13 +412,14 @@ def test_kept_bytes_stay_within_the_budget() -> None:
 
 def test_labels_as_the_operator_makes_them() -> None:
     labels = torch.tensor([3, -100, 0, 5, -1, 4, -100, 2**40])
-    for each, ignore in ((labels, -100), (labels[:7].int(), -1), (labels[:1], 3), (labels[:0], 0)):
+    cases = [(labels, -100), (labels[:7].int(), -1), (labels[:1], 3), (labels[:0], 0), (labels, 2**40), (labels, -(2**40))]
+    for each, ignore in (*cases, (labels[:7].to(torch.int16).repeat(150), 4)):  # past a program's 1,024
         result, count = backend.fused.labels(each.to(DEVICE), 5, ignore)
         ignored = each == ignore
         expected = each.long().masked_fill((each < 0) | (each >= 5), 5).masked_fill(ignored, -1)
         assert torch.equal(result.cpu(), expected) and count.item() == max((~ignored).sum().item(), 1)
         if len(each):
-            check_labels_made_with_the_rows(backend._Kernels(), each.repeat(3), ignore, DEVICE)
+            check_labels_made_with_the_rows(backend._Kernels(), each, ignore, DEVICE)
     with pytest.raises(ValueError, match="labels"):
         arguments.canonical_labels(labels[3:4], 5, -100)
 
@@ -459,8 +461,13 @@ def test_opcheck(normalize: bool, predict: bool, save_bytes: int, short_chunks: 
     if not save_bytes:
         with pytest.raises(RuntimeError, match="centres' gradient would be asked for"):
             ops.triton_backward(*problem, *saved, grad / out.z, grad, None if normalize else grad, True, False, False)
-    for reduction, need_weight in (("none", True), ("mean", False), ("mean", True)):
-        how = (*problem, save_bytes, predict, True, need_weight, -100, 0.35, reduction, normalize)
+    for reduction, need_weight, kind in (
+        ("none", True, torch.int64),
+        ("mean", False, torch.int32),
+        ("mean", True, torch.uint8),
+    ):
+        raw = (*problem[:2], labels.to(kind), *problem[3:])
+        how = (*raw, save_bytes, predict, True, need_weight, -100, 0.35, reduction, normalize)
         torch.library.opcheck(ops.triton_forward_loss, how)
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
         results = ops.triton_forward_loss(*problem, save_bytes, predict, *needs[:2], -100, 0.35, "mean", True)
@@ -479,6 +486,23 @@ def test_compile_takes_the_whole_module() -> None:
         loss = module(x, labels)
         results.append((loss.detach(), *torch.autograd.grad(loss, (x, head.weight))))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
+def test_batches_of_any_size_share_a_compiled_graph(save_bytes: int | None) -> None:
+    """Larger than D too, from where on chunks depend on them; labels of another dtype come back as int64."""
+    head = ak.AMSoftmaxLoss(16, 40, backend="triton", device=DEVICE, save_bytes=save_bytes)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(head, fullgraph=True, backend=counter)
+    for B in (20, 24, 28, 36, 44):
+        x, labels = torch.randn(B, 16, device=DEVICE), torch.arange(B, dtype=torch.int32, device=DEVICE) % 40
+        found, expected = (
+            (loss, *torch.autograd.grad(loss, head.weight), predictions)
+            for loss, predictions in (module(x, labels, return_predictions=True) for module in (compiled, head))
+        )
+        assert all(map(torch.equal, found, expected)) and found[-1].dtype == torch.int64
+    assert counter.frame_count <= 2
 
 
 def test_the_choice() -> None:

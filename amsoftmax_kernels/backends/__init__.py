@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-# Triton's kernels need no nvcc, so they come before those in C++, but for where those are known to be there and faster
-# (:func:`_ordered`). "reference" is always there.
+# By preference where nothing else is known (:func:`_ordered`): kernels before plain PyTorch, and Triton's, which need no
+# nvcc, before those in C++. "reference" is always there.
 NAMES: tuple[str, ...] = ("triton", "cuda", "chunked", "reference")
 
 
@@ -132,7 +132,7 @@ def load(name: str) -> Backend:
 
 
 def _ordered(device: torch.device | None = None) -> tuple[str, ...]:
-    """:data:`NAMES` fastest first, as far as it is known: neither has been timed on a GPU yet, but estimated."""
+    """:data:`NAMES`, fastest first by the estimates (bench/): none has been timed on a GPU yet."""
     if "cuda" in NAMES and load("cuda").comes_first(device):  # type: ignore[attr-defined]
         return ("cuda", *(name for name in NAMES if name != "cuda"))
     return NAMES

@@ -11,7 +11,7 @@ from . import Problem
 from .budget import kept_classes
 from .kernels import Kernels
 
-# Classes a chunk: what is not kept of E takes at most this many elements, and so does ŵ.
+# Classes a chunk: what is not kept of E takes at most this many elements (256 classes at the least), and so does ŵ.
 CHUNK_ELEMENTS = 1 << 27
 # Classes of which dŵ is computed at a time, in elements: still in the L2 cache when the Jacobian reads it.
 FINISH_ELEMENTS = 1 << 23
@@ -52,7 +52,7 @@ def forward_spans(batch: int, dim: int, num_classes: int, stored: int) -> list[r
     """
     chunk = chunk_size(batch, dim)
     spans = [range(start, min(start + chunk, num_classes)) for start in range(0, stored, chunk)]
-    together = max(chunk_size(0, dim) // chunk, 1)
+    together = _together(chunk, dim)
     start = stored
     while start < num_classes:
         chunks = -(-(num_classes - start) // chunk)
@@ -62,9 +62,22 @@ def forward_spans(batch: int, dim: int, num_classes: int, stored: int) -> list[r
     return spans
 
 
+def last_span(batch: int, dim: int, num_classes: int, stored: int) -> int:
+    """Classes of the last of :func:`forward_spans`, some of them not stored; of sizes that may be symbolic."""
+    chunk = chunk_size(batch, dim)
+    left = num_classes - stored
+    chunks = -(-left // chunk)
+    return left - (chunks - min(chunks, _together(chunk, dim))) * chunk
+
+
+def _together(chunk: int, dim: int) -> int:
+    """Chunks that ŵ has room for."""
+    return max(chunk_size(0, padded(dim)) // chunk, 1)
+
+
 @dataclass
 class Shard:
-    """The classes in chunks, and E where it is not kept."""
+    """The classes in chunks, and the buffers for those that are not kept."""
 
     weight: Tensor
     compute_dtype: torch.dtype
@@ -72,6 +85,7 @@ class Shard:
     width: int  # D, padded
     chunk: int  # classes
     terms: Tensor  # [B, chunk] for what is not kept
+    spare: Tensor | None = None  # [chunk, width], where ŵ has no other room
 
     @classmethod
     def of(cls, problem: Problem, terms_needed: bool) -> Shard:
@@ -93,13 +107,16 @@ class Shard:
         """For ŵ of as many classes."""
         return self.weight.new_empty(classes, self.width, dtype=self.compute_dtype)
 
-    def room_in(self, grad_weight: Tensor, classes: range) -> Tensor | None:
-        """The same in the memory of these classes' gradient, which is written after; None if it does not fit."""
+    def room_in(self, grad_weight: Tensor, classes: range) -> Tensor:
+        """The same in the memory of these classes' gradient, which is written later; a spare buffer if it does not fit."""
         mine = grad_weight[classes.start : classes.stop]
         size = len(classes) * self.width * self.compute_dtype.itemsize
-        if mine.numel() * mine.element_size() < size or mine.data_ptr() % 16:
-            return None
-        return mine.view(-1).view(torch.uint8)[:size].view(self.compute_dtype).view(len(classes), self.width)
+        # A single chunk may be replayed (:mod:`.replay`), where each memory is of one dtype.
+        if self.weight.shape[0] > self.chunk and mine.numel() * mine.element_size() >= size and mine.data_ptr() % 16 == 0:
+            return mine.view(-1).view(torch.uint8)[:size].view(self.compute_dtype).view(len(classes), self.width)
+        if self.spare is None:
+            self.spare = self.room(min(self.chunk, self.weight.shape[0]))
+        return self.spare[: len(classes)]
 
     def prepare(
         self, kernels: Kernels, classes: range, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None = None

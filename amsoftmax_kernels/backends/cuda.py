@@ -54,12 +54,17 @@ def comes_first(device: torch.device | None = None) -> bool:
 
     One that the cache holds from a first use decides nothing: what is chosen must not depend on what ran before, or where.
     """
-    if build.prebuilt() is None or not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+    named = build.prebuilt_name()
+    if not named or not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return False
-    if torch.cuda.get_device_capability(device)[0] != 9:
+    return _has_hopper(torch.device("cuda", torch.cuda.current_device()) if device is None else device, named)
+
+
+@functools.cache  # asked in each step
+def _has_hopper(device: torch.device, library: str) -> bool:
+    if torch.cuda.get_device_capability(device)[0] != 9 or unavailable_reason() is not None:
         return False
-    where = torch.device("cuda", torch.cuda.current_device()) if device is None else device
-    return unavailable_reason() is None and _builds(where) and bool(_library(where).has_hopper)
+    return _builds(device) and bool(_library(device).has_hopper)
 
 
 def remark() -> str | None:

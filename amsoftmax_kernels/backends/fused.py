@@ -235,7 +235,7 @@ class Fused:
             w_hat = room if len(spans) == 1 else None
             kernels.prepare_rows(problem, raw, s, x_hat, cosine, norm, factor, shift, w_hat, inverse_norm)
             bounded = _bounded(s, normalize)
-            streams = kernels.streams(problem, len(spans[0]))
+            streams = kernels.streams(problem, max(map(len, spans)))
             sums = Sums(features, len(spans), streams, B)
             maxima = Maxima(kernels, features, labels, len(spans), streams, B) if predict or not bounded else None
             if maxima is not None and not bounded:
@@ -366,8 +366,7 @@ class Fused:
         first = shard.weight.shape[0] - (0 if last is None else last.shape[0])
         if last is not None and chunk.start >= first:
             return last[chunk.start - first : chunk.stop - first]
-        room = shard.room_in(grad_weight, chunk)
-        return shard.prepare(self.kernels, chunk, shard.room(len(chunk)) if room is None else room, inverse_norm)
+        return shard.prepare(self.kernels, chunk, shard.room_in(grad_weight, chunk), inverse_norm)
 
 
 def _grad_centres(
@@ -468,7 +467,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
         features.new_empty(0, dtype=torch.float32),
         features.new_empty((B, padded(D)) if has_rows else 0, dtype=torch.float32),
         features.new_empty(B if predict else 0, dtype=torch.float32),
-        labels.new_empty(B if predict else 0),
+        labels.new_empty(B if predict else 0, dtype=torch.int64),
     )
 
 
@@ -478,14 +477,14 @@ def _forward_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     needed = need_weight and reduction != "none"
     count = chunking.kept_count(B, C, D, problem.compute_dtype, save_bytes)
     recompute = needed and padded(count) < C
-    last = chunking.forward_spans(B, D, C, count)[-1]
+    last = chunking.last_span(B, D, C, count) if recompute else 0
     return (
         problem.labels.new_empty(B, dtype=torch.int64),
         *_forward_fake(*arguments[:11]),
         *_loss_buffers(problem, reduction, needed, need_scale),
         problem.features.new_empty((B, padded(D)) if recompute else 0, dtype=problem.compute_dtype),
         problem.features.new_empty(B if recompute else 0, dtype=torch.float32),
-        problem.features.new_empty((len(last), padded(D)) if recompute else 0, dtype=problem.compute_dtype),
+        problem.features.new_empty((last, padded(D)) if recompute else 0, dtype=problem.compute_dtype),
     )
 
 
