@@ -89,7 +89,8 @@ def am_softmax_loss(
             the same pass.
         backend: a name of :func:`available_backends`; None picks the fastest that serves these tensors.
         save_bytes: bytes of B×C intermediates kept for the backward pass, the rest is computed again; 0 keeps none,
-            None keeps 1 GiB at most.
+            None keeps 1 GiB at most. Beside them, where some is computed again, the Triton and C++ backends keep normalized
+            centres of at most 2²⁷ elements.
 
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-d, or ``[B]`` for ``"none"``. The mean over no row is 0. A row
