@@ -200,7 +200,7 @@ def _combinations() -> Iterator[tuple[Options, bool]]:
                 dtype, save, normalize, scale, features_dtype=dtypes[0], weight_dtype=dtypes[1],
                 constant_margin=margin[0], of_norm=margin[1], reduction=margin[2], needs=needs,
             )  # fmt: skip
-            yield how, how.constant_margin
+            yield how, True
 
 
 @contextlib.contextmanager

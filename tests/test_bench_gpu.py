@@ -336,6 +336,9 @@ def test_a_backend_that_is_absent_is_told(
             self.reasons[:-1] = []  # tried now
             return False
 
+        def comes_first(self, *unused: Any) -> bool:
+            return False
+
     right = backends.load
     monkeypatch.setattr(backends, "load", lambda name: Kernels(name) if name in reasons else right(name))
     monkeypatch.setattr(backends, "NAMES", ("triton", "cuda", "chunked", "reference"))

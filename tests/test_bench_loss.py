@@ -78,7 +78,7 @@ def test_what_is_left_out_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     peer = peers.PEERS[2]
     earlier = [{"peer": peer.name, "B": 1, "D": 1, "C": 100, "median_s": 9.0, "min_s": 2.0}]
     assert command.skip_reason(peer, 1, 1, 200, earlier, 30.0, CPU) is None
-    assert "40 s" in (command.skip_reason(peer, 1, 1, 2000, earlier, 30.0, CPU) or "")
+    assert "40.0 s" in (command.skip_reason(peer, 1, 1, 2000, earlier, 30.0, CPU) or "")
     monkeypatch.setattr(machine, "available_bytes", lambda device: 10**9)
     assert "memory" in (command.skip_reason(peer, 256, 512, 10**6, [], 30.0, CPU) or "")
     missing = peers.Peer("x", peer.make, peer.memory, lambda: "is not installed")

@@ -220,8 +220,8 @@ class Fused:
             best_class = labels.new_empty(B if predict else 0)
             x_hat = features.new_empty(B, shard.width, dtype=problem.compute_dtype)
             spans = chunking.forward_spans(B, D, C, C if at_once else count)
-            multiplied = [span for span in spans if need_rows and (at_once or span.start < count)]
-            products = Products(features, len(multiplied), B, shard.width)
+            multiplied = sum(at_once or span.start < count for span in spans) if need_rows else 0
+            products = Products(features, multiplied, B, shard.width)
             room = shard.room(max(map(len, spans)))
             results = Forward(z, shift, cosine, norm, inverse_norm, kept, z.new_empty(0), z, best, best_class)
             if B == 0:
@@ -254,7 +254,7 @@ class Fused:
                     problem, span.start, x_hat, centres, factor, None if bounded else shift,
                     terms if keep or at_once else None, sums.next(), best_parts, class_parts, False,
                 )  # fmt: skip
-                if span in multiplied:
+                if need_rows and (keep or at_once):
                     _product(terms[:, : len(span)], centres.to(shard.panel_dtype), products.next())
             results = results._replace(rows=products.total())
             if finish is None or len(spans) > 1:
