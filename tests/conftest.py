@@ -10,6 +10,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what older PyTorc
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the Triton backend then serves CPU tensors
 
+from amsoftmax_kernels import backends
 from amsoftmax_kernels.backends import chunked, chunking, cuda_library
 
 from .cases import CHUNK
@@ -37,6 +38,17 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.L
 @pytest.fixture
 def emulated(emulated_library: cuda_library.Library, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(emulated_library, monkeypatch)
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def fused_backend(request: pytest.FixtureRequest) -> str:
+    """The backends on fused kernels by name: Triton's interpreted where there is no GPU, the C++ one always emulated."""
+    reason = backends.load("triton").unavailable_reason()
+    if request.param == "cuda":
+        request.getfixturevalue("emulated")
+    elif reason is not None:
+        pytest.skip(f"the Triton backend cannot run here: {reason}")
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

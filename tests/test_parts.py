@@ -12,22 +12,14 @@ from amsoftmax_kernels.backends import parts
 
 from .cases import CHUNK, Case, relative
 
-pytest.importorskip("triton")
-from amsoftmax_kernels.backends import triton as backend
-
 CASE = Case("", "", B=40, C=7 * CHUNK + 5, D=8)
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=["triton", "cuda"])
-def name(request: pytest.FixtureRequest, short_chunks: None) -> str:
-    """Those on fused kernels, in seven chunks and an eighth, which two places hold."""
-    reason = backend.unavailable_reason()
-    if request.param == "cuda":
-        request.getfixturevalue("emulated")
-    elif reason is not None:
-        pytest.skip(f"the Triton backend cannot run here: {reason}")
-    return str(request.param)
+@pytest.fixture
+def name(fused_backend: str, short_chunks: None) -> str:
+    """In seven chunks and an eighth, which two places hold."""
+    return fused_backend
 
 
 @pytest.mark.parametrize("places", [2, 7])

@@ -60,7 +60,7 @@ def comes_first(device: torch.device | None = None) -> bool:
     return _has_hopper(torch.device("cuda", torch.cuda.current_device()) if device is None else device, named)
 
 
-@functools.cache  # asked in each step
+@functools.cache  # asked in each step, of each library that is named
 def _has_hopper(device: torch.device, library: str) -> bool:
     if torch.cuda.get_device_capability(device)[0] != 9 or unavailable_reason() is not None:
         return False
