@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, overload
 
 import torch
@@ -151,15 +151,14 @@ def am_softmax_loss(
     how = (min(save_bytes, (1 << 63) - 1), return_predictions, need_rows, need_weight, backend)
     if isinstance(constant, (int, float)):
         of_loss = (ignore_index, float(constant), reduction, not normalize_features or scale.requires_grad)
-        loss, labels, cosine, best, best_class = _ConstantMarginLoss.apply(  # type: ignore[no-untyped-call]
-            *problem, *how, *of_loss
-        )
-    else:
-        labels, num_rows = backends.load(backend).canonical_labels(labels, weight.shape[0], ignore_index)
-        problem = problem._replace(labels=labels)
-        log_z, cosine, norm, best, best_class = AMSoftmaxFunction.apply(*problem, *how)  # type: ignore[no-untyped-call]
-        rows = loss_rows(log_z, cosine, norm, labels, weight.shape[0], s if normalize_features else norm, as_margin(margin))
-        loss = reduce_rows(rows, labels, num_rows, reduction)
+        result: Tensor | tuple[Tensor, Tensor]
+        result = _ConstantMarginLoss.apply(*problem, *how, *of_loss)  # type: ignore[no-untyped-call]
+        return result
+    labels, num_rows = backends.load(backend).canonical_labels(labels, weight.shape[0], ignore_index)
+    problem = problem._replace(labels=labels)
+    log_z, cosine, norm, best, best_class = AMSoftmaxFunction.apply(*problem, *how)  # type: ignore[no-untyped-call]
+    rows = loss_rows(log_z, cosine, norm, labels, weight.shape[0], s if normalize_features else norm, as_margin(margin))
+    loss = reduce_rows(rows, labels, num_rows, reduction)
     if not return_predictions:
         return loss
     return loss, torch.where(cosine.detach() >= best, labels, best_class)
@@ -168,7 +167,7 @@ def am_softmax_loss(
 def scale_tensor(scale: float | Tensor, device: torch.device) -> tuple[Tensor, float | Tensor]:
     """s as backends take it and as the loss does: a number lies on the CPU, where reading it does not synchronize."""
     if not isinstance(scale, Tensor):
-        return torch.tensor(scale, dtype=torch.float64, device="cpu"), scale
+        return torch.scalar_tensor(scale, dtype=torch.float64, device="cpu"), scale
     if scale.requires_grad:
         scale = scale.to(device)
     return scale, scale
@@ -236,7 +235,7 @@ class AMSoftmaxFunction(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         problem, (*how, backend) = backends.Problem(*arguments[:7]), arguments[7:]
         out = backends.load(backend).forward(problem, *how)
-        _save(ctx, problem, out, backend)
+        _save(ctx, problem, out, backend, None)
         ctx.mark_non_differentiable(out.best, out.best_class)
         return torch.add(out.z.log(), out.shift, alpha=math.log(2)), out.cosine, out.norm, out.best, out.best_class
 
@@ -245,7 +244,8 @@ class AMSoftmaxFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_z: Tensor | None, grad_cosine: Tensor | None, grad_norm: Tensor | None, *unused: None
     ) -> tuple[Tensor | None, ...]:
-        problem, saved, _ = _saved(ctx)
+        problem, vectors = _saved(ctx)
+        saved = backends.Forward(*vectors)
         zero = torch.zeros_like(saved.z)
         # z = 0 where there is no negative (one class) or all vanish beside the target: nothing flows to them.
         row_factor = zero if grad_log_z is None else (grad_log_z / saved.z).masked_fill_(saved.z == 0, 0)
@@ -280,39 +280,40 @@ class _ConstantMarginLoss(torch.autograd.Function):
     """The whole loss for a margin that is a number: its derivatives are known in the forward pass.
 
     ``apply(*AMSoftmaxFunction's arguments, ignore_index, margin, reduction, need_scale)``, labels and the last four as in
-    :meth:`amsoftmax_kernels.backends.Backend.forward_loss`, returns the loss, the labels made canonical, t, and the best
-    negative's cosine and class, of which the loss alone is differentiable.
+    :meth:`amsoftmax_kernels.backends.Backend.forward_loss`, returns the loss, and with ``predict`` the predicted classes.
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
         problem, (*how, backend), of_loss = backends.Problem(*arguments[:7]), arguments[7:12], arguments[12:]
-        labels, out, loss, derivatives = backends.load(backend).forward_loss(problem, *how, *of_loss)
-        _save(ctx, problem._replace(labels=labels), out, backend, *derivatives)
-        ctx.mark_non_differentiable(labels, out.cosine, out.best, out.best_class)
-        return loss, labels, out.cosine, out.best, out.best_class
+        out = backends.load(backend).forward_loss(problem, *how, *of_loss)
+        _save(ctx, problem._replace(labels=out.labels), out.saved, backend, out.layout)
+        if out.predictions is None:
+            return out.loss
+        ctx.mark_non_differentiable(out.predictions)
+        return out.loss, out.predictions
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 16
-        problem, saved, derivatives = _saved(ctx)
-        backend, needs = backends.load(ctx.options[1]), _needs(ctx)
-        grads = backend.backward_loss(problem, saved, backends.Derivatives(*derivatives), grad, needs)
+        problem, saved = _saved(ctx)
+        _, backend, layout = ctx.options
+        needs = _needs(ctx)
+        grads = backends.load(backend).backward_loss(problem, saved, layout, grad, needs)
         return *_arranged(grads, needs), *[None] * 4
 
 
-def _save(ctx: Any, problem: backends.Problem, out: backends.Forward, backend: str, *tensors: Tensor) -> None:
-    ctx.save_for_backward(*problem[:4], *out, *tensors)
-    ctx.options = (problem[4:], backend)
+def _save(ctx: Any, problem: backends.Problem, tensors: tuple[Tensor, ...], backend: str, layout: Hashable) -> None:
+    ctx.save_for_backward(*problem[:4], *tensors)
+    ctx.options = (problem[4:], backend, layout)
     ctx.set_materialize_grads(False)
 
 
-def _saved(ctx: Any) -> tuple[backends.Problem, backends.Forward, tuple[Tensor, ...]]:
+def _saved(ctx: Any) -> tuple[backends.Problem, tuple[Tensor, ...]]:
     tensors = ctx.saved_tensors
-    end = 4 + len(backends.Forward._fields)
-    return backends.Problem(*tensors[:4], *ctx.options[0]), backends.Forward(*tensors[4:end]), tensors[end:]
+    return backends.Problem(*tensors[:4], *ctx.options[0]), tensors[4:]
 
 
 def _needs(ctx: Any) -> tuple[bool, bool, bool]:

@@ -157,17 +157,17 @@ def _step(B: int, D: int, C: int, how: Options) -> None:
     asked = (problem, how.save_bytes if any(how.needs) else 0, how.predict, rows or of_scale, weights)
     if how.constant_margin:
         need_scale = of_scale or not how.normalize
-        labels, out, _, derivatives = backend.forward_loss(*asked, how.ignore_index, 0.35, how.reduction, need_scale)
+        out = backend.forward_loss(*asked, how.ignore_index, 0.35, how.reduction, need_scale)
         if any(how.needs):
             upstream = upstream.expand(B) if how.reduction == "none" else upstream
-            backend.backward_loss(problem._replace(labels=labels), out, derivatives, upstream, how.needs)
+            backend.backward_loss(problem._replace(labels=out.labels), out.saved, out.layout, upstream, how.needs)
     else:
         labels, _ = backend.fused.labels(labels, C, -100)
         problem = problem._replace(labels=labels)
-        out = backend.forward(problem, *asked[1:])
+        vectors = backend.forward(problem, *asked[1:])
         if any(how.needs):
-            grad_norm = out.z if how.of_norm else None
-            backend.backward(problem, out, out.z, out.z, grad_norm, how.needs)
+            grad_norm = vectors.z if how.of_norm else None
+            backend.backward(problem, vectors, vectors.z, vectors.z, grad_norm, how.needs)
 
 
 _HALF = (torch.bfloat16, torch.float16)

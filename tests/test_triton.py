@@ -471,9 +471,9 @@ def test_opcheck(normalize: bool, predict: bool, save_bytes: int, short_chunks: 
         torch.library.opcheck(ops.triton_forward_loss, how)
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
         results = ops.triton_forward_loss(*problem, save_bytes, predict, *needs[:2], -100, 0.35, "mean", True)
-        out, of_loss = Forward(*results[1:11]), results[12:]
-        saved = (out.shift, out.cosine, out.norm, out.inverse_norm, out.kept, out.rows)
-        torch.library.opcheck(ops.triton_backward_loss, (*problem, *saved, *of_loss, grad[0], *needs))
+        torch.library.opcheck(ops.triton_backward_loss, (*problem, *results[3:], grad[0], *needs))
+    results = ops.triton_forward_loss(*problem, save_bytes, predict, True, True, -100, 0.35, "none", True)
+    torch.library.opcheck(ops.triton_backward_loss, (*problem, *results[3:], grad, True, True, True))
 
 
 def test_compile_takes_the_whole_module() -> None:

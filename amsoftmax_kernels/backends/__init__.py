@@ -8,6 +8,7 @@ package, imported when first asked for, with ``unavailable_reason``, ``serves``,
 from __future__ import annotations
 
 import importlib
+from collections.abc import Hashable
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -45,14 +46,14 @@ class Forward(NamedTuple):
     best_class: Tensor  # [B] int64, the class it belongs to
 
 
-class Derivatives(NamedTuple):
-    """What the gradients of the loss for a constant margin take beside :class:`Forward`."""
+class LossForward(NamedTuple):
+    """The loss for a constant margin, and what its gradients take beside the problem."""
 
-    by_row: Tensor  # [2 or 3, B] by log z (over z), by t and, if asked for, by s, for an upstream gradient of 1
-    x_factored: Tensor  # and the rest: a backend's own, of size 0 where it does without
-    x_hat: Tensor
-    factor: Tensor
-    w_hat: Tensor
+    loss: Tensor
+    predictions: Tensor | None  # [B] int64, if asked for
+    labels: Tensor  # those of the problem, as ``canonical_labels`` makes them
+    saved: tuple[Tensor, ...]  # a backend's own
+    layout: Hashable  # what else it has to know of them
 
 
 class LossAtOnce(NamedTuple):
@@ -95,14 +96,19 @@ class Backend(Protocol):
         margin: float,
         reduction: str,
         need_scale: bool,
-    ) -> tuple[Tensor, Forward, Tensor, Derivatives]:
+    ) -> LossForward:
         """:meth:`forward`, and the loss for one margin with its derivatives, as in :mod:`.margin`.
 
         The problem's labels are those that :meth:`canonical_labels` is given, and come back as it makes them.
         """
 
     def backward_loss(
-        self, problem: Problem, saved: Forward, derivatives: Derivatives, upstream: Tensor, needs: tuple[bool, bool, bool]
+        self,
+        problem: Problem,
+        saved: tuple[Tensor, ...],
+        layout: Hashable,
+        upstream: Tensor,
+        needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of :meth:`forward_loss`, as :meth:`backward` returns them, the scale's whole."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..arguments import accumulate_dtype, no_autocast
 from ..arguments import canonical_labels as canonical_labels
 from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced, register
-from . import Derivatives, Forward, LossAtOnce, Problem, one_chunk
+from . import Forward, LossAtOnce, LossForward, Problem, one_chunk
 from . import margin as constant_margin
 from .budget import BOUNDED_SCALE, kept_classes
 from .host_memory import advise_huge_pages
@@ -94,14 +94,12 @@ def backward(
     return grads
 
 
-def forward_loss(problem: Problem, *how: Any) -> tuple[Tensor, Forward, Tensor, Derivatives]:
+def forward_loss(problem: Problem, *how: Any) -> LossForward:
     return constant_margin.forward_loss(forward, problem, *how)
 
 
-def backward_loss(
-    problem: Problem, saved: Forward, derivatives: Derivatives, upstream: Tensor, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return constant_margin.backward_loss(backward, problem, saved, derivatives, upstream, needs)
+def backward_loss(problem: Problem, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return constant_margin.backward_loss(backward, problem, *rest)
 
 
 @dataclass

@@ -28,7 +28,7 @@ than the GPU, it is noted and repeated (:mod:`.replay`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -37,13 +37,13 @@ from torch import Tensor
 from .. import arguments
 from ..arguments import no_autocast
 from ..operators import GRADS_SCHEMA, LABELS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced, register
-from . import Derivatives, Forward, Problem, chunking
+from . import Forward, LossForward, Problem, chunking
 from . import margin as constant_margin
 from .budget import BOUNDED_SCALE
 from .chunking import Shard, padded, panel_dtype
 from .kernels import Kernels, RawLabels
 from .parts import Maxima, Products, Sums
-from .replay import Replayed, on_device
+from .replay import Layout, Packed, Replayed, on_device
 from .triton_configs import kind
 
 # Logits up to which the host is the slower one and replays what it did: some 0.5 ms of an H200's time.
@@ -59,7 +59,7 @@ class Fused:
             "canonical_labels": Replayed(self.labels, _of_labels),
             "forward": Replayed(self._forward, _of_problem),
             "backward": Replayed(self._backward, _of_problem),
-            "forward_loss": Replayed(self._forward_loss, _of_problem),
+            "forward_loss": Replayed(self._forward_loss, _of_problem, packed=3),
             "backward_loss": Replayed(self._backward_loss, _of_problem),
         }
         vectors = "Tensor shift, Tensor cosine, Tensor norm"
@@ -83,7 +83,7 @@ class Fused:
         register(
             f"{name}_forward_loss",
             f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows, bool need_weight, int ignore_index, "
-            f"float margin, str reduction, bool need_scale) -> ({', '.join(['Tensor'] * 17)})",
+            f"float margin, str reduction, bool need_scale) -> ({', '.join(['Tensor'] * 14)})",
             self._forward_loss,
             _forward_loss_fake,
         )
@@ -109,18 +109,29 @@ class Fused:
     def loss_at_once(self, *unused: Any) -> None:
         """Not here: multiplying the finished gradients by the upstream one would read and write them once more."""
 
-    def forward_loss(self, problem: Problem, *how: Any) -> tuple[Tensor, Forward, Tensor, Derivatives]:
+    def forward_loss(self, problem: Problem, save_bytes: int, predict: bool, *how: Any) -> LossForward:
         """In fewer launches than :meth:`forward` and what would go before and after it."""
-        labels, *results = self._call("forward_loss", problem.features)(*problem, *how)
-        return labels, Forward(*results[:10]), results[10], Derivatives(*results[11:])
+        call = self._call("forward_loss", problem.features)
+        loss, predictions, labels, *saved = call(*problem, save_bytes, predict, *how)
+        layout = None
+        if isinstance(saved[0], Packed):
+            saved[0], layout = saved[0]
+        return LossForward(loss, predictions if predict else None, labels, tuple(saved), layout)
 
     def backward_loss(
-        self, problem: Problem, saved: Forward, derivatives: Derivatives, upstream: Tensor, needs: tuple[bool, bool, bool]
+        self,
+        problem: Problem,
+        saved: tuple[Tensor, ...],
+        layout: Hashable,
+        upstream: Tensor,
+        needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if upstream.dim():  # one a row: none could be taken out of the sums over rows
-            return constant_margin.backward_loss(self.backward, problem, saved, derivatives, upstream, needs)
         call = self._call("backward_loss", problem.features)
-        result: tuple[Tensor, Tensor, Tensor] = call(*problem, *saved[1:6], saved.rows, *derivatives, upstream, *needs)
+        tensors: tuple[Tensor | Packed, ...] = saved
+        if isinstance(layout, Layout):
+            packed = Packed(saved[0], layout)
+            tensors = packed.unpacked() if is_traced(problem.features) else (packed,)
+        result: tuple[Tensor, Tensor, Tensor] = call(*problem, *tensors, upstream, *needs)
         return result
 
     def backward(
@@ -178,7 +189,8 @@ class Fused:
         recompute = needed and saved.kept.shape[1] < problem.weight.shape[0]
         # And the last of ŵ, which the backward pass would have to make again; it has room for the rest in the gradient.
         left = (each if recompute else each.new_empty(0) for each in prepared)
-        return problem.labels, *saved, loss, derivatives, x_factored, *left
+        predictions = constant_margin.predictions(saved, problem.labels) if how[1] else problem.labels.new_empty(0)
+        return loss, predictions, problem.labels, *saved[1:6], saved.rows, derivatives, x_factored, *left
 
     def _raw(self, given: Problem, ignore_index: int) -> tuple[Problem, RawLabels]:
         """The problem with room for labels that are yet to be made canonical, and what they are made of."""
@@ -266,10 +278,19 @@ class Fused:
             return results, x_hat, factor, room[: len(spans[-1])]
 
     def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, vectors = Problem(*arguments[:7]), arguments[7:13]
         row_factor, grad_cosine = (each.contiguous() for each in arguments[13:15])
         grad_norm = None if arguments[15] is None else arguments[15].contiguous()
-        needs = arguments[16:]
+        return self._by_row(Problem(*arguments[:7]), arguments[7:13], row_factor, grad_cosine, grad_norm, arguments[16:])
+
+    def _by_row(
+        self,
+        problem: Problem,
+        vectors: tuple[Tensor, ...],
+        row_factor: Tensor,
+        grad_cosine: Tensor,
+        grad_norm: Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
         features, weight, norm, kept = problem.features, problem.weight, vectors[2], vectors[4]
         B, width = features.shape[0], padded(features.shape[1])
         x_factored = x_hat = factor = None
@@ -289,13 +310,20 @@ class Fused:
         problem, vectors = Problem(*arguments[:7]), arguments[7:13]
         derivatives, x_factored, x_hat, factor, w_hat, upstream = arguments[13:19]
         needs, normalize = arguments[19:], problem.normalize_features
-        row_factor, grad_cosine, *grad_s = derivatives.unbind()
-        grad_features, grad_weight, grad_scale = self._gradients(
-            problem, vectors, row_factor, grad_cosine, None if normalize else grad_s[0], upstream,
-            x_factored, x_hat, factor, w_hat if w_hat.numel() else None, needs,
-        )  # fmt: skip
+        by_row = upstream.dim() > 0  # it cannot be taken out of the sums over rows
+        row_factor, grad_cosine, *grad_s = (derivatives * upstream if by_row else derivatives).unbind()
+        grad_norm = None if normalize else grad_s[0]
+        if by_row:
+            grads = self._by_row(problem, vectors, row_factor, grad_cosine, grad_norm, needs)
+        else:
+            grads = self._gradients(
+                problem, vectors, row_factor, grad_cosine, grad_norm, upstream,
+                x_factored, x_hat, factor, w_hat if w_hat.numel() else None, needs,
+            )  # fmt: skip
+        grad_features, grad_weight, grad_scale = grads
         if needs[2] and normalize:
-            grad_scale = grad_scale + (grad_s[0].sum() * upstream).to(grad_scale)
+            of_rows = grad_s[0].sum()
+            grad_scale = grad_scale + (of_rows if by_row else of_rows * upstream).to(grad_scale)
         return grad_features, grad_weight, grad_scale
 
     def _gradients(
@@ -478,10 +506,15 @@ def _forward_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     count = chunking.kept_count(B, C, D, problem.compute_dtype, save_bytes)
     recompute = needed and padded(count) < C
     last = chunking.last_span(B, D, C, count) if recompute else 0
+    loss, *of_loss = _loss_buffers(problem, reduction, needed, need_scale)
+    _, *vectors, _, rows, best, _ = _forward_fake(*arguments[:11])
     return (
+        loss,
+        problem.labels.new_empty(best.shape, dtype=torch.int64),
         problem.labels.new_empty(B, dtype=torch.int64),
-        *_forward_fake(*arguments[:11]),
-        *_loss_buffers(problem, reduction, needed, need_scale),
+        *vectors,
+        rows,
+        *of_loss,
         problem.features.new_empty((B, padded(D)) if recompute else 0, dtype=problem.compute_dtype),
         problem.features.new_empty(B if recompute else 0, dtype=torch.float32),
         problem.features.new_empty((last, padded(D)) if recompute else 0, dtype=problem.compute_dtype),

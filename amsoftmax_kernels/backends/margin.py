@@ -6,7 +6,7 @@ Any other margin is differentiated by autograd; this spares the commonest one so
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 
 from ..arguments import canonical_labels
 from ..operators import is_traced
-from . import Derivatives, Forward, Problem
+from . import Forward, LossForward, Problem
 
 
 def forward_loss(
@@ -28,30 +28,37 @@ def forward_loss(
     margin: float,
     reduction: str,
     need_scale: bool,
-) -> tuple[Tensor, Forward, Tensor, Derivatives]:
+) -> LossForward:
     """``forward_loss`` of a backend by its ``forward``."""
     labels, num_rows = canonical_labels(problem.labels, problem.weight.shape[0], ignore_index)
     problem = problem._replace(labels=labels)
     out = forward(problem, save_bytes, predict, need_rows, need_weight)
     loss, derivatives = constant_margin(problem, out, num_rows, margin, reduction, need_scale)
-    return labels, out, loss, Derivatives(derivatives, *(loss.new_empty(0) for _ in range(4)))
+    return LossForward(loss, predictions(out, labels) if predict else None, labels, (derivatives, *out), None)
 
 
 def backward_loss(
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
     problem: Problem,
-    saved: Forward,
-    derivatives: Derivatives,
+    saved: tuple[Tensor, ...],
+    layout: Hashable,
     upstream: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``backward_loss`` of a backend by its ``backward``."""
-    row_factor, grad_cosine, *grad_s = (derivatives.by_row * upstream).unbind()
+    derivatives, *vectors = saved
+    row_factor, grad_cosine, *grad_s = (derivatives * upstream).unbind()
     grad_norm = None if problem.normalize_features else grad_s[0]
-    grad_features, grad_weight, grad_scale = backward(problem, saved, row_factor, grad_cosine, grad_norm, needs)
+    out = Forward(*vectors)
+    grad_features, grad_weight, grad_scale = backward(problem, out, row_factor, grad_cosine, grad_norm, needs)
     if needs[2] and problem.normalize_features:
         grad_scale = grad_scale + grad_s[0].sum().to(grad_scale)
     return grad_features, grad_weight, grad_scale
+
+
+def predictions(out: Forward, labels: Tensor) -> Tensor:
+    """The class of the largest cosine of each row, the label itself where no negative's is larger."""
+    return torch.where(out.cosine >= out.best, labels, out.best_class)
 
 
 def constant_margin(

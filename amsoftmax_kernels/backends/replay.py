@@ -11,7 +11,7 @@ import itertools
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,26 +31,74 @@ _noting = threading.Lock()
 Step = Callable[[list[Any], list[int], int], None]
 
 
+class Layout:
+    """Where tensors lie in one memory. That of a program's results is part of the key of who is given them, by identity."""
+
+    def __init__(self, parts: list[tuple[int, torch.Size, tuple[int, ...], torch.dtype]], repeated: bool) -> None:
+        """``parts``: for each tensor its offset in bytes, shape, stride and dtype. ``repeated``: a program's."""
+        self._parts, self.repeated = parts, repeated
+
+    def part(self, memory: Tensor, index: int) -> Tensor:
+        offset, size, stride, dtype = self._parts[index]
+        return memory.view(dtype).as_strided(size, stride, offset // dtype.itemsize)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+class Packed(NamedTuple):
+    """Tensors in one memory, which are returned and given at the cost of one."""
+
+    memory: Tensor  # [bytes] uint8
+    layout: Layout
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...]) -> Packed:
+        """Copies of tensors, in as much memory as a program makes for the buffers that they are."""
+        parts, start = [], 0
+        pieces: list[Tensor] = []
+        for each in tensors:
+            each = each.contiguous()
+            parts.append((start, each.shape, each.stride(), each.dtype))
+            size = each.numel() * each.element_size()
+            pieces += each.view(-1).view(torch.uint8), each.new_empty(_spaced(size) - size, dtype=torch.uint8)
+            start += _spaced(size)
+        return cls(torch.cat(pieces), Layout(parts, repeated=False))
+
+    def unpacked(self) -> tuple[Tensor, ...]:
+        return tuple(self.layout.part(self.memory, index) for index in range(len(self.layout)))
+
+
 class Replayed:
     """``function`` of tensors and plain values, with the same results: repeated from the third call with a key on.
 
-    The first call is left alone: a batch of a size of its own would be noted for nothing.
+    The first call is left alone: a batch of a size of its own would be noted for nothing. Given what was :class:`Packed`, a
+    function is left alone until that is a program's, and then noted at once.
 
     Args:
         function: positional arguments, the first a tensor on the device; returns a tuple of tensors. It may read no tensor's
             value, nor anything else that changes, beside what ``consider`` returns.
         consider: of the same arguments; what joins the key (their devices are not in it), None to leave the call alone.
+        packed: results from this one on, each a buffer that ``function`` made, are returned as one :class:`Packed`, if the
+            call is not left alone by ``consider``: the same whether it is repeated or not, as whoever compares what is
+            saved for a backward pass (``torch.utils.checkpoint``) expects. Who is given it is a function of what is in it.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], consider: Callable[..., Hashable | None]) -> None:
-        self.function, self._consider = function, consider
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        consider: Callable[..., Hashable | None],
+        packed: int | None = None,
+    ) -> None:
+        self.function, self._consider, self._packed = function, consider, packed
         self._programs: dict[Hashable, Program | None] = {}  # None where it cannot be repeated
         self._seen: set[Hashable] = set()
 
-    def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         considered = self._consider(*arguments)
         if considered is None:
-            return self.function(*arguments)
+            return self._run(arguments)
+        noted = False
         parts: list[Any] = [considered]
         tensors: list[Tensor] = []
         addresses: list[int] = []
@@ -60,6 +108,13 @@ class Replayed:
                 parts += each.shape, each.stride(), each.dtype, address % _ALIGNMENT
                 tensors.append(each)
                 addresses.append(address)
+            elif isinstance(each, Packed):
+                noted = each.layout.repeated
+                if not noted:
+                    return self._packing(self._run(arguments))
+                parts += each.layout, each.memory.data_ptr() % _ALIGNMENT
+                tensors.append(each.memory)
+                addresses.append(each.memory.data_ptr())
             else:
                 parts.append(each)
         key = tuple(parts)
@@ -70,15 +125,30 @@ class Replayed:
             if len(self._seen) >= MAX_PROGRAMS:
                 self.forget()
             self._seen.add(key)
-        elif key not in self._programs and _noting.acquire(blocking=False):
+            if not noted:
+                return self._packing(self._run(arguments))
+        if key not in self._programs and _noting.acquire(blocking=False):
             try:
                 with Recorder(tensors) as recorder:
-                    result = self.function(*arguments)
-                self._programs[key] = recorder.program(result)
+                    result = self._run(arguments)
+                self._programs[key] = recorder.program(result, self._packed)
             finally:
                 _noting.release()
-            return result
-        return self.function(*arguments)
+            return self._packing(result)
+        return self._packing(self._run(arguments))
+
+    def _run(self, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        plain: list[Any] = []
+        for each in arguments:
+            if isinstance(each, Packed):
+                plain += each.unpacked()
+            else:
+                plain.append(each)
+        return self.function(*plain)
+
+    def _packing(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        count = self._packed
+        return results if count is None else (*results[:count], Packed.of(results[count:]))
 
     def forget(self) -> None:
         self._seen.clear()
@@ -89,24 +159,39 @@ class Program:
     """Steps on given tensors, buffers and what the steps themselves make, each in its place; and what is returned."""
 
     def __init__(
-        self, steps: list[Step], places: int, made: int, buffers: dict[int, Tensor], used: set[int], results: list[View]
+        self,
+        steps: list[Step],
+        places: int,
+        made: int,
+        buffers: dict[int, Tensor],
+        used: set[int],
+        results: list[View],
+        packed: list[tuple[int, Tensor]] | None,
     ) -> None:
-        """``made``: of them by steps. ``buffers`` are like those to make; unless ``used``, it is addresses that matter."""
+        """``made``: of them by steps. ``buffers`` are like those to make; unless ``used``, it is addresses that matter.
+
+        ``packed``: more results, which lie in the buffers in these places and are returned in one memory.
+        """
         self._steps, self._places, self._results = steps, places, results
         self._may_cast = made > 0  # autocast is only for operators without an out=, and to leave it takes some µs
-        self._tensors, self._constants, self._addressed = [], [], []
-        self._bytes = 0
+        self._tensors, self._constants = [], []
+        self._scratch, self._kept = _Memory(), _Memory()
+        together = {place for place, _ in packed or ()}
         for place, like in buffers.items():
-            if like.numel() == 0:  # nothing is ever written to it
+            if place in together:
+                self._kept.add(place, like, place in used)
+            elif like.numel() == 0:  # nothing is ever written to it
                 with torch.inference_mode(False):  # or a backward pass could not have it
                     self._constants.append((place, torch.empty_like(like)))
             elif place in used:
                 self._tensors.append((place, like.shape, like.stride(), like.dtype, like.device))
             else:
-                self._addressed.append((place, self._bytes))
-                self._bytes += -(-like.untyped_storage().nbytes() // _SPACING) * _SPACING
+                self._scratch.add(place, like, False)
+        self._layout = None
+        if packed is not None:
+            self._layout = Layout([self._kept.part(place, buffers[place], tensor) for place, tensor in packed], True)
 
-    def __call__(self, tensors: list[Any], addresses: list[int]) -> tuple[Tensor, ...]:
+    def __call__(self, tensors: list[Any], addresses: list[int]) -> tuple[Any, ...]:
         device, more = tensors[0].device, self._places - len(tensors)
         tensors += [None] * more
         addresses += [0] * more
@@ -115,29 +200,68 @@ class Program:
         for place, size, stride, dtype, where in self._tensors:
             tensor = torch.empty_strided(size, stride, dtype=dtype, device=where)
             tensors[place], addresses[place] = tensor, tensor.data_ptr()
-        if self._bytes:
-            memory = torch.empty(self._bytes, dtype=torch.uint8, device=device)
-            first = memory.data_ptr()
-            for place, offset in self._addressed:
-                addresses[place] = first + offset
+        scratch = self._scratch.make(device, tensors, addresses)
+        kept = self._kept.make(device, tensors, addresses)
         with no_autocast(device) if self._may_cast else nullcontext(), on_device(device):
             stream = current_stream(device)
             for step in self._steps:
                 step(tensors, addresses, stream)
-        return tuple([tensors[each.place] if each.layout is None else each(tensors) for each in self._results])
+        del scratch  # until here its addresses are in use
+        results = [tensors[each.place] if each.layout is None else each(tensors) for each in self._results]
+        if self._layout is not None and kept is not None:
+            results.append(Packed(kept, self._layout))
+        return tuple(results)
+
+
+class _Memory:
+    """Buffers in one allocation."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._offsets: dict[int, int] = {}  # by place
+        self._used: list[tuple[int, torch.dtype, torch.Size, tuple[int, ...], int]] = []  # as tensors
+
+    def add(self, place: int, like: Tensor, used: bool) -> None:
+        self._offsets[place] = self._bytes
+        if used:
+            offset = self._bytes // like.dtype.itemsize
+            self._used.append((place, like.dtype, like.shape, like.stride(), offset))
+        self._bytes += _spaced(like.untyped_storage().nbytes())
+
+    def part(self, place: int, whole: Tensor, tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...], torch.dtype]:
+        """Where ``tensor`` lies, which is part of a buffer ``whole``."""
+        offset = int(tensor.storage_offset() - whole.storage_offset()) * whole.dtype.itemsize
+        return self._offsets[place] + offset, tensor.shape, tensor.stride(), tensor.dtype
+
+    def make(self, device: torch.device, tensors: list[Any], addresses: list[int]) -> Tensor | None:
+        if not self._offsets:
+            return None
+        memory = torch.empty(self._bytes, dtype=torch.uint8, device=device)
+        first = memory.data_ptr()
+        for place, offset in self._offsets.items():
+            addresses[place] = first + offset
+        for place, dtype, size, stride, offset in self._used:
+            tensors[place] = memory.view(dtype).as_strided(size, stride, offset)
+        return memory
+
+
+def _spaced(size: int) -> int:
+    return -(-size // _SPACING) * _SPACING
 
 
 class View:
     """A tensor among a program's: the one in a place, or a part of it."""
 
-    def __init__(self, place: int, layout: tuple[Any, Any, Any] | None) -> None:
+    def __init__(self, place: int, layout: tuple[torch.dtype, Any, Any, Any] | None) -> None:
         self.place, self.layout = place, layout
 
     def __call__(self, tensors: list[Any]) -> Tensor:
         tensor: Tensor = tensors[self.place]
         if self.layout is None:
             return tensor
-        size, stride, offset = self.layout
+        dtype, size, stride, offset = self.layout
+        if tensor.dtype != dtype:
+            tensor = tensor.view(dtype)
         return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
 
@@ -195,15 +319,19 @@ class Recorder(TorchDispatchMode):
 
     def view(self, tensor: Tensor) -> View:
         place = self._places.get(tensor.untyped_storage()._cdata)
-        if place is None or tensor.dtype != self._tensors[place].dtype:
+        if place is None:
             self.give_up()
             return View(0, None)
-        self._used.add(place)
         whole = self._tensors[place]
-        offset = tensor.storage_offset() - whole.storage_offset()
-        if (offset, tensor.shape, tensor.stride()) == (0, whole.shape, whole.stride()):
+        # Beside parts of its own dtype a tensor has those that are packed into bytes.
+        if tensor.dtype != whole.dtype and (whole.dtype != torch.uint8 or whole.dim() != 1):
+            self.give_up()
+        self._used.add(place)
+        start = whole.storage_offset() * whole.dtype.itemsize
+        offset = tensor.storage_offset() - start // tensor.dtype.itemsize
+        if (offset, tensor.shape, tensor.stride(), tensor.dtype) == (0, whole.shape, whole.stride(), whole.dtype):
             return View(place, None)
-        return View(place, (tensor.shape, tensor.stride(), offset))
+        return View(place, (tensor.dtype, tensor.shape, tensor.stride(), offset))
 
     def address(self, address: int | None) -> tuple[int, int] | None:
         """The place of the tensor that an address lies in, and the bytes from its start; None for the null pointer."""
@@ -216,13 +344,20 @@ class Recorder(TorchDispatchMode):
         self.give_up()
         return None
 
-    def program(self, results: tuple[Tensor, ...]) -> Program | None:
-        """What was noted; None if it cannot be repeated."""
-        views = [self.view(each) for each in results]
+    def program(self, results: tuple[Tensor, ...], packed: int | None = None) -> Program | None:
+        """What was noted, with the results from ``packed`` on in one memory; None if it cannot be repeated."""
+        count = len(results) if packed is None else packed
+        views = [self.view(each) for each in results[:count]]
+        together = [(self._places.get(each.untyped_storage()._cdata, -1), each) for each in results[count:]]
+        apart = {view.place for view in views}
+        if any(place not in self._buffers or place in apart for place, _ in together):
+            self.give_up()  # another's memory
         if not self._understood:
             return None
         places = len(self._tensors)
-        return Program(self._steps, places, places - self._given - len(self._buffers), self._buffers, self._used, views)
+        made = places - self._given - len(self._buffers)
+        more = None if packed is None else together
+        return Program(self._steps, places, made, self._buffers, self._used, views, more)
 
     def _own(self, tensor: Tensor) -> int:
         place = len(self._tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -265,7 +266,7 @@ def _relaunch(recorder: replay.Recorder, compiled: Any, grid: tuple[int, ...], a
     """The launch again, of the kernel that Triton chose by these arguments: the choice takes three times as long."""
     grid = (*grid, 1, 1)[:3]
     pointers: list[tuple[int, int, int]] = []
-    descriptors: list[tuple[int, int, int, dict[str, Any]]] = []
+    descriptors: list[tuple[int, int, int, Callable[[int], Any]]] = []
     for i, each in enumerate(args):
         if isinstance(each, Tensor):
             args[i] = 0  # nothing may keep this one's memory
@@ -277,20 +278,23 @@ def _relaunch(recorder: replay.Recorder, compiled: Any, grid: tuple[int, ...], a
             place = recorder.address(each.base.data_ptr())
             if place is not None:
                 fields = {name: value for name, value in vars(each).items() if name != "base"}
-                descriptors.append((i, *place, fields))
+                # An allocator gives the same addresses again and again.
+                described = functools.lru_cache(16)(functools.partial(_described, fields))
+                descriptors.append((i, *place, described))
+    launch = compiled[grid]
 
     def step(tensors: list[Tensor], addresses: list[int], stream: int) -> None:
         values = args.copy()
         for i, place, offset in pointers:
             values[i] = addresses[place] + offset
-        for i, place, offset, fields in descriptors:
-            values[i] = _described(addresses[place] + offset, fields)
-        compiled[grid](*values, stream=stream)
+        for i, place, offset, described in descriptors:
+            values[i] = described(addresses[place] + offset)
+        launch(*values, stream=stream)
 
     return step
 
 
-def _described(address: int, fields: dict[str, Any]) -> Any:
+def _described(fields: dict[str, Any], address: int) -> Any:
     """A TensorDescriptor of an address alone; what it holds beside is Triton's own affair, and differs between versions."""
     descriptor = object.__new__(TensorDescriptor)
     descriptor.__dict__.update(fields)
