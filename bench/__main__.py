@@ -12,6 +12,7 @@ COMMANDS = {
     "loss": "time the loss beside its peers and the floor, with peak memory",
     "kernels": "compile every Triton kernel without a GPU, read the machine code, estimate times",
     "host": "time what the host does before the GPU is asked, without a GPU",
+    "filter": "what a gradient filter such as cut cross-entropy's leaves of this loss's gradient",
     "gpu": "everything that needs a GPU: checks, times beside the peers and the floor, a profile",
     "train": "train end to end, classes sharded over the ranks that torchrun starts, verify on identities never seen",
     "plan": "what a run needs before it is paid for: memory a rank, bytes on the wire, time a step",

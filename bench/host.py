@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import shutil
 import statistics
 import subprocess
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit(f"bench host: {backend._import_error}")
     if backend._interpreted():
         raise SystemExit("bench host: unset TRITON_INTERPRET, in whose interpreter there is no dispatch to time")
+    _keep_freed_memory()
     cpu = machine.describe(torch.device("cpu"))["cpu"]
     print(f"{cpu}, torch {torch.__version__}; host time, with the kernels of a GPU like: {card.name}\n")
     print(f"{'backend':10} {'forward':>10} {'backward':>10} {'step, µs':>10} {'anew, µs':>10} {'launches of ours':>18}")
@@ -68,6 +70,14 @@ def run(args: argparse.Namespace) -> int:
         "hand-over to its backward thread are not counted."
     )
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """As PyTorch's allocator on a GPU does, where the C library would give it back to the system and ask for it anew."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):  # glibc's
+        for option, value in ((-1, 1 << 30), (-3, 1 << 25)):  # M_TRIM_THRESHOLD; M_MMAP_THRESHOLD, the most there is
+            library.mallopt(option, value)
 
 
 def _step(name: str, features: Tensor, weight: Tensor, labels: Tensor) -> tuple[float, float]:
