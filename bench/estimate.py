@@ -194,10 +194,16 @@ def step(
             for rows, times in ((piece, classes // piece), (classes % piece, 1)):
                 gradient += count * times * library_product(card, rows, D, B, how) if rows else 0
     converted = sum(count for _, count in each) if how.converted else 0
+    product, beside = (
+        product_with_centres(card, B, D, C, how, of_rate),
+        kept and kind == "bfloat16" and grad_both(card, B, D, C),
+    )
+    if beside:
+        gradient, product, converted = max(beside.values()), 0.0, -1
     pieces = {
         "prepare": prepare_bytes(B, D, C, kept, how.size) / card.copy,
         "cosine_exp": cosine["total"],
-        "product with centres": product_with_centres(card, B, D, C, how, of_rate),
+        "product with centres": product,
         "gradient": gradient,
         "launches": (launches[at_once] + more_launches(B, D, C, kept, at_once) + converted) * SECONDS_A_LAUNCH,
     }
@@ -230,6 +236,31 @@ def grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
     return {
         "one after the other": rounds * products / card.clock + 8 * C * D / card.copy,
         "l2": tiles * (2 * (config.classes + columns) * B * across + moved) / card.l2,
+    }
+
+
+def grad_both(card: Card, B: int, D: int, C: int) -> dict[str, float] | None:
+    """Seconds of Triton's kernel for the gradient of few centres with E·ŵ beside it, by what could bound it; None if not so.
+
+    The parts of E·ŵ go through the L2 cache once more, when they are summed.
+    """
+    config = triton_configs.GRADIENT.get(card.capability[0])
+    if config is None or not config.serves(B, padded(D)):
+        return None
+    parts, columns = config.parts_beside(B, padded(D), C, card.multiprocessors), config.columns_for(padded(D))
+    if not parts:
+        return None
+    tile, depth = config.product_rows * columns, -(-C // (parts * config.product_depth)) * config.product_depth
+    of_parts = 4 * parts * B * D
+    operands = 2 * (config.product_rows + columns) * C * config.product_tiles(B, padded(D))
+    alone = grad_centres(card, B, D, C)
+    summed = of_parts / card.l2
+    return {
+        "gradient": alone["one after the other"] + summed,
+        "product": 2 * tile * depth / (card.products / card.multiprocessors)
+        + tile * 4 * card.multiprocessors / card.l2
+        + summed,
+        "l2": alone["l2"] + (operands + of_parts) / card.l2 + summed,
     }
 
 
@@ -267,8 +298,8 @@ def few_launches(arch: str) -> dict[bool, dict[bool, int]]:
     card, counts = CARDS[arch], {}
     for kept in (True, False):
         launched = of_a_step(card.capability, card.multiprocessors, 256, 512, 2048, save_bytes=1 << 40 if kept else 0)
-        others = [each for each in launched if each.kernel not in ("grad_centres", "finish_centres")]
-        # E·ŵ, the gradient of the loss by itself, and the centres' gradient.
+        others = [each for each in launched if each.kernel not in ("grad_centres", "grad_both", "finish_centres")]
+        # E·ŵ by itself, the gradient of the loss by itself, and the centres' gradient.
         counts[kept] = {at_once: len(others) + 2 + (1 if at_once else 2) for at_once in (True, False)}
     return counts
 

@@ -96,9 +96,9 @@ def faults(launch: Launch, row: dict[str, Any], card: estimate.Card) -> list[str
     counts = row["instructions"]
     if counts["local"] > MOST_LOCAL_ACCESSES:
         found.append(f"{counts['local']} local loads and stores, at most {MOST_LOCAL_ACCESSES} allowed")
-    if launch.kernel not in ("cosine_exp", "grad_centres"):
+    if launch.kernel not in ("cosine_exp", "grad_centres", "grad_both"):
         return found
-    gradient = launch.kernel == "grad_centres"
+    gradient = launch.kernel != "cosine_exp"
     tensor = gradient or launch.constant("PRECISION") == "tf32" or "fp32" not in dict(launch.signature)["x_hat"]
     if tensor and not counts[card.tensor_instruction]:
         found.append(f"no {card.tensor_instruction}")

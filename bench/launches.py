@@ -19,7 +19,7 @@ from amsoftmax_kernels.backends import triton as backend
 
 NAMES = (
     "canonical_labels", "prepare_rows", "prepare_centres", "cosine_exp", "reduce_sums", "reduce_best",
-    "constant_margin", "factor_rows", "grad_centres", "finish_centres", "finish_rows",
+    "constant_margin", "factor_rows", "grad_centres", "grad_both", "finish_centres", "finish_rows",
 )  # fmt: skip
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -260,5 +260,6 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
             add(256, 512, 2048, Options(ignore_index=1 << 40))
             add(100, 200, 1000, Options())  # a dimension that fills no tile
             for D in (128, 256, 496):  # the centres' gradient in one tile, narrow or wide, and in two, one of them not full
-                add(256, D, 2048, Options())
+                for C in (2048, 20_000):  # beside E·ŵ and alone
+                    add(256, D, C, Options())
     return list(found)

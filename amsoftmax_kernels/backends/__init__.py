@@ -53,7 +53,7 @@ class LossForward(NamedTuple):
     predictions: Tensor | None  # [B] int64, if asked for
     labels: Tensor  # those of the problem, as ``canonical_labels`` makes them
     saved: tuple[Tensor, ...]  # a backend's own
-    layout: Hashable  # what else it has to know of them
+    layout: Hashable  # what else it has to know of them: equal for equal calls, as another's ``saved`` may be read by it
 
 
 class LossAtOnce(NamedTuple):

@@ -242,6 +242,12 @@ class _Kernels:
         _library(grad.device).call("ak_grad_centres", parameters, grad.device)
         return True
 
+    def parts_beside(self, problem: Problem) -> int:
+        return 0
+
+    def grad_both(self, *unused: Any) -> bool:
+        return False
+
     def finish_rows(
         self, problem: Problem, saved: Forward, s: float | Tensor, row_factor: Tensor, grad_cosine: Tensor,
         grad_norm: Tensor | None, upstream: Tensor | None,

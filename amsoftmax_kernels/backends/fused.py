@@ -43,7 +43,7 @@ from .budget import BOUNDED_SCALE
 from .chunking import Shard, padded, panel_dtype
 from .kernels import Kernels, RawLabels
 from .parts import Maxima, Products, Sums
-from .replay import Layout, Packed, Replayed, on_device
+from .replay import ALIGNMENT, Layout, Packed, Replayed, on_device
 from .triton_configs import kind
 
 # Logits up to which the host is the slower one and replays what it did: some 0.5 ms of an H200's time.
@@ -59,6 +59,7 @@ class Fused:
             "canonical_labels": Replayed(self.labels, _of_labels),
             "forward": Replayed(self._forward, _of_problem),
             "backward": Replayed(self._backward, _of_problem),
+            "loss": Replayed(self._forward_loss, _of_problem),
             "forward_loss": Replayed(self._forward_loss, _of_problem, packed=3),
             "backward_loss": Replayed(self._backward_loss, _of_problem),
         }
@@ -85,7 +86,7 @@ class Fused:
             f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows, bool need_weight, int ignore_index, "
             f"float margin, str reduction, bool need_scale) -> ({', '.join(['Tensor'] * 14)})",
             self._forward_loss,
-            _forward_loss_fake,
+            self._forward_loss_fake,
         )
         register(
             f"{name}_backward_loss",
@@ -109,10 +110,14 @@ class Fused:
     def loss_at_once(self, *unused: Any) -> None:
         """Not here: multiplying the finished gradients by the upstream one would read and write them once more."""
 
-    def forward_loss(self, problem: Problem, save_bytes: int, predict: bool, *how: Any) -> LossForward:
+    def forward_loss(
+        self, problem: Problem, save_bytes: int, predict: bool, need_rows: bool, need_weight: bool, *how: Any
+    ) -> LossForward:
         """In fewer launches than :meth:`forward` and what would go before and after it."""
         call = self._call("forward_loss", problem.features)
-        loss, predictions, labels, *saved = call(*problem, save_bytes, predict, *how)
+        if call is self._replayed["forward_loss"] and not (need_rows or need_weight):
+            call = self._replayed["loss"]  # nothing will be saved
+        loss, predictions, labels, *saved = call(*problem, save_bytes, predict, need_rows, need_weight, *how)
         layout = None
         if isinstance(saved[0], Packed):
             saved[0], layout = saved[0]
@@ -129,8 +134,11 @@ class Fused:
         call = self._call("backward_loss", problem.features)
         tensors: tuple[Tensor | Packed, ...] = saved
         if isinstance(layout, Layout):
-            packed = Packed(saved[0], layout)
-            tensors = packed.unpacked() if is_traced(problem.features) else (packed,)
+            if is_traced(problem.features):
+                tensors = layout.unpacked(saved[0])
+            else:  # a hook on saved tensors may have put it anywhere
+                memory = saved[0] if saved[0].data_ptr() % ALIGNMENT == 0 else saved[0].clone()
+                tensors = (Packed(memory, layout),)
         result: tuple[Tensor, Tensor, Tensor] = call(*problem, *tensors, upstream, *needs)
         return result
 
@@ -185,12 +193,47 @@ class Fused:
                 problem, saved, z_parts, raw.num_rows, s, margin, reduction, loss, derivatives, factored
             )
 
-        saved, *prepared = self._over_chunks(problem, raw, *how, finish=finish)
+        later = self._product_later(problem, how[0], how[2], how[3], reduction)
+        saved, *prepared = self._over_chunks(problem, raw, *how, finish=finish, product_later=later)
         recompute = needed and saved.kept.shape[1] < problem.weight.shape[0]
         # And the last of ŵ, which the backward pass would have to make again; it has room for the rest in the gradient.
-        left = (each if recompute else each.new_empty(0) for each in prepared)
+        wanted = recompute, recompute, recompute or later
+        left = (each if want else each.new_empty(0) for each, want in zip(prepared, wanted, strict=True))
         predictions = constant_margin.predictions(saved, problem.labels) if how[1] else problem.labels.new_empty(0)
         return loss, predictions, problem.labels, *saved[1:6], saved.rows, derivatives, x_factored, *left
+
+    def _forward_loss_fake(self, *arguments: Any) -> tuple[Tensor, ...]:
+        problem, how = Problem(*arguments[:7]), arguments[7:]
+        save_bytes, _, need_rows, need_weight, *_, reduction, need_scale = how
+        (B, D), C = problem.features.shape, problem.weight.shape[0]
+        needed = need_weight and reduction != "none"
+        count = chunking.kept_count(B, C, D, problem.compute_dtype, save_bytes)
+        recompute = needed and padded(count) < C
+        later = self._product_later(problem, save_bytes, need_rows, need_weight, reduction)
+        last = chunking.last_span(B, D, C, count) if recompute else C if later else 0
+        loss, *of_loss = _loss_buffers(problem, reduction, needed, need_scale)
+        _, *vectors, _, rows, best, _ = _forward_fake(*arguments[:11])
+        features, labels = problem.features, problem.labels
+        return (
+            loss,
+            labels.new_empty(best.shape, dtype=torch.int64),
+            labels.new_empty(B, dtype=torch.int64),
+            *vectors,
+            rows.new_empty(0) if later else rows,
+            *of_loss,
+            features.new_empty((B, padded(D)) if recompute else 0, dtype=problem.compute_dtype),
+            features.new_empty(B if recompute else 0, dtype=torch.float32),
+            features.new_empty((last, padded(D)) if last else 0, dtype=problem.compute_dtype),
+        )
+
+    def _product_later(
+        self, problem: Problem, save_bytes: int, need_rows: bool, need_weight: bool, reduction: str
+    ) -> bool:  # fmt: skip
+        """Whether E·ŵ is left to the backward pass, of few classes: beside the centres' gradient it is free."""
+        if not (need_rows and need_weight) or reduction == "none" or self.kernels.parts_beside(problem) == 0:
+            return False
+        (B, D), C = problem.features.shape, problem.weight.shape[0]
+        return chunking.chunk_size(B, D) >= C and chunking.kept_count(B, C, D, problem.compute_dtype, save_bytes) == C
 
     def _raw(self, given: Problem, ignore_index: int) -> tuple[Problem, RawLabels]:
         """The problem with room for labels that are yet to be made canonical, and what they are made of."""
@@ -211,11 +254,13 @@ class Fused:
         need_weight: bool,
         *,
         finish: Callable[[Forward, Tensor | None], None] | None,
+        product_later: bool = False,
     ) -> tuple[Forward, Tensor, Tensor, Tensor]:
         """The forward pass, x̂, log2(e)·s, and ŵ of the classes that were taken last.
 
-        ``finish`` is called at its end, to sum z if it is given the parts.
+        ``finish`` is called at its end, to sum z if it is given the parts. ``product_later``: without E·ŵ.
         """
+        need_rows = need_rows and not product_later
         features, weight, labels, scale, normalize = problem[:5]
         (B, D), C = features.shape, weight.shape[0]
         kernels = self.kernels
@@ -359,7 +404,12 @@ class Fused:
             count = min(kept.shape[1], C)
             shard = Shard.of(problem, terms_needed=need_weight and count < C)
             s = scale_of(scale, normalize)
-            if need_weight and x_factored is not None:
+            done = False
+            if need_rows and count == C and last is not None:
+                rows, done = self._product_now(
+                    problem, kept, last, x_factored if need_weight else None, inverse_norm, grad_weight, upstream
+                )
+            if need_weight and x_factored is not None and not done:
                 again = [chunk for chunk in shard.chunks if chunk.start >= count]
                 products = Products(features, len(again) if need_rows else 0, B, shard.width)
                 for chunk in shard.chunks:
@@ -388,6 +438,27 @@ class Fused:
             if parts is not None:
                 grad_scale = parts.sum().to(scale.device, scale.dtype)
             return grad_features, grad_weight, grad_scale
+
+    def _product_now(
+        self,
+        problem: Problem,
+        kept: Tensor,
+        w_hat: Tensor,
+        x_factored: Tensor | None,
+        inverse_norm: Tensor,
+        grad_weight: Tensor,
+        upstream: Tensor | None,
+    ) -> tuple[Tensor, bool]:
+        """E·ŵ, which the forward pass has left to this one; and whether the centres' gradient was made beside it."""
+        terms, shape = kept[:, : problem.weight.shape[0]], (kept.shape[0], w_hat.shape[1])
+        count = 0 if x_factored is None else self.kernels.parts_beside(problem)
+        if x_factored is not None and count:
+            parts = inverse_norm.new_empty(count, *shape)
+            if self.kernels.grad_both(
+                terms, x_factored, w_hat, problem.weight, inverse_norm, grad_weight, upstream, parts
+            ):  # fmt: skip
+                return parts, True
+        return _product(terms, w_hat.to(terms.dtype), inverse_norm.new_empty(shape)), False
 
     def _again(self, shard: Shard, chunk: range, last: Tensor | None, grad_weight: Tensor, inverse_norm: Tensor) -> Tensor:
         """ŵ of a chunk in the backward pass: left from the forward pass, or made in the memory of its gradient."""
@@ -496,28 +567,6 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
         features.new_empty((B, padded(D)) if has_rows else 0, dtype=torch.float32),
         features.new_empty(B if predict else 0, dtype=torch.float32),
         labels.new_empty(B if predict else 0, dtype=torch.int64),
-    )
-
-
-def _forward_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, (save_bytes, _, _, need_weight, *_, reduction, need_scale) = Problem(*arguments[:7]), arguments[7:]
-    (B, D), C = problem.features.shape, problem.weight.shape[0]
-    needed = need_weight and reduction != "none"
-    count = chunking.kept_count(B, C, D, problem.compute_dtype, save_bytes)
-    recompute = needed and padded(count) < C
-    last = chunking.last_span(B, D, C, count) if recompute else 0
-    loss, *of_loss = _loss_buffers(problem, reduction, needed, need_scale)
-    _, *vectors, _, rows, best, _ = _forward_fake(*arguments[:11])
-    return (
-        loss,
-        problem.labels.new_empty(best.shape, dtype=torch.int64),
-        problem.labels.new_empty(B, dtype=torch.int64),
-        *vectors,
-        rows,
-        *of_loss,
-        problem.features.new_empty((B, padded(D)) if recompute else 0, dtype=problem.compute_dtype),
-        problem.features.new_empty(B if recompute else 0, dtype=torch.float32),
-        problem.features.new_empty((last, padded(D)) if recompute else 0, dtype=problem.compute_dtype),
     )
 
 

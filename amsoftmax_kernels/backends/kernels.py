@@ -74,6 +74,15 @@ class Kernels(Protocol):
         """The gradient of a chunk's centres at once, Eᵀ(a∘x̂) through the normalization, if there is a kernel for it here;
         else False, and nothing is done."""
 
+    def parts_beside(self, problem: Problem) -> int:
+        """Parts in which :meth:`grad_both` can make E·ŵ, known from dtypes and layouts alone; 0 where it would not pay."""
+
+    def grad_both(
+        self, terms: Tensor, x_factored: Tensor, w_hat: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor,
+        upstream: Tensor | None, parts: Tensor,
+    ) -> bool:  # fmt: skip
+        """:meth:`grad_centres` of all classes, and beside it E·ŵ into ``parts`` ``[n, B, width]``, still to be summed."""
+
     def finish_centres(
         self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
     ) -> None:
@@ -84,4 +93,7 @@ class Kernels(Protocol):
         grad_norm: Tensor | None, upstream: Tensor | None,
         grad_features: Tensor | None, grad_weight: Tensor | None, grad_scale: Tensor | None,
     ) -> None:  # fmt: skip
-        """dx, the targets' part of dw, and parts of the scale's gradient; the vectors are still to be times ``upstream``."""
+        """dx, the targets' part of dw, and parts of the scale's gradient; the vectors are still to be times ``upstream``.
+
+        E·ŵ, the rows saved, may still be in parts.
+        """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..arguments import no_autocast
 
 MAX_PROGRAMS = 256  # remembered for a function; each takes some 20 kB
-_ALIGNMENT = 16  # bytes: kernels are compiled for addresses that are multiples of it, or not
+ALIGNMENT = 16  # bytes: kernels are compiled for addresses that are multiples of it, or not
 _SPACING = 512  # bytes between buffers of one allocation, as CUDA's allocator has it
 _BUFFERS = frozenset({"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"})
 _local = threading.local()
@@ -32,18 +32,31 @@ Step = Callable[[list[Any], list[int], int], None]
 
 
 class Layout:
-    """Where tensors lie in one memory. That of a program's results is part of the key of who is given them, by identity."""
+    """Where contiguous tensors lie in one memory, by their shapes and dtypes alone.
 
-    def __init__(self, parts: list[tuple[int, torch.Size, tuple[int, ...], torch.dtype]], repeated: bool) -> None:
-        """``parts``: for each tensor its offset in bytes, shape, stride and dtype. ``repeated``: a program's."""
-        self._parts, self.repeated = parts, repeated
+    Not by how it was made: ``torch.utils.checkpoint`` has one call's memory read by another's layout.
+    """
 
-    def part(self, memory: Tensor, index: int) -> Tensor:
-        offset, size, stride, dtype = self._parts[index]
-        return memory.view(dtype).as_strided(size, stride, offset // dtype.itemsize)
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.offsets: list[int] = []  # in bytes
+        self.bytes = 0
+        for each in tensors:
+            self.offsets.append(self.bytes)
+            self.bytes += _spaced(each.numel() * each.element_size())
+        self._parts = tuple((each.shape, each.dtype) for each in tensors)
+        self._hash = hash(self._parts)
 
-    def __len__(self) -> int:
-        return len(self._parts)
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Layout) and self._parts == other._parts)
+
+    def unpacked(self, memory: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            memory[start : start + dtype.itemsize * shape.numel()].view(dtype).view(shape)
+            for start, (shape, dtype) in zip(self.offsets, self._parts, strict=True)
+        )
 
 
 class Packed(NamedTuple):
@@ -54,34 +67,29 @@ class Packed(NamedTuple):
 
     @classmethod
     def of(cls, tensors: tuple[Tensor, ...]) -> Packed:
-        """Copies of tensors, in as much memory as a program makes for the buffers that they are."""
-        parts, start = [], 0
+        """Copies of tensors."""
         pieces: list[Tensor] = []
         for each in tensors:
-            each = each.contiguous()
-            parts.append((start, each.shape, each.stride(), each.dtype))
             size = each.numel() * each.element_size()
-            pieces += each.view(-1).view(torch.uint8), each.new_empty(_spaced(size) - size, dtype=torch.uint8)
-            start += _spaced(size)
-        return cls(torch.cat(pieces), Layout(parts, repeated=False))
+            pieces += each.contiguous().view(-1).view(torch.uint8), each.new_empty(_spaced(size) - size, dtype=torch.uint8)
+        return cls(torch.cat(pieces), Layout(tensors))
 
     def unpacked(self) -> tuple[Tensor, ...]:
-        return tuple(self.layout.part(self.memory, index) for index in range(len(self.layout)))
+        return self.layout.unpacked(self.memory)
 
 
 class Replayed:
     """``function`` of tensors and plain values, with the same results: repeated from the third call with a key on.
 
-    The first call is left alone: a batch of a size of its own would be noted for nothing. Given what was :class:`Packed`, a
-    function is left alone until that is a program's, and then noted at once.
+    The first call is left alone: a batch of a size of its own would be noted for nothing.
 
     Args:
         function: positional arguments, the first a tensor on the device; returns a tuple of tensors. It may read no tensor's
             value, nor anything else that changes, beside what ``consider`` returns.
         consider: of the same arguments; what joins the key (their devices are not in it), None to leave the call alone.
-        packed: results from this one on, each a buffer that ``function`` made, are returned as one :class:`Packed`, if the
-            call is not left alone by ``consider``: the same whether it is repeated or not, as whoever compares what is
-            saved for a backward pass (``torch.utils.checkpoint``) expects. Who is given it is a function of what is in it.
+        packed: results from this one on, each a whole buffer that ``function`` made, are returned as one :class:`Packed`, if
+            the call is not left alone by ``consider``; copied where it is not repeated, as what is saved for a backward
+            pass must not depend on that. A function that is given a :class:`Packed` is one of the tensors in it.
     """
 
     def __init__(
@@ -98,21 +106,19 @@ class Replayed:
         considered = self._consider(*arguments)
         if considered is None:
             return self._run(arguments)
-        noted = False
         parts: list[Any] = [considered]
         tensors: list[Tensor] = []
         addresses: list[int] = []
+        packed: set[int] = set()
         for each in arguments:
             if isinstance(each, Tensor):
                 address = each.data_ptr()
-                parts += each.shape, each.stride(), each.dtype, address % _ALIGNMENT
+                parts += each.shape, each.stride(), each.dtype, address % ALIGNMENT
                 tensors.append(each)
                 addresses.append(address)
             elif isinstance(each, Packed):
-                noted = each.layout.repeated
-                if not noted:
-                    return self._packing(self._run(arguments))
-                parts += each.layout, each.memory.data_ptr() % _ALIGNMENT
+                packed.add(len(tensors))
+                parts += each.layout, each.memory.data_ptr() % ALIGNMENT
                 tensors.append(each.memory)
                 addresses.append(each.memory.data_ptr())
             else:
@@ -125,11 +131,9 @@ class Replayed:
             if len(self._seen) >= MAX_PROGRAMS:
                 self.forget()
             self._seen.add(key)
-            if not noted:
-                return self._packing(self._run(arguments))
-        if key not in self._programs and _noting.acquire(blocking=False):
+        elif key not in self._programs and _noting.acquire(blocking=False):
             try:
-                with Recorder(tensors) as recorder:
+                with Recorder(tensors, packed) as recorder:
                     result = self._run(arguments)
                 self._programs[key] = recorder.program(result, self._packed)
             finally:
@@ -170,26 +174,27 @@ class Program:
     ) -> None:
         """``made``: of them by steps. ``buffers`` are like those to make; unless ``used``, it is addresses that matter.
 
-        ``packed``: more results, which lie in the buffers in these places and are returned in one memory.
+        ``packed``: more results, buffers of these places, which are returned in one memory.
         """
         self._steps, self._places, self._results = steps, places, results
         self._may_cast = made > 0  # autocast is only for operators without an out=, and to leave it takes some µs
         self._tensors, self._constants = [], []
         self._scratch, self._kept = _Memory(), _Memory()
-        together = {place for place, _ in packed or ()}
+        self._layout = None if packed is None else Layout([each for _, each in packed])
+        if packed is not None and self._layout is not None:
+            for (place, each), offset in zip(packed, self._layout.offsets, strict=True):
+                if each.numel():
+                    self._kept.add(place, buffers[place], place in used, offset)
         for place, like in buffers.items():
-            if place in together:
-                self._kept.add(place, like, place in used)
-            elif like.numel() == 0:  # nothing is ever written to it
+            if place in self._kept:
+                continue
+            if like.numel() == 0:  # nothing is ever written to it
                 with torch.inference_mode(False):  # or a backward pass could not have it
                     self._constants.append((place, torch.empty_like(like)))
             elif place in used:
                 self._tensors.append((place, like.shape, like.stride(), like.dtype, like.device))
             else:
-                self._scratch.add(place, like, False)
-        self._layout = None
-        if packed is not None:
-            self._layout = Layout([self._kept.part(place, buffers[place], tensor) for place, tensor in packed], True)
+                self._scratch.add(place, like, False, self._scratch.bytes)
 
     def __call__(self, tensors: list[Any], addresses: list[int]) -> tuple[Any, ...]:
         device, more = tensors[0].device, self._places - len(tensors)
@@ -217,32 +222,35 @@ class _Memory:
     """Buffers in one allocation."""
 
     def __init__(self) -> None:
-        self._bytes = 0
+        self.bytes = 0
         self._offsets: dict[int, int] = {}  # by place
         self._used: list[tuple[int, torch.dtype, torch.Size, tuple[int, ...], int]] = []  # as tensors
 
-    def add(self, place: int, like: Tensor, used: bool) -> None:
-        self._offsets[place] = self._bytes
-        if used:
-            offset = self._bytes // like.dtype.itemsize
-            self._used.append((place, like.dtype, like.shape, like.stride(), offset))
-        self._bytes += _spaced(like.untyped_storage().nbytes())
+    def __contains__(self, place: int) -> bool:
+        return place in self._offsets
 
-    def part(self, place: int, whole: Tensor, tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...], torch.dtype]:
-        """Where ``tensor`` lies, which is part of a buffer ``whole``."""
-        offset = int(tensor.storage_offset() - whole.storage_offset()) * whole.dtype.itemsize
-        return self._offsets[place] + offset, tensor.shape, tensor.stride(), tensor.dtype
+    def add(self, place: int, like: Tensor, used: bool, offset: int) -> None:
+        self._offsets[place] = offset
+        if used:
+            self._used.append((place, like.dtype, like.shape, like.stride(), offset // like.dtype.itemsize))
+        self.bytes = offset + _spaced(like.untyped_storage().nbytes())
 
     def make(self, device: torch.device, tensors: list[Any], addresses: list[int]) -> Tensor | None:
         if not self._offsets:
             return None
-        memory = torch.empty(self._bytes, dtype=torch.uint8, device=device)
+        memory = torch.empty(self.bytes, dtype=torch.uint8, device=device)
         first = memory.data_ptr()
         for place, offset in self._offsets.items():
             addresses[place] = first + offset
         for place, dtype, size, stride, offset in self._used:
             tensors[place] = memory.view(dtype).as_strided(size, stride, offset)
         return memory
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Of two tensors in one memory, whether they are contiguous and the same but for the shape."""
+    of_both = ((each.dtype, each.numel(), each.storage_offset(), each.is_contiguous()) for each in (one, other))
+    return len(set(of_both)) == 1 and one.is_contiguous()
 
 
 def _spaced(size: int) -> int:
@@ -268,8 +276,10 @@ class View:
 class Recorder(TorchDispatchMode):
     """Takes notes of PyTorch's operators while it is entered; launches of kernels are added by whoever launches."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor], packed: Collection[int] = ()) -> None:
+        """``packed``: which of the tensors are memories that others are packed in."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._packed = packed
         self._tensors: list[Tensor] = []  # by place; kept alive, so that an address is only ever one's
         self._places: dict[int, int] = {}  # by storage
         self._buffers: dict[int, Tensor] = {}  # by place
@@ -323,8 +333,7 @@ class Recorder(TorchDispatchMode):
             self.give_up()
             return View(0, None)
         whole = self._tensors[place]
-        # Beside parts of its own dtype a tensor has those that are packed into bytes.
-        if tensor.dtype != whole.dtype and (whole.dtype != torch.uint8 or whole.dim() != 1):
+        if tensor.dtype != whole.dtype and place not in self._packed:
             self.give_up()
         self._used.add(place)
         start = whole.storage_offset() * whole.dtype.itemsize
@@ -349,9 +358,12 @@ class Recorder(TorchDispatchMode):
         count = len(results) if packed is None else packed
         views = [self.view(each) for each in results[:count]]
         together = [(self._places.get(each.untyped_storage()._cdata, -1), each) for each in results[count:]]
-        apart = {view.place for view in views}
-        if any(place not in self._buffers or place in apart for place, _ in together):
-            self.give_up()  # another's memory
+        taken = {view.place for view in views}
+        for place, each in together:
+            whole = self._buffers.get(place)
+            if each.numel() and (whole is None or place in taken or not _same(each, whole)):
+                self.give_up()  # of these buffers alone it is known that no one else has them
+            taken.add(place)
         if not self._understood:
             return None
         places = len(self._tensors)

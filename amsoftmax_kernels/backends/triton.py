@@ -28,10 +28,19 @@ else:
     _import_error = None
 
 _MIN_CAPABILITY = (8, 0)
+_IN_SIXTEENS = 16
 _MIN_VERSION = (3, 6)  # of Triton: what the kernels are compiled and read with
 _INTERPRETED = Config(rows=16, classes=32, depth=16, stages=1, warps=4, bulk=True, split=True, masked=True)
 _INTERPRETED_GRADIENT = GradientConfig(
-    rows=16, classes=16, columns=32, stages=1, warps=4, most_rows=1 << 62, most_columns=128
+    rows=16,
+    classes=16,
+    columns=32,
+    stages=1,
+    warps=4,
+    most_rows=1 << 62,
+    most_columns=128,
+    product_rows=16,
+    product_depth=16,
 )
 
 
@@ -199,23 +208,69 @@ class _Kernels:
     def grad_centres(
         self, terms: Tensor, x_factored: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
     ) -> bool:
-        device, (B, width), N = grad.device, x_factored.shape, grad.shape[0]
-        c = _gradient_config(device)
-        if c is None or x_factored.dtype == torch.float32 or not c.serves(B, width):
+        c = self._gradient(x_factored, weight, grad)
+        if c is None:
             return False
+        programs = min(_multiprocessors(grad.device), -(-grad.shape[0] // c.classes))
+        operands, how = self._of_gradient(c, programs, terms, x_factored, weight, inverse_norm, grad, upstream)
+        _launch(gradients.grad_centres, (programs,), *operands, x_factored.shape[0], *grad.shape, **how)
+        return True
+
+    def _gradient(self, x_factored: Tensor, weight: Tensor, grad: Tensor) -> GradientConfig | None:
+        """How the centres' gradient is made at once, if it is."""
+        c = _gradient_config(grad.device)
+        if c is None or x_factored.dtype == torch.float32 or not c.serves(*x_factored.shape):
+            return None
         if weight.dtype != torch.float32 or not (_in_sixteens(weight) and _in_sixteens(grad)):
-            return False  # read and written in smaller pieces it would not fit the registers
+            return None  # read and written in smaller pieces it would not fit the registers
+        return c
+
+    def _of_gradient(
+        self, c: GradientConfig, programs: int, terms: Tensor, x_factored: Tensor, weight: Tensor, inverse_norm: Tensor,
+        grad: Tensor, upstream: Tensor | None,
+    ) -> tuple[list[Any], dict[str, Any]]:  # fmt: skip
+        """What both kernels that make it are given first, and last."""
+        width = x_factored.shape[1]
         columns = c.columns_for(width)
         across = -(-width // columns)
-        programs = min(_multiprocessors(device), -(-N // c.classes))
         scratch = inverse_norm.new_empty(programs, c.classes, (across - 1) * columns)
         tiles = (terms, [c.rows, c.classes]), (x_factored, [c.rows, columns])
-        _launch(
-            gradients.grad_centres, (programs,),
+        operands = [
             *(TensorDescriptor.from_tensor(*each) for each in tiles), weight, *weight.stride(), inverse_norm,
-            inverse_norm if upstream is None else upstream, grad, scratch, B, *grad.shape,
-            UPSTREAM=upstream is not None, INTERPRETED=_interpreted(), ACROSS=across,
-            BLOCK_B=c.rows, BLOCK_C=c.classes, BLOCK_D=columns, num_stages=c.stages, num_warps=c.warps,
+            inverse_norm if upstream is None else upstream, grad, scratch,
+        ]  # fmt: skip
+        how = {
+            "UPSTREAM": upstream is not None, "INTERPRETED": _interpreted(), "ACROSS": across,
+            "BLOCK_B": c.rows, "BLOCK_C": c.classes, "BLOCK_D": columns, "num_stages": c.stages, "num_warps": c.warps,
+        }  # fmt: skip
+        return operands, how
+
+    def parts_beside(self, problem: Problem) -> int:
+        features, weight = problem.features, problem.weight
+        # Of bfloat16 alone, as ŵ is in the dtype of E; the interpreter has no product of that.
+        if problem.compute_dtype != (torch.float16 if _interpreted() else torch.bfloat16):
+            return 0
+        (B, D), c = features.shape, _gradient_config(weight.device)
+        if c is None or weight.dtype != torch.float32 or D % _IN_SIXTEENS or weight.stride() != (D, 1):
+            return 0
+        return c.parts_beside(B, D, weight.shape[0], _multiprocessors(weight.device)) if c.serves(B, D) else 0
+
+    def grad_both(
+        self, terms: Tensor, x_factored: Tensor, w_hat: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor,
+        upstream: Tensor | None, parts: Tensor,
+    ) -> bool:  # fmt: skip
+        c = self._gradient(x_factored, weight, grad)
+        if c is None:
+            return False
+        N, (count, B, width) = grad.shape[0], parts.shape
+        programs = -(-N // c.classes)
+        operands, how = self._of_gradient(c, programs, terms, x_factored, weight, inverse_norm, grad, upstream)
+        tiles = (terms, [c.product_rows, c.product_depth]), (w_hat, [c.product_depth, c.columns_for(width)])
+        depth = -(-N // (count * c.product_depth)) * c.product_depth
+        _launch(
+            gradients.grad_both, (programs + count * c.product_tiles(B, width),),
+            *operands, *(TensorDescriptor.from_tensor(*each) for each in tiles), parts, programs, depth,
+            B, *grad.shape, width, **how, ROWS=c.product_rows, DEPTH=c.product_depth,
         )  # fmt: skip
         return True
 
@@ -243,10 +298,10 @@ class _Kernels:
             row_factor, grad_cosine, row_factor if grad_norm is None else grad_norm,
             row_factor if upstream is None else upstream, saved.rows,
             *(row_factor if each is None else each for each in (grad_features, grad_weight, grad_scale)),
-            B, weight.shape[0], D, width,
+            saved.rows.shape[0] if saved.rows.dim() == 3 else 1, B, weight.shape[0], D, width,
             isinstance(s, Tensor), problem.normalize_features, grad_norm is not None, upstream is not None,
             grad_features is not None, grad_weight is not None, grad_scale is not None,
-            _power_of_2(width), 1024,
+            8 if saved.rows.dim() == 3 else 1, _power_of_2(width), 1024,
         )  # fmt: skip
 
 
@@ -332,7 +387,8 @@ def _config(device: torch.device, dtype: torch.dtype) -> Config:
 
 def _in_sixteens(tensor: Tensor) -> bool:
     """Whether Triton can know that rows start at multiples of 16 bytes, and of 16 elements."""
-    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 16 == 0 and tensor.stride(1) == 1 and tensor.shape[1] % 16 == 0
+    rows = tensor.stride(0) % _IN_SIXTEENS == 0 and tensor.stride(1) == 1 and tensor.shape[1] % _IN_SIXTEENS == 0
+    return rows and tensor.data_ptr() % _IN_SIXTEENS == 0
 
 
 def _gradient_config(device: torch.device) -> GradientConfig | None:

@@ -54,6 +54,8 @@ class GradientConfig:
     warps: int
     most_rows: int  # of the batch, for the widest tile; of others in proportion
     most_columns: int  # of the centres
+    product_rows: int  # of a tile of E·ŵ beside it, as wide as its own
+    product_depth: int  # classes a step of that
 
     def serves(self, batch: int, width: int) -> bool:
         """Whether it is used; else a library's product and a pass are, as where many columns of its tiles would be idle."""
@@ -65,12 +67,41 @@ class GradientConfig:
         """Of a tile, a power of 2, for centres of this width."""
         return min(self.columns, max(1 << (width - 1).bit_length(), 32))
 
+    def product_tiles(self, batch: int, width: int) -> int:
+        """Of E·ŵ."""
+        return -(-batch // self.product_rows) * -(-width // self.columns_for(width))
+
+    def parts_beside(self, batch: int, width: int, classes: int, multiprocessors: int) -> int:
+        """Parts of the classes in which E·ŵ is made beside the gradient of few centres, which leaves SMs idle.
+
+        The fewest that take no longer than it. 0 where it leaves too few: a product of its own takes all of them, and its
+        launch and that of a library's sum of parts, some eight steps of these tiles.
+        """
+        tiles, steps = self.product_tiles(batch, width), -(-classes // self.product_depth)
+        idle = (multiprocessors - -(-classes // self.classes)) // tiles
+        if idle < 1:
+            return 0
+        # Of a program of the gradient; its centres are read and written in the time of some twelve.
+        of_gradient = -(-batch // self.rows) * -(-width // self.columns_for(width)) + 12
+        parts = min(idle, -(-steps // of_gradient))
+        return parts if -(-steps // parts) <= of_gradient + tiles * steps // multiprocessors + 8 else 0
+
 
 # By the same counts (bench/estimate.py). A library's product has clusters of blocks that share what they load: it draws less
 # from the L2 cache, which is worth more than the pass that is spared where the batch is large; and E, read once a tile of
 # columns, must lie in that cache meanwhile. Where none is listed neither has been counted.
 GRADIENT: dict[int, GradientConfig] = {
-    9: GradientConfig(rows=64, classes=128, columns=256, stages=4, warps=8, most_rows=1024, most_columns=512),
+    9: GradientConfig(
+        rows=64,
+        classes=128,
+        columns=256,
+        stages=4,
+        warps=8,
+        most_rows=1024,
+        most_columns=512,
+        product_rows=128,
+        product_depth=64,
+    ),
 }
 
 

@@ -90,16 +90,9 @@ def _store_tangent(g, unit, along, outer, grad, rows, columns, N, D):
     tl.store(grad + rows[:, None] * D + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["B", "N", "upstream"])
-def grad_centres(
-    terms,  # [B, N or a little more] bfloat16; a descriptor
-    x_factored,  # [B, D_padded] bfloat16; a descriptor
-    weight, stride_class, stride_dim,  # [C, D], from the chunk's first class
-    inverse_norm,  # [N]
-    upstream,  # a number to multiply by, if UPSTREAM
-    grad,  # [N, D]
-    scratch,  # [programs, BLOCK_C, (ACROSS - 1)·BLOCK_D] float32
-    B, N, D,
+@triton.jit
+def _grad_centres(
+    program, programs, terms, x_factored, weight, stride_class, stride_dim, inverse_norm, upstream, grad, scratch, B, N, D,
     UPSTREAM: tl.constexpr, INTERPRETED: tl.constexpr, ACROSS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -112,9 +105,9 @@ def grad_centres(
     scale = 1.0
     if UPSTREAM:
         scale = tl.load(upstream)
-    slot = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    slot = program.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     waiting = scratch + slot[:, None] * ((ACROSS - 1) * BLOCK_D)
-    tiles = tl.cdiv(tl.cdiv(N, BLOCK_C) - tl.program_id(0), tl.num_programs(0))
+    tiles = tl.cdiv(tl.cdiv(N, BLOCK_C) - program, programs)
     steps = tl.cdiv(B, BLOCK_B)
     along = tl.zeros([BLOCK_C], tl.float32)
     g = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
@@ -122,7 +115,7 @@ def grad_centres(
     for i in range(0, tiles * ACROSS * steps):
         tile = i // steps
         row = (i % steps) * BLOCK_B
-        first = (tl.program_id(0) + (tile // ACROSS) * tl.num_programs(0)) * BLOCK_C
+        first = (program + (tile // ACROSS) * programs) * BLOCK_C
         column = (tile % ACROSS) * BLOCK_D
         e = terms.load([row, first])
         x = x_factored.load([row, column])
@@ -155,7 +148,7 @@ def grad_centres(
                     # order them, and the barriers of the steps between the next stores. (Around Triton's own barrier a
                     # loop's loads are not asynchronous.)
                     tl.inline_asm_elementwise(
-                        "bar.sync 0; mov.b32 $0, $1;", "=r,r", [tl.program_id(0)], tl.int32, is_pure=False, pack=1
+                        "bar.sync 0; mov.b32 $0, $1;", "=r,r", [program], tl.int32, is_pure=False, pack=1
                     )
                 for pair in tl.static_range((ACROSS - 1) * 4):
                     columns = 2 * pair * WIDTH + tl.arange(0, WIDTH).to(tl.int64)
@@ -168,27 +161,84 @@ def grad_centres(
             g = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
 
 
+@triton.jit(do_not_specialize=["B", "N", "upstream"])
+def grad_centres(
+    terms,  # [B, N or a little more] bfloat16; a descriptor
+    x_factored,  # [B, D_padded] bfloat16; a descriptor
+    weight, stride_class, stride_dim,  # [C, D], from the chunk's first class
+    inverse_norm,  # [N]
+    upstream,  # a number to multiply by, if UPSTREAM
+    grad,  # [N, D]
+    scratch,  # [programs, BLOCK_C, (ACROSS - 1)·BLOCK_D] float32
+    B, N, D,
+    UPSTREAM: tl.constexpr, INTERPRETED: tl.constexpr, ACROSS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a chunk's centres."""
+    _grad_centres(
+        tl.program_id(0), tl.num_programs(0), terms, x_factored, weight, stride_class, stride_dim, inverse_norm, upstream,
+        grad, scratch, B, N, D, UPSTREAM, INTERPRETED, ACROSS, BLOCK_B, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["programs", "B", "N", "depth", "upstream"])
+def grad_both(
+    terms, x_factored, weight, stride_class, stride_dim, inverse_norm, upstream, grad, scratch,  # as for grad_centres
+    terms_rows,  # [B, N] terms again, by other tiles; a descriptor
+    w_hat,  # [N, D_padded] bfloat16; a descriptor
+    parts,  # [parts, B, D_padded] float32
+    programs, depth, B, N, D, D_padded,
+    UPSTREAM: tl.constexpr, INTERPRETED: tl.constexpr, ACROSS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The gradient of all centres by the first ``programs``, and Eŵ by those for which it leaves an SM.
+
+    Each of these makes a tile of Eŵ over ``depth`` classes, a multiple of DEPTH; :func:`finish_rows` sums them.
+    """
+    if tl.program_id(0) < programs:
+        _grad_centres(
+            tl.program_id(0), programs, terms, x_factored, weight, stride_class, stride_dim, inverse_norm, upstream,
+            grad, scratch, B, N, D, UPSTREAM, INTERPRETED, ACROSS, BLOCK_B, BLOCK_C, BLOCK_D,
+        )  # fmt: skip
+    else:
+        number = tl.program_id(0) - programs
+        part = number // (tl.cdiv(B, ROWS) * ACROSS)
+        tile = number % (tl.cdiv(B, ROWS) * ACROSS)
+        row, column = (tile // ACROSS) * ROWS, (tile % ACROSS) * BLOCK_D
+        sums = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for start in range(part * depth, min((part + 1) * depth, N), DEPTH):
+            e = terms_rows.load([row, start])
+            w = w_hat.load([start, column])
+            if INTERPRETED:
+                e, w = e.to(tl.float32), w.to(tl.float32)
+            sums = tl.dot(e, w, sums)
+        rows = row + tl.arange(0, ROWS)
+        columns = column + tl.arange(0, BLOCK_D)
+        place = (part * B + rows).to(tl.int64)[:, None] * D_padded + columns[None, :]
+        tl.store(parts + place, sums, mask=(rows < B)[:, None] & (columns < D_padded)[None, :])
+
+
 @triton.jit
 def _narrow(values, pointer):
     """Float64 to what is stored; by way of float32, as the interpreter converts to bfloat16 from nothing else."""
     return values.to(tl.float32).to(pointer.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=["B", "C", "row_factor", "grad_cosine", "grad_norm", "upstream"])
+@triton.jit(do_not_specialize=["parts", "B", "C", "row_factor", "grad_cosine", "grad_norm", "upstream"])
 def finish_rows(
     features, stride_row, stride_column,  # [B, D]
     weight, stride_class, stride_dim,  # [C, D]
     labels, norm, cosine, scale,  # [B], and s or a pointer to it
     row_factor, grad_cosine, grad_norm,  # [B]
     upstream,  # a number to multiply those by, if UPSTREAM
-    unit_rows,  # [B, D_padded] float32: Σ_j E ŵ_j
+    unit_rows,  # [parts, B, D_padded] float32: Σ_j E ŵ_j in parts
     grad_features,  # [B, D]
     grad_weight,  # [C, D], complete but for the targets
     grad_scale,  # [B] float64, the parts of the gradient of s through z
-    B, C, D, D_padded,
+    parts, B, C, D, D_padded,
     SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, GRAD_NORM: tl.constexpr,
     UPSTREAM: tl.constexpr, FEATURES: tl.constexpr, WEIGHT: tl.constexpr, SCALE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_LABELS: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_LABELS: tl.constexpr,
 ):  # fmt: skip
     """A row a program: dx; and, by the first row of each class, the targets' part of that class's dw. In float64.
 
@@ -213,7 +263,15 @@ def finish_rows(
         x_inverse = _inverse(length.to(tl.float64))
         x_unit = x.to(tl.float64) * x_inverse
         a = tl.load(row_factor + row).to(tl.float64) * outer
-        sums = tl.load(unit_rows + row * D_padded + columns, mask=inside, other=0.0).to(tl.float64)
+        if PARTS == 1:
+            sums = tl.load(unit_rows + row * D_padded + columns, mask=inside, other=0.0).to(tl.float64)
+        else:  # several on their way at a time
+            sums = tl.zeros([BLOCK], tl.float64)
+            for first in range(0, parts, PARTS):
+                part = first + tl.arange(0, PARTS)[:, None]
+                place = (part * B + row) * D_padded + columns[None, :]
+                of_parts = tl.load(unit_rows + place, mask=(part < parts) & inside[None, :], other=0.0)
+                sums += tl.sum(of_parts.to(tl.float64), 0)
         along = tl.sum(sums * x_unit, 0)
         if SCALE:
             tl.store(grad_scale + row, a * along)
