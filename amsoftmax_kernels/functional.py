@@ -89,8 +89,8 @@ def am_softmax_loss(
             the same pass.
         backend: a name of :func:`available_backends`; None picks the fastest that serves these tensors.
         save_bytes: bytes of B×C intermediates kept for the backward pass, the rest is computed again; 0 keeps none,
-            None keeps 1 GiB at most. Beside them, where some is computed again, the Triton and C++ backends keep normalized
-            centres of at most 2²⁷ elements.
+            None keeps 1 GiB at most. Beside them, where some is computed again or classes are few, the Triton and C++
+            backends keep normalized centres of at most 2²⁷ elements.
 
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-d, or ``[B]`` for ``"none"``. The mean over no row is 0. A row
@@ -202,9 +202,13 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not (
+            torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):  # as nearly always; and entering no_grad takes 2 µs
+            return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return results
         inputs = [each for each in ctx.saved_tensors if each is not None and each.requires_grad]
         return tuple(
@@ -318,7 +322,8 @@ def _saved(ctx: Any) -> tuple[backends.Problem, tuple[Tensor, ...]]:
 
 def _needs(ctx: Any) -> tuple[bool, bool, bool]:
     """Whether features, weight and scale need a gradient."""
-    return ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+    needed = ctx.needs_input_grad
+    return needed[0], needed[1], needed[3]
 
 
 def _arranged(grads: tuple[Tensor, Tensor, Tensor], needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:

@@ -175,11 +175,20 @@ def product_with_centres(card: Card, B: int, D: int, C: int, kind: Kind = KINDS[
 
 
 def step(
-    card: Card, B: int, D: int, C: int, kept: bool, launches: dict[bool, int], kind: str = "bfloat16", of_rate: float = 1
+    card: Card,
+    B: int,
+    D: int,
+    C: int,
+    kept: bool,
+    launches: dict[bool, int],
+    kind: str = "bfloat16",
+    of_rate: float = 1,
+    beside: bool = True,
 ) -> dict[str, Any]:
     """One step's pieces in seconds, its floor, and its share of it.
 
-    ``launches``: :func:`few_launches` of this ``kept``; ``of_rate``: as in :func:`product_with_centres`.
+    ``launches``: :func:`few_launches` of this ``kept``; ``of_rate``: as in :func:`product_with_centres`. Without
+    ``beside`` E·ŵ is never made beside the centres' gradient, as over ranks.
     """
     how = KINDS[kind]
     flops = 2 * B * C * D
@@ -194,12 +203,10 @@ def step(
             for rows, times in ((piece, classes // piece), (classes % piece, 1)):
                 gradient += count * times * library_product(card, rows, D, B, how) if rows else 0
     converted = sum(count for _, count in each) if how.converted else 0
-    product, beside = (
-        product_with_centres(card, B, D, C, how, of_rate),
-        kept and kind == "bfloat16" and grad_both(card, B, D, C),
-    )
-    if beside:
-        gradient, product, converted = max(beside.values()), 0.0, -1
+    product = product_with_centres(card, B, D, C, how, of_rate)
+    both = grad_both(card, B, D, C) if beside and kept and kind == "bfloat16" else None
+    if both is not None:
+        gradient, product, converted = max(both.values()), 0.0, -1
     pieces = {
         "prepare": prepare_bytes(B, D, C, kept, how.size) / card.copy,
         "cosine_exp": cosine["total"],

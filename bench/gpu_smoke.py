@@ -1,7 +1,7 @@
 """Before all else: does a backend run on this GPU at all? Each is asked in a process of its own.
 
 A kernel that hangs, or reads where it may not, takes its process along, and with it every stage after. What fails here is
-left out of the run; first the newest kernel alone.
+left out of the run; first the newest kernels alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from .peers import problem
 
 Row = dict[str, Any]
 SECONDS = 200  # for a child: a first build and each kernel's compilation among them
-WITHOUT = {"triton": "grad_centres", "cuda": "grad_centres"}  # what a backend can do without
+# What a backend can do without, one after the other.
+WITHOUT: dict[str, tuple[str, ...]] = {"triton": ("grad_both", "grad_centres"), "cuda": ("grad_centres",)}
 # Tiles' edges; rows in halves, in one and in a narrow one; several tiles a stream.
 SHAPES = [
     (5, 16, 3),
@@ -40,13 +41,16 @@ FEW = [*SHAPES[:2], (64, 480, 40_000), (64, 528, 40_000)]
 
 
 def smoke(device: torch.device, seconds: float = SECONDS) -> Iterator[Row]:
-    """One row a backend, and one more without what it can do without, if it failed with it; first those that are absent."""
+    """One row a backend, and more without what it can do without, as long as it fails; first those that are absent."""
     yield from absent(device)
     for name in compared_backends(device):
         row = _ask(device, name, None, seconds)
         yield row
-        if row["ok"] is False and name in WITHOUT:
-            yield _ask(device, name, WITHOUT[name], seconds)
+        for without in WITHOUT.get(name, ()):
+            if row["ok"] is not False:
+                break
+            row = _ask(device, name, without, seconds)
+            yield row
 
 
 def absent(device: torch.device) -> Iterator[Row]:
@@ -80,7 +84,8 @@ def leave_out(rows: list[Row]) -> list[str]:
 def do_without(name: str, without: str) -> None:
     """Take one kernel from a backend, in this process."""
     kernels: Any = backends.load(name)
-    setattr(kernels._Kernels, without, lambda *unused: False)
+    for each in dict.fromkeys((without, "grad_both")):  # which has the code of the other in it
+        setattr(kernels._Kernels, each, lambda *unused: False)
 
 
 def _ask(device: torch.device, name: str, without: str | None, seconds: float) -> Row:

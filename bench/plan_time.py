@@ -75,7 +75,7 @@ def head_seconds(run: Run, rates: Rates) -> tuple[float, float]:
     kind = str(run.compute_dtype).removeprefix("torch.")
     share = run.kept / classes
     # Between all terms kept and none: what is not kept is computed again.
-    steps = [estimate.step(card, rows, dim, classes, kept, _LAUNCHES[kept], kind) for kept in (True, False)]
+    steps = [estimate.step(card, rows, dim, classes, kept, _LAUNCHES[kept], kind, beside=False) for kept in (True, False)]
     weights = (share, 1 - share)
     time, floor = (sum(w * each[name] for w, each in zip(weights, steps, strict=True)) for name in ("total_s", "floor_s"))
     return time, floor

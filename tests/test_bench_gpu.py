@@ -312,11 +312,33 @@ def test_a_backend_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPatch
     assert gpu_smoke.leave_out([fine]) == [] and "cuda" in backends.NAMES
     monkeypatch.setattr(gpu_checks, "left_out", {})
     kernels = backends.load("cuda")._Kernels
-    monkeypatch.setattr(kernels, "grad_centres", kernels.grad_centres)
+    for each in ("grad_centres", "grad_both"):
+        monkeypatch.setattr(kernels, each, getattr(kernels, each))
     assert gpu_smoke.leave_out([fine, ill, ill | {"without": "grad_centres", "ok": True}]) == ["cuda's grad_centres"]
     assert gpu_checks.left_out == {"cuda": "grad_centres"}
     assert kernels().grad_centres() is False and "cuda" in backends.NAMES
     assert gpu_smoke.leave_out([fine, ill, ill | {"without": "grad_centres"}]) == ["cuda"] and "cuda" not in backends.NAMES
+
+
+def test_what_a_backend_can_do_without_is_tried_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def ask(device: torch.device, name: str, without: str | None, seconds: float) -> dict[str, Any]:
+        asked.append(without)
+        return {"backend": name, "without": without, "ok": without == works}
+
+    monkeypatch.setattr(gpu_smoke, "_ask", ask)
+    monkeypatch.setattr(gpu_smoke, "absent", lambda device: [])
+    monkeypatch.setattr(gpu_smoke, "compared_backends", lambda device: ["triton"])
+    for works, expected in ((None, 1), ("grad_both", 2), ("grad_centres", 3), ("nothing", 3)):
+        asked.clear()
+        assert [row["ok"] for row in gpu_smoke.smoke(CPU)] == [False] * (expected - 1) + [works != "nothing"]
+        assert asked == [None, "grad_both", "grad_centres"][:expected]
+    kernels: Any = backends.load("triton")._Kernels  # type: ignore[attr-defined]
+    for each in ("grad_centres", "grad_both"):
+        monkeypatch.setattr(kernels, each, getattr(kernels, each))
+    gpu_smoke.do_without("triton", "grad_centres")
+    assert kernels().grad_centres() is kernels().grad_both() is False
 
 
 def test_a_backend_that_is_absent_is_told(

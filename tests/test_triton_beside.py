@@ -72,6 +72,28 @@ def test_the_kernel(B: int, C: int, D: int, count: int, upstream: float | None, 
     assert kernels.grad_centres(terms, x_factored, weight, inverse, alone, factor) and torch.equal(grad, alone)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("B", "C", "D"), [(256, 10_516, 512), (1024, 8_000, 512), (64, 300, 272), (70, 9_001, 256)])
+def test_the_kernel_at_its_sizes(B: int, C: int, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits hundreds of times, whichever programs run at the same time."""
+    monkeypatch.setattr(triton_configs.GradientConfig, "serves", lambda *_: True)
+    *operands, grad = gradient_operands(B, C, D)
+    terms, x_factored, weight, inverse = operands
+    w_hat, kernels = (weight * inverse[:, None]).to(COMPUTE), backend._Kernels()
+    config = backend._gradient_config(DEVICE)
+    if config is None:
+        pytest.skip("there is no such kernel for this GPU")
+    parts = grad.new_empty(max(config.parts_beside(B, D, C, backend._multiprocessors(DEVICE)), 1), B, D)
+    assert kernels.grad_both(terms, x_factored, w_hat, weight, inverse, grad, None, parts)
+    assert relative(parts.sum(0), terms.float() @ w_hat.float()) < 1e-5
+    alone = torch.full_like(grad, math.nan)
+    assert kernels.grad_centres(terms, x_factored, weight, inverse, alone, None) and torch.equal(grad, alone)
+    for _ in range(300):
+        again, parts_again = torch.full_like(grad, math.nan), torch.full_like(parts, math.nan)
+        assert kernels.grad_both(terms, x_factored, w_hat, weight, inverse, again, None, parts_again)
+        assert torch.equal(again, grad) and torch.equal(parts_again, parts)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "mean": {},
     "sum": {"reduction": "sum"},
