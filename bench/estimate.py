@@ -242,6 +242,7 @@ def grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
     moved = 4 * part * (3 * across + 2 * (across - 1))
     return {
         "one after the other": rounds * products / card.clock + 8 * C * D / card.copy,
+        "of an SM": rounds * (products + moved / 64) / card.clock,  # 64 bytes a clock are its share of the L2 cache
         "l2": tiles * (2 * (config.classes + columns) * B * across + moved) / card.l2,
     }
 
@@ -249,7 +250,8 @@ def grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
 def grad_both(card: Card, B: int, D: int, C: int) -> dict[str, float] | None:
     """Seconds of Triton's kernel for the gradient of few centres with E·ŵ beside it, by what could bound it; None if not so.
 
-    The parts of E·ŵ go through the L2 cache once more, when they are summed.
+    The parts of E·ŵ go through the L2 cache once more, when they are summed. ŵ was written in the forward pass and may have
+    to come from memory.
     """
     config = triton_configs.GRADIENT.get(card.capability[0])
     if config is None or not config.serves(B, padded(D)):
@@ -263,7 +265,7 @@ def grad_both(card: Card, B: int, D: int, C: int) -> dict[str, float] | None:
     alone = grad_centres(card, B, D, C)
     summed = of_parts / card.l2
     return {
-        "gradient": alone["one after the other"] + summed,
+        "gradient": max(alone["one after the other"] + 2 * C * D / card.copy, alone["of an SM"]) + summed,
         "product": 2 * tile * depth / (card.products / card.multiprocessors)
         + tile * 4 * card.multiprocessors / card.l2
         + summed,

@@ -102,8 +102,9 @@ def faults(launch: Launch, row: dict[str, Any], card: estimate.Card) -> list[str
     tensor = gradient or launch.constant("PRECISION") == "tf32" or "fp32" not in dict(launch.signature)["x_hat"]
     if tensor and not counts[card.tensor_instruction]:
         found.append(f"no {card.tensor_instruction}")
-    if tensor and card.tensor_instruction == "HGMMA" and not counts["in flight"]:
-        found.append("each group of HGMMAs is waited for")
+    loops = 2 if launch.kernel == "grad_both" else 1
+    if tensor and card.tensor_instruction == "HGMMA" and counts["in flight"] < loops:
+        found.append("each group of HGMMAs is waited for" + (", of one loop" if counts["in flight"] else ""))
     bulk = gradient or launch.constant("BULK")
     if bulk and not counts["bulk"]:
         found.append("no bulk copies")

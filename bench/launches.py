@@ -105,6 +105,7 @@ def recording(capability: tuple[int, int], multiprocessors: int) -> Iterator[lis
         gradient = triton_configs.GRADIENT.get(capability[0])
         stack.enter_context(mock.patch.object(backend, "_gradient_config", lambda _: gradient))
         stack.enter_context(mock.patch.object(backend, "_multiprocessors", lambda _: multiprocessors))
+        stack.enter_context(mock.patch.object(backend, "_interpreted", lambda: False))
         stack.enter_context(mock.patch.object(fused, "scale_of", _scale_of))
         yield launches
 

@@ -66,6 +66,18 @@ def test_the_centres_gradient_is_made_at_once_where_that_is_estimated_faster() -
     assert len(estimate_hopper.printed_hopper(card).splitlines()) == 3 * len(estimate.SHAPES) + 5
 
 
+def test_the_product_is_made_beside_the_gradient_where_that_is_estimated_faster() -> None:
+    card = estimate.CARDS["sm_90"]
+    gained = 0.0
+    for B, D, C in itertools.product((1, 64, 128, 200, 256, 512, 1024), (128, 256, 496, 512), range(100, 17_000, 487)):
+        beside, apart = (estimate.step(card, B, D, C, True, NO_LAUNCHES, beside=how)["total_s"] for how in (True, False))
+        assert beside <= apart
+        gained = max(gained, apart - beside)
+    assert gained > 10e-6
+    few, many = (estimate.step(card, 256, 512, C, True, NO_LAUNCHES)["pieces_s"] for C in (10_516, 20_000))
+    assert few["product with centres"] == 0 < many["product with centres"]
+
+
 def test_tiles_come_in_whole_rounds() -> None:
     """84 tiles of 128 x 256 on 132 SMs take as long as 132, and 136 as long as 264."""
     a_tile = 2 * 128 * 256 * 512 / (H200.products / 132)

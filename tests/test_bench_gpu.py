@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from amsoftmax_kernels import backends
+from amsoftmax_kernels.backends import triton_configs
 from bench import gpu, gpu_checks, gpu_peers, gpu_smoke, gpu_targets, gpu_times, tune
 from bench.peers import MARGIN, SCALE, eager, problem
 
@@ -390,6 +391,9 @@ def test_the_sanitizer_runs_every_tool_on_every_kernel(monkeypatch: pytest.Monke
     assert all(command[-2] == row["backend"] and command[-1] == "--few" for command, row in zip(commands, rows, strict=True))
     # Rows that stay in Hopper's shared memory and that do not, of a width that halves do not divide evenly.
     assert {D for _, D, C in gpu_smoke.FEW if C > 2 * 132 * 128} == {480, 528}
+    gradient = triton_configs.GRADIENT[9]
+    for shapes in (gpu_smoke.FEW, gpu_smoke.SHAPES):
+        assert any(D % 16 == 0 and gradient.serves(B, D) and gradient.parts_beside(B, D, C, 132) > 1 for B, D, C in shapes)
 
 
 def test_a_wrong_result_is_not_called_running(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,9 @@ def test_what_is_not_as_planned_is_found() -> None:
     assert kernels.faults(gradient, good, card) == []
     for name, fault in (("HGMMA", "HGMMA"), ("in flight", "waited"), ("bulk", "bulk")):
         assert fault in kernels.faults(gradient, {"instructions": counts | {name: 0}, "fits": 1}, card)[0]
+    both = Launch("grad_both", (), (), (), 8, 4)
+    assert "of one loop" in kernels.faults(both, good, card)[0]
+    assert kernels.faults(both, {"instructions": counts | {"in flight": 2}, "fits": 1}, card) == []
     loads = dataclasses.replace(launch, constants=(("BULK", False), ("PRECISION", "ieee")))
     assert "asynchronous" in kernels.faults(loads, good, card)[0]
 
@@ -80,7 +83,7 @@ def test_what_is_not_as_planned_is_found() -> None:
 def test_few_launches() -> None:
     """At 10 thousand classes they are what a step costs."""
     kept = [each.kernel for each in of_a_step((9, 0), 132, 256, 512, 2048)]
-    assert kept == ["prepare_rows", "cosine_exp", "constant_margin", "grad_centres", "finish_rows"]
+    assert kept == ["prepare_rows", "cosine_exp", "constant_margin", "grad_both", "finish_rows"]
     assert [each.kernel for each in of_a_step((8, 0), 108, 256, 512, 2048)][3] == "finish_centres"
     assert not any("upstream" in each.divisible_by_16 for each in of_a_step((9, 0), 132, 256, 512, 2048))
     recomputed = [each.kernel for each in of_a_step((9, 0), 132, 256, 512, 2048, save_bytes=0)]

@@ -168,6 +168,18 @@ def test_what_else_is_asked_for(beside: list[int]) -> None:
     assert len(beside) == 2 and relative(found[1], by_features) < 2e-3 and relative(found[2], by_weight) < 1e-5
 
 
+def test_an_empty_batch(beside: list[int]) -> None:
+    tensors = inputs(64)
+    found = step([tensors[0][:0], tensors[1], tensors[2][:0]])
+    assert found[0] == 0 and found[1].shape == (0, 64) and not found[2].any() and not beside
+    problem = (tensors[0][:0], tensors[1], tensors[2][:0], torch.tensor(30.0, dtype=torch.float64), True, COMPUTE, math.inf)
+    how = (*problem, 1 << 30, False, True, True, -100, 0.35, "mean", False)
+    # Not its values: what nobody will read is never written.
+    torch.library.opcheck(
+        torch.ops.amsoftmax_kernels.triton_forward_loss, how, test_utils=("test_schema", "test_faketensor")
+    )
+
+
 @pytest.mark.parametrize("D", [40, 64])
 def test_as_an_operator(D: int, beside: list[int]) -> None:
     """Sizes without data are those with it."""
@@ -197,6 +209,7 @@ def test_when_it_pays() -> None:
         True, True, False, False, False,
     ]  # fmt: skip
     assert config.parts_beside(1024, 512, 10_516, 132) == 3 and config.parts_beside(1024, 512, 12_000, 132) == 0
+    assert config.parts_beside(0, 512, 1000, 132) == 0
     for B in (1, 64, 200, 1024):
         for width in (32, 128, 256, 512):
             for classes in range(1, 20_000, 397):

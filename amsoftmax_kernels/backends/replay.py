@@ -213,8 +213,8 @@ class Program:
                 step(tensors, addresses, stream)
         del scratch  # until here its addresses are in use
         results = [tensors[each.place] if each.layout is None else each(tensors) for each in self._results]
-        if self._layout is not None and kept is not None:
-            results.append(Packed(kept, self._layout))
+        if self._layout is not None:
+            results.append(Packed(torch.empty(0, dtype=torch.uint8, device=device) if kept is None else kept, self._layout))
         return tuple(results)
 
 

@@ -77,14 +77,17 @@ class GradientConfig:
         The fewest that take no longer than it. 0 where it leaves too few: a product of its own takes all of them, and its
         launch and that of a library's sum of parts, some eight steps of these tiles.
         """
+        if batch == 0:
+            return 0
         tiles, steps = self.product_tiles(batch, width), -(-classes // self.product_depth)
         idle = (multiprocessors - -(-classes // self.classes)) // tiles
         if idle < 1:
             return 0
-        # Of a program of the gradient; its centres are read and written in the time of some twelve.
+        # Of a program of the gradient; its centres are read and written in the time of some twelve. A part's tile leaves in
+        # that of four.
         of_gradient = -(-batch // self.rows) * -(-width // self.columns_for(width)) + 12
-        parts = min(idle, -(-steps // of_gradient))
-        return parts if -(-steps // parts) <= of_gradient + tiles * steps // multiprocessors + 8 else 0
+        parts = min(idle, -(-steps // (of_gradient - 4)))
+        return parts if -(-steps // parts) + 4 <= of_gradient + tiles * steps // multiprocessors + 8 else 0
 
 
 # By the same counts (bench/estimate.py). A library's product has clusters of blocks that share what they load: it draws less
