@@ -10,13 +10,14 @@ Normalization is a pass of its own (6 bytes a weight) and not part of the fused 
 the float32 centres again out of the L2 cache, at twice the bytes of ŵ, and the L2 cache is what bounds that kernel.
 
 Eŵ needs no gradient from above, so it is made in the forward pass where E is kept: the backward pass then reads neither ŵ
-nor x̂. Where E is computed again, it is for both products at once, and the forward pass stores none of it (but where the
-centres are frozen the forward pass makes all of Eŵ, and nothing is computed again). What is not kept goes through a chunk of
-memory: 6 bytes a logit of traffic beside 8·D flops. dx̂ and dŵ kernels that make E themselves would save it, but each makes
-it anew, four products in place of three: slower by the count of bench/estimate_targets.py (0.64 ms to 0.55 at B = 1,024,
-C = 93,431, and 0.59 if all but the bytes overlapped). From E as it lies in memory, dŵ and its Jacobian in one kernel spare
-dŵ's way to memory and back: in C++ by clusters of blocks that hold whole rows and share what they load; in Triton a program
-makes a row's tiles one after the other, which loads as much as two products of such tiles, so for moderate batches only.
+nor x̂. (Few classes leave SMs idle in the kernel for their gradient: there it is made beside that.) Where E is computed
+again, it is for both products at once, and the forward pass stores none of it (but where the centres are frozen the forward
+pass makes all of Eŵ, and nothing is computed again). What is not kept goes through a chunk of memory: 6 bytes a logit of
+traffic beside 8·D flops. dx̂ and dŵ kernels that make E themselves would save it, but each makes it anew, four products in
+place of three: slower by the count of bench/estimate_targets.py (0.64 ms to 0.55 at B = 1,024, C = 93,431, and 0.59 if all
+but the bytes overlapped). From E as it lies in memory, dŵ and its Jacobian in one kernel spare dŵ's way to memory and back:
+in C++ by clusters of blocks that hold whole rows and share what they load; in Triton a program makes a row's tiles one after
+the other, which loads as much as two products of such tiles, so for moderate batches only.
 
 Logits past scale 64 take a first pass for the row maxima alone (also without feature normalization), so that E has one
 shift a row and stays a plain matrix. E is bfloat16 for half-precision operands: float16 cannot hold its range.
