@@ -94,7 +94,7 @@ def _plain(launch: tuple[Any, ...]) -> list[Any]:
     for each in launch:
         if isinstance(each, Tensor):
             plain.append(("address", each.data_ptr()))
-        elif isinstance(each, int) and each > 1 << 40:  # no size is as large
+        elif isinstance(each, int) and each > 1 << 24:  # no size here is as large
             plain.append(("address", each))
         elif type(each).__name__ == "LazyDict":  # of profilers
             plain.append(each.data["name"])
