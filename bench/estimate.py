@@ -206,13 +206,14 @@ def step(
     product = product_with_centres(card, B, D, C, how, of_rate)
     both = grad_both(card, B, D, C) if beside and kept and kind == "bfloat16" else None
     if both is not None:
-        gradient, product, converted = max(both.values()), 0.0, -1
+        gradient, product = max(both.values()), 0.0
+    launched = launches[at_once] + more_launches(B, D, C, kept, at_once) + converted - (both is not None)
     pieces = {
         "prepare": prepare_bytes(B, D, C, kept, how.size) / card.copy,
         "cosine_exp": cosine["total"],
         "product with centres": product,
         "gradient": gradient,
-        "launches": (launches[at_once] + more_launches(B, D, C, kept, at_once) + converted) * SECONDS_A_LAUNCH,
+        "launches": launched * SECONDS_A_LAUNCH,
     }
     if not kept:  # a pass for the sums alone comes first
         pieces["cosine_exp"] += cosine_exp(card, B, D, C, stored=False, kind=how)["total"]
