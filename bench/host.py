@@ -27,7 +27,7 @@ from amsoftmax_kernels import am_softmax_loss, build
 from amsoftmax_kernels.backends import cuda, cuda_library, fused, triton_configs
 from amsoftmax_kernels.backends import triton as backend
 
-from . import machine
+from . import machine, no_driver
 from .estimate import CARDS
 from .peers import problem
 
@@ -55,13 +55,13 @@ def run(args: argparse.Namespace) -> int:
     for name in ("triton", "cuda"):
         with contextlib.ExitStack() as stack:
             stack.enter_context(_without_products())
-            launches = stack.enter_context(_of_triton(card) if name == "triton" else _of_cpp(card))
+            launched = stack.enter_context(_of_triton(card) if name == "triton" else _of_cpp(card))
             with mock.patch.object(fused, "replayed_on", lambda device: False):
                 anew = sum(_times(name, args.batch, args.dim, args.classes, args.steps))
             forward, backward = _times(name, args.batch, args.dim, args.classes, args.steps)
-            before = len(launches)
+            before = launched()
             _step(name, *problem(args.batch, args.dim, args.classes, torch.device("cpu")))
-            count = len(launches) - before
+            count = launched() - before
         times = "".join(f" {each * 1e6:10.0f}" for each in (forward, backward, forward + backward, anew))
         print(f"{name:10}{times} {count:18}")
     print(
@@ -112,75 +112,24 @@ def _without_products() -> Iterator[None]:
         yield
 
 
-class _Utils:
-    """What Triton asks of CUDA's driver; since its version 3.7 to launch, too."""
-
-    def __init__(self, launch: Callable[..., None]) -> None:
-        self._launch = launch
-
-    def launch(self, *rest: Any) -> None:
-        *before, arguments = rest
-        self._launch(*before, *arguments)
-
-    def build_signature_metadata(self, signature: list[str]) -> list[str]:
-        return signature
-
-    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
-        return 1, 1, 0, 0, 1024
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 1 << 30}
-
-    def fill_tma_descriptor(self, *description: Any) -> tuple[Any, ...]:
-        return description
-
-    fill_tma_descriptor_tiled = fill_tma_descriptor  # its name since 3.7
+@contextlib.contextmanager
+def _of_triton(card: Any, launch: Callable[..., None] | None = None) -> Iterator[Callable[[], int]]:
+    """How often a kernel has been launched. ``launch`` is given what would be the C part of Triton's own launcher."""
+    with contextlib.ExitStack() as stack:
+        count = stack.enter_context(no_driver.entered(card.capability, launch))
+        for name, value in (
+            ("_config", lambda _, dtype: triton_configs.config(card.capability, "half")),
+            ("_gradient_config", lambda _: triton_configs.GRADIENT.get(card.capability[0])),
+            ("_multiprocessors", lambda _: card.multiprocessors),
+            ("serves", lambda *_: True),
+            ("unavailable_reason", lambda: None),
+        ):
+            stack.enter_context(mock.patch.object(backend, name, value))
+        yield count
 
 
 @contextlib.contextmanager
-def _of_triton(card: Any, launch: Callable[..., None] = lambda *_: None) -> Iterator[list[str]]:
-    """``launch`` is given what Triton's own launcher would be."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia import driver as nvidia
-
-    launches: list[str] = []
-
-    def counted(*rest: Any) -> None:
-        launches.append("")
-        launch(*rest)
-
-    class Launcher:
-        """CudaLauncher without its C part, which was one for each kernel until Triton 3.7."""
-
-        def __init__(self, source: Any, metadata: Any) -> None:
-            meta = getattr(metadata, "tensordesc_meta", None)
-            self.launch = nvidia.wrap_handle_tensordesc(counted, dict(source.signature), meta)
-
-        def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
-            self.launch(x, y, z, stream, function, False, False, None, None, *rest)
-
-    class Driver:
-        utils = _Utils(counted)
-        launcher_cls = Launcher if hasattr(nvidia, "make_launcher") else nvidia.CudaLauncher
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda device: 0)
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", card.capability[0] * 10 + card.capability[1], 32))
-
-    triton.runtime.driver.set_active(Driver())
-    with (
-        mock.patch.object(nvidia, "PyKernelArg", lambda **_: None, create=True),  # made by CUDA's utils since 3.7
-        mock.patch.object(backend, "_config", lambda _, dtype: triton_configs.config(card.capability, "half")),
-        mock.patch.object(backend, "_gradient_config", lambda _: triton_configs.GRADIENT.get(card.capability[0])),
-        mock.patch.object(backend, "_multiprocessors", lambda _: card.multiprocessors),
-        mock.patch.object(backend, "serves", lambda *_: True),
-        mock.patch.object(backend, "unavailable_reason", lambda: None),
-    ):
-        yield launches
-
-
-@contextlib.contextmanager
-def _of_cpp(card: Any) -> Iterator[list[str]]:
+def _of_cpp(card: Any) -> Iterator[Callable[[], int]]:
     """The library with launches that do nothing, by the host's compiler; the portable kernel's way to divide a problem."""
     compiler = shutil.which("g++")
     if compiler is None:
@@ -208,4 +157,4 @@ def _of_cpp(card: Any) -> Iterator[list[str]]:
             mock.patch.object(cuda, "serves", lambda *_: True),
             mock.patch.object(cuda, "unavailable_reason", lambda: None),
         ):
-            yield launches
+            yield lambda: len(launches)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amsoftmax_kernels import am_softmax_loss
 from amsoftmax_kernels.backends import triton
+from bench import no_driver
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -96,10 +97,10 @@ def _plain(launch: tuple[Any, ...]) -> list[Any]:
             plain.append(("address", each.data_ptr()))
         elif isinstance(each, int) and each > 1 << 24:  # no size here is as large
             plain.append(("address", each))
-        elif type(each).__name__ == "LazyDict":  # of profilers
-            plain.append(each.data["name"])
-        elif isinstance(each, tuple):
-            plain += [("address", each[0]), *each[1:]]
+        elif type(each).__name__ in ("LazyDict", "HookChain"):  # for profilers, of which there is none
+            plain.append(None)
+        elif isinstance(each, no_driver.BulkCopy):
+            plain += [("address", each.address), *each.rest]
         else:
             plain.append(each)
     return plain

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import Forward, Problem, replay
+from . import Forward, Problem
 from .chunking import padded
 from .fused import Fused, streams_for
 from .kernels import RawLabels
 from .triton_configs import GRADIENT, Config, GradientConfig, config, kind
+from .triton_launch import launch
 
 try:
     import triton
@@ -100,7 +100,7 @@ class _Kernels:
         return blocks, streams_for(_multiprocessors(device) * c.resident, blocks, -(-classes // c.classes))
 
     def canonical_labels(self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor) -> None:
-        _launch(kernels.canonical_labels, (1,), labels, ignore_index, result, count, labels.shape[0], num_classes, 1024)
+        launch(kernels.canonical_labels, (1,), labels, ignore_index, result, count, labels.shape[0], num_classes, 1024)
 
     def prepare_rows(
         self, problem: Problem, raw: RawLabels | None, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor,
@@ -111,7 +111,7 @@ class _Kernels:
         block, rows = _rows_a_program(width)
         centres = 0 if w_hat is None else -(-weight.shape[0] // rows)
         given, ignore_index, count = (problem.labels, 0, problem.labels) if raw is None else raw
-        _launch(
+        launch(
             kernels.prepare_rows, ((raw is not None) + features.shape[0] + centres,),
             features, *features.stride(), weight, *weight.stride(), problem.labels, given, ignore_index, count,
             s, x_hat, cosine, norm, factor, shift,
@@ -122,7 +122,7 @@ class _Kernels:
 
     def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None) -> None:
         block, rows = _rows_a_program(w_hat.shape[1])
-        _launch(
+        launch(
             kernels.prepare_centres, (-(-weight.shape[0] // rows),),
             weight, *weight.stride(), w_hat, inverse_norm, inverse_norm if unless_bounded is None else unless_bounded,
             *weight.shape, w_hat.shape[1], unless_bounded is not None, _tf32(w_hat), rows, block,
@@ -141,7 +141,7 @@ class _Kernels:
             operands = [TensorDescriptor.from_tensor(*each) for each in zip(operands, tiles, strict=True)]
         parts = z if z is not None else best
         blocks, streams = self._programs(problem, w_hat.shape[0])
-        _launch(
+        launch(
             kernels.cosine_exp, (blocks, streams if parts is None else parts.shape[0]),
             *operands,
             problem.labels, factor, factor if shift is None else shift,
@@ -157,7 +157,7 @@ class _Kernels:
 
     def reduce_sums(self, z_parts: Tensor, labels: Tensor, z: Tensor) -> None:
         parts = z_parts.shape[0] * z_parts.shape[1]
-        _launch(kernels.reduce_sums, (-(-z.shape[0] // 32),), z_parts, labels, z, z.shape[0], parts, ROWS=32, PARTS=32)
+        launch(kernels.reduce_sums, (-(-z.shape[0] // 32),), z_parts, labels, z, z.shape[0], parts, ROWS=32, PARTS=32)
 
     def reduce_best(self, best_parts: Tensor, class_parts: Tensor, best: Tensor, best_class: Tensor) -> None:
         self._reduce_best(best_parts, class_parts, best, best, best_class, best, False)
@@ -168,7 +168,7 @@ class _Kernels:
     def _reduce_best(self, best_parts: Tensor, class_parts: Tensor, *vectors: Any) -> None:
         chunks, streams, batch = best_parts.shape
         *tensors, is_shift = vectors
-        _launch(
+        launch(
             kernels.reduce_best, (-(-batch // 32),),
             best_parts, class_parts, *tensors, batch, chunks * streams, SHIFT=is_shift, ROWS=32, PARTS=32,
         )  # fmt: skip
@@ -182,7 +182,7 @@ class _Kernels:
             return
         width = padded(features.shape[1])
         parts = 0 if z_parts is None else z_parts.shape[0] * z_parts.shape[1]
-        _launch(
+        launch(
             kernels.constant_margin, (features.shape[0] + reduced,),
             saved.z if z_parts is None else z_parts, saved.z, saved.shift, saved.cosine, saved.norm, problem.labels,
             num_rows, s, margin, loss, derivatives, features, *features.stride(),
@@ -197,7 +197,7 @@ class _Kernels:
         x_hat: Tensor | None, factor: Tensor | None,
     ) -> None:  # fmt: skip
         features, width = problem.features, x_factored.shape[1]
-        _launch(
+        launch(
             gradients.factor_rows, (features.shape[0],),
             features, *features.stride(), problem.labels, norm, row_factor, s, x_factored,
             x_factored if x_hat is None else x_hat, norm if factor is None else factor,
@@ -213,7 +213,7 @@ class _Kernels:
             return False
         programs = min(_multiprocessors(grad.device), -(-grad.shape[0] // c.classes))
         operands, how = self._of_gradient(c, programs, terms, x_factored, weight, inverse_norm, grad, upstream)
-        _launch(gradients.grad_centres, (programs,), *operands, x_factored.shape[0], *grad.shape, **how)
+        launch(gradients.grad_centres, (programs,), *operands, x_factored.shape[0], *grad.shape, **how)
         return True
 
     def _gradient(self, x_factored: Tensor, weight: Tensor, grad: Tensor) -> GradientConfig | None:
@@ -267,7 +267,7 @@ class _Kernels:
         operands, how = self._of_gradient(c, programs, terms, x_factored, weight, inverse_norm, grad, upstream)
         tiles = (terms, [c.product_rows, c.product_depth]), (w_hat, [c.product_depth, c.columns_for(width)])
         depth = -(-N // (count * c.product_depth)) * c.product_depth
-        _launch(
+        launch(
             gradients.grad_both, (programs + count * c.product_tiles(B, width),),
             *operands, *(TensorDescriptor.from_tensor(*each) for each in tiles), parts, programs, depth,
             B, *grad.shape, width, **how, ROWS=c.product_rows, DEPTH=c.product_depth,
@@ -278,7 +278,7 @@ class _Kernels:
         self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
     ) -> None:
         block, rows = _rows_a_program(grad_unit.shape[1])
-        _launch(
+        launch(
             gradients.finish_centres, (-(-grad.shape[0] // rows),),
             grad_unit, weight, *weight.stride(), inverse_norm, inverse_norm if upstream is None else upstream,
             grad, *grad.shape, grad_unit.shape[1], upstream is not None, rows, block,
@@ -292,7 +292,7 @@ class _Kernels:
         features, weight = problem.features, problem.weight
         B, D = features.shape
         width = padded(D)
-        _launch(
+        launch(
             gradients.finish_rows, (B,),
             features, *features.stride(), weight, *weight.stride(), problem.labels, saved.norm, saved.cosine, s,
             row_factor, grad_cosine, row_factor if grad_norm is None else grad_norm,
@@ -303,70 +303,6 @@ class _Kernels:
             grad_features is not None, grad_weight is not None, grad_scale is not None,
             8 if saved.rows.dim() == 3 else 1, _power_of_2(width), 1024,
         )  # fmt: skip
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    compiled = kernel[grid](*args, **kwargs)
-    recorder = replay.recorder()
-    if recorder is None:
-        return
-    if compiled is None:  # interpreted
-        recorder.give_up()
-        return
-    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    recorder.add(_relaunch(recorder, compiled, grid, [named[name] for name in kernel.arg_names]))
-
-
-def _relaunch(recorder: replay.Recorder, compiled: Any, grid: tuple[int, ...], args: list[Any]) -> replay.Step:
-    """The launch again, of the kernel that Triton chose by these arguments: the choice takes three times as long."""
-    grid = (*grid, 1, 1)[:3]
-    pointers: list[tuple[int, int, int]] = []
-    descriptors: list[tuple[int, int, int, Callable[[int], Any]]] = []
-    for i, each in enumerate(args):
-        if isinstance(each, Tensor):
-            args[i] = 0  # nothing may keep this one's memory
-            place = recorder.address(each.data_ptr())
-            if place is not None:
-                pointers.append((i, *place))
-        elif isinstance(each, TensorDescriptor):
-            args[i] = 0
-            place = recorder.address(each.base.data_ptr())
-            if place is not None:
-                fields = {name: value for name, value in vars(each).items() if name != "base"}
-                # An allocator gives the same addresses again and again.
-                described = functools.lru_cache(16)(functools.partial(_described, fields))
-                descriptors.append((i, *place, described))
-    launch = compiled[grid]
-
-    def step(tensors: list[Tensor], addresses: list[int], stream: int) -> None:
-        values = args.copy()
-        for i, place, offset in pointers:
-            values[i] = addresses[place] + offset
-        for i, place, offset, described in descriptors:
-            values[i] = described(addresses[place] + offset)
-        launch(*values, stream=stream)
-
-    return step
-
-
-def _described(fields: dict[str, Any], address: int) -> Any:
-    """A TensorDescriptor of an address alone; what it holds beside is Triton's own affair, and differs between versions."""
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__.update(fields)
-    descriptor.base = _Address(address)
-    return descriptor
-
-
-class _Address:
-    """All that Triton's launcher asks of a descriptor's base."""
-
-    __slots__ = ("_address",)
-
-    def __init__(self, address: int) -> None:
-        self._address = address
-
-    def data_ptr(self) -> int:
-        return self._address
 
 
 def _interpreted() -> bool:
