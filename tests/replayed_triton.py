@@ -9,13 +9,14 @@ import contextlib
 import gc
 import weakref
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amsoftmax_kernels import am_softmax_loss
-from amsoftmax_kernels.backends import triton
+from amsoftmax_kernels.backends import triton, triton_launch
 from bench import no_driver
 
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -37,25 +38,56 @@ def main() -> None:
         stack.enter_context(host._of_triton(CARDS["sm_90"], lambda *launch: launches.append(launch)))
         tensors = host.problem(48, 128, 1000, torch.device("cpu"))
         for options in OPTIONS:
-            runs = []
-            triton.fused.forget()
-            for _ in range(5):
-                launches.clear()
-                with Hoard() as hoard:
-                    forward = _step(launches, options, *tensors)
-                plain = [_plain(launch) for launch in launches]
-                runs.append([plain[:forward], plain[forward:]])
-                made = hoard.forget()
-                launches.clear()
-                gc.collect()
-                assert not any(each() is not None for each in made), "a program keeps memory"
-            given = {each.data_ptr() for each in tensors}
-            for later in runs[1:]:
-                for first, again in zip(runs[0], later, strict=True):  # what is saved between the two has been moved there
-                    _check(first, again, given)
-            for later in runs[3:]:
-                _check(*([*forward, *backward] for forward, backward in (runs[2], later)), given)
-            print(f"{options}: {sum(map(len, runs[0]))} launches the same")
+            print(f"{options}: {_run(launches, options, *tensors)} launches the same")
+        assert "_Direct" in _steps() and "by_launcher" not in _steps()
+        with mock.patch.object(triton_launch, "_MAX_DESCRIBED", 1):
+            print(f"described again: {_run(launches, {}, *tensors)} launches the same")
+
+        # A profiler that comes later is told of each launch; where it goes again, no one is.
+        hook = mock.Mock()
+        triton_launch.triton.knobs.runtime.launch_enter_hook.add(hook)
+        for hooked in (True, False):
+            launches.clear()
+            _step(launches, {}, *tensors)
+            assert len(launches) > 1
+            for launch in launches:
+                assert any(type(each).__name__ == "HookChain" and hook in each.calls for each in launch) == hooked
+            triton_launch.triton.knobs.runtime.launch_enter_hook.remove(hook)
+
+        # A launcher that is not understood is called itself.
+        with mock.patch.object(triton_launch._Taken, "of", side_effect=AttributeError):
+            print(f"by the launcher: {_run(launches, {}, *tensors)} launches the same")
+        assert "_Direct" not in _steps() and "by_launcher" in _steps()
+
+
+def _steps() -> set[str]:
+    """What steps all programs have."""
+    programs = (each for replayed in triton.fused._replayed.values() for each in replayed._programs.values())
+    steps = (step for program in programs if program is not None for step in program._steps)
+    return {getattr(step, "__name__", type(step).__name__) for step in steps}
+
+
+def _run(launches: list[tuple[Any, ...]], options: dict[str, Any], *tensors: Tensor) -> int:
+    """The launches of a step, the first ones checked against those that follow."""
+    runs = []
+    triton.fused.forget()
+    for _ in range(5):
+        launches.clear()
+        with Hoard() as hoard:
+            forward = _step(launches, options, *tensors)
+        plain = [_plain(launch) for launch in launches]
+        runs.append([plain[:forward], plain[forward:]])
+        made = hoard.forget()
+        launches.clear()
+        gc.collect()
+        assert not any(each() is not None for each in made), "a program keeps memory"
+    given = {each.data_ptr() for each in tensors}
+    for later in runs[1:]:
+        for first, again in zip(runs[0], later, strict=True):  # what is saved between the two has been moved there
+            _check(first, again, given)
+    for later in runs[3:]:
+        _check(*([*forward, *backward] for forward, backward in (runs[2], later)), given)
+    return sum(map(len, runs[0]))
 
 
 class Hoard(TorchDispatchMode):
@@ -77,9 +109,7 @@ class Hoard(TorchDispatchMode):
         return references
 
 
-def _step(
-    launches: list[Any], options: dict[str, Any], features: Tensor, weight: Tensor, labels: Tensor
-) -> int:  # fmt: skip
+def _step(launches: list[Any], options: dict[str, Any], features: Tensor, weight: Tensor, labels: Tensor) -> int:
     """How many of the launches are the forward pass's."""
     with torch.autocast("cpu", torch.bfloat16):
         out = am_softmax_loss(features, weight, labels, backend="triton", **options)

@@ -495,12 +495,12 @@ def test_a_described_address_is_a_whole_descriptor(monkeypatch: pytest.MonkeyPat
     pytest.importorskip("triton")
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from amsoftmax_kernels.backends import triton
+    from amsoftmax_kernels.backends import triton, triton_launch
 
     right = TensorDescriptor(torch.zeros(16, 32), [16, 32], [32, 1], [8, 16])
     right.of_a_later_version = 7
     fields = {name: value for name, value in vars(right).items() if name != "base"}
-    again = triton._described(fields, 48)
+    again = triton_launch._Operand(0, 0, 0, fields).at(48)
     assert isinstance(again, TensorDescriptor) and vars(again).keys() == vars(right).keys()
     assert again.base.data_ptr() == 48 and again.shape == [16, 32] and again.of_a_later_version == 7
     monkeypatch.setattr(triton, "_interpreted", lambda: False)
@@ -518,7 +518,7 @@ def test_triton_launches_the_same() -> None:
         [sys.executable, "-m", replayed_triton.__name__], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("launches the same") == len(replayed_triton.OPTIONS)
+    assert result.stdout.count("launches the same") == len(replayed_triton.OPTIONS) + 2
 
 
 @pytest.mark.gpu
@@ -543,7 +543,9 @@ def test_on_a_gpu(backend: str, save_bytes: int | None) -> None:
         tuple(each.to(device) for each in Case("", "", 256, 1000, 512).tensors(torch.float32, seed)) for seed in range(8)
     ]
     results = [step(each) for each in given]
-    assert all(loaded.fused._replayed["forward_loss"]._programs.values())  # type: ignore[attr-defined]
+    programs = loaded.fused._replayed["forward_loss"]._programs.values()  # type: ignore[attr-defined]
+    assert all(programs)
+    assert not any(getattr(step, "__name__", "") == "by_launcher" for each in programs for step in each._steps)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(given[3])

@@ -165,6 +165,7 @@ class Program:
     def __init__(
         self,
         steps: list[Step],
+        given: int,
         places: int,
         made: int,
         buffers: dict[int, Tensor],
@@ -172,13 +173,15 @@ class Program:
         results: list[View],
         packed: list[tuple[int, Tensor]] | None,
     ) -> None:
-        """``made``: of them by steps. ``buffers`` are like those to make; unless ``used``, it is addresses that matter.
+        """Of the places ``given`` are a caller's, ``made`` are by steps. ``buffers`` are like those to make; unless
+        ``used``, it is addresses that matter.
 
         ``packed``: more results, buffers of these places, which are returned in one memory.
         """
-        self._steps, self._places, self._results = steps, places, results
-        self._may_cast = made > 0  # autocast is only for operators without an out=, and to leave it takes some µs
-        self._tensors, self._constants = [], []
+        self._steps, self._results = steps, results
+        self._may_cast = made > 0  # autocast is only for operators without an out=
+        self._tensors: list[tuple[int, torch.Size, tuple[int, ...], torch.dtype, torch.device]] = []
+        constants: list[Tensor | None] = [None] * places
         self._scratch, self._kept = _Memory(), _Memory()
         self._layout = None if packed is None else Layout([each for _, each in packed])
         if packed is not None and self._layout is not None:
@@ -190,32 +193,37 @@ class Program:
                 continue
             if like.numel() == 0:  # nothing is ever written to it
                 with torch.inference_mode(False):  # or a backward pass could not have it
-                    self._constants.append((place, torch.empty_like(like)))
+                    constants[place] = torch.empty_like(like)
             elif place in used:
                 self._tensors.append((place, like.shape, like.stride(), like.dtype, like.device))
             else:
                 self._scratch.add(place, like, False, self._scratch.bytes)
+        self._constants, self._no_addresses = constants[given:], [0] * (places - given)
 
     def __call__(self, tensors: list[Any], addresses: list[int]) -> tuple[Any, ...]:
-        device, more = tensors[0].device, self._places - len(tensors)
-        tensors += [None] * more
-        addresses += [0] * more
-        for place, tensor in self._constants:
-            tensors[place] = tensor
+        device = tensors[0].device
+        tensors += self._constants
+        addresses += self._no_addresses
         for place, size, stride, dtype, where in self._tensors:
             tensor = torch.empty_strided(size, stride, dtype=dtype, device=where)
             tensors[place], addresses[place] = tensor, tensor.data_ptr()
         scratch = self._scratch.make(device, tensors, addresses)
         kept = self._kept.make(device, tensors, addresses)
-        with no_autocast(device) if self._may_cast else nullcontext(), on_device(device):
-            stream = current_stream(device)
-            for step in self._steps:
-                step(tensors, addresses, stream)
+        if self._may_cast or not _is_current(device):
+            with no_autocast(device), on_device(device):
+                self._repeat(tensors, addresses)
+        else:  # nothing to enter, which would take some µs
+            self._repeat(tensors, addresses)
         del scratch  # until here its addresses are in use
         results = [tensors[each.place] if each.layout is None else each(tensors) for each in self._results]
         if self._layout is not None:
             results.append(Packed(torch.empty(0, dtype=torch.uint8, device=device) if kept is None else kept, self._layout))
         return tuple(results)
+
+    def _repeat(self, tensors: list[Any], addresses: list[int]) -> None:
+        stream = current_stream(tensors[0].device)
+        for step in self._steps:
+            step(tensors, addresses, stream)
 
 
 class _Memory:
@@ -369,7 +377,7 @@ class Recorder(TorchDispatchMode):
         places = len(self._tensors)
         made = places - self._given - len(self._buffers)
         more = None if packed is None else together
-        return Program(self._steps, places, made, self._buffers, self._used, views, more)
+        return Program(self._steps, self._given, places, made, self._buffers, self._used, views, more)
 
     def _own(self, tensor: Tensor) -> int:
         place = len(self._tensors)
@@ -390,14 +398,17 @@ def recorder() -> Recorder | None:
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device."""
-    if device.type == "cpu" or torch.cuda.current_device() == device.index:
-        return nullcontext()
-    return torch.cuda.device(device)
+    return nullcontext() if _is_current(device) else torch.cuda.device(device)
+
+
+def _is_current(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.cuda.current_device() == device.index
 
 
 def current_stream(device: torch.device) -> int:
     """Its handle; 0, as the default stream's, where there is none."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    # PyTorch's public function makes an object of it, in some 2 µs; Triton asks so too.
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def _operator(func: Any, args: list[Any], kwargs: dict[str, Any], made: int | None) -> Step:

@@ -53,7 +53,7 @@ def unavailable_reason() -> str | None:
         return _import_error
     if torch.version.hip is not None:
         return "ROCm has not been tried"
-    if _version() < _MIN_VERSION:
+    if _version(triton.__version__) < _MIN_VERSION:
         return f"needs Triton 3.6 or newer, which PyTorch 2.10 brings, but this is {triton.__version__}"
     reason = _build_failure()
     if reason is not None:
@@ -309,8 +309,9 @@ def _interpreted() -> bool:
     return _import_error is None and triton.knobs.runtime.interpret
 
 
-def _version() -> tuple[int, ...]:
-    return tuple(int(each) for each in re.findall(r"\d+", triton.__version__)[:2])
+@functools.cache  # as a step asks each time
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(each) for each in re.findall(r"\d+", text)[:2])
 
 
 def _tf32(operand: Tensor) -> bool:
