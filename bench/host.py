@@ -1,8 +1,8 @@
 """`python -m bench host`: what the host does in a step before a GPU is asked, timed without one.
 
-The package's own Python, Triton's dispatch and the C++ library's ctypes calls run as they would, on tensors in the CPU's
-memory; kernels are compiled for the GPU named and not launched, library products are left out. What a GPU's driver takes
-for each launch, and the thread that PyTorch's backward pass runs in there, come on top.
+The package's own Python, Triton's dispatch and launchers and the C++ library's ctypes calls run as they would, on tensors in
+the CPU's memory; kernels are compiled for the GPU named and not launched (no_driver.py), library products are left out. What
+a GPU's driver takes for each launch, and to wake the thread that PyTorch's backward pass runs in there, is counted on top.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ from amsoftmax_kernels.backends import triton as backend
 from . import machine, no_driver
 from .estimate import CARDS
 from .peers import problem
+
+# Seconds that a driver takes for a launch of 19 arguments (a GB200's; https://github.com/meta-pytorch/tritonbench/pull/1017).
+_DRIVER = 3.3e-6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     _keep_freed_memory()
     cpu = machine.describe(torch.device("cpu"))["cpu"]
     print(f"{cpu}, torch {torch.__version__}; host time, with the kernels of a GPU like: {card.name}\n")
-    print(f"{'backend':10} {'forward':>10} {'backward':>10} {'step, µs':>10} {'anew, µs':>10} {'launches of ours':>18}")
+    hand_over = _hand_over()
+    titles = "forward", "backward", "step, µs", "anew, µs", "on a GPU"
+    print("backend   " + "".join(f" {each:>10}" for each in titles) + "   launches of ours")
     for name in ("triton", "cuda"):
         with contextlib.ExitStack() as stack:
             stack.enter_context(_without_products())
@@ -62,14 +68,39 @@ def run(args: argparse.Namespace) -> int:
             before = launched()
             _step(name, *problem(args.batch, args.dim, args.classes, torch.device("cpu")))
             count = launched() - before
-        times = "".join(f" {each * 1e6:10.0f}" for each in (forward, backward, forward + backward, anew))
+        step = forward + backward
+        with_driver = step + hand_over + (count + 1) * _DRIVER  # and PyTorch's own, of the gradient of the loss
+        times = "".join(f" {each * 1e6:10.0f}" for each in (forward, backward, step, anew, with_driver))
         print(f"{name:10}{times} {count:18}")
     print(
         "\nMedians of steps replayed, as those of one layout are from the third on (backends/replay.py), and of others.\n"
-        "The driver's launches, a library's products (two, or one beside a kernel for the centres' gradient) and PyTorch's\n"
-        "hand-over to its backward thread are not counted."
+        f"On a GPU: replayed, with {_DRIVER * 1e6:.1f} µs of the driver for each launch and one of PyTorch's, and with\n"
+        f"{hand_over * 1e6:.0f} µs to another thread and back. Library products (two, or one beside a kernel for the centres'\n"
+        "gradient, none where that makes both) are not counted."
     )
     return 0
+
+
+def _hand_over(times: int = 3000) -> float:
+    """Seconds to another of Python's threads and back."""
+    there, back = threading.Lock(), threading.Lock()
+    there.acquire(), back.acquire()
+
+    def answer() -> None:
+        for _ in range(times):
+            there.acquire()
+            back.release()
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        there.release()
+        back.acquire()
+        taken.append(time.perf_counter() - start)
+    thread.join()
+    return statistics.median(taken)
 
 
 def _keep_freed_memory() -> None:

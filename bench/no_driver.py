@@ -70,6 +70,9 @@ def entered(capability: tuple[int, int], launch: Callable[..., None] | None = No
             triton.runtime.driver.set_active(None)  # the default, when it is next asked for
 
 
+_folder = tempfile.TemporaryDirectory()  # the driver's, gone with the process
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     """The driver, compiled and loaded under the name that Triton asks the system for."""
@@ -78,8 +81,7 @@ def _library() -> ctypes.CDLL:
     compiler = shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise SystemExit("no C compiler, which Triton builds its launchers with")
-    folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name) / "libcuda.so.1"
+    path = Path(_folder.name) / "libcuda.so.1"
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     options = ["-O2", "-shared", "-fPIC", f"-Wl,-soname,{path.name}", f"-I{headers}"]
     subprocess.run([compiler, *options, str(Path(__file__).with_suffix(".c")), "-o", str(path)], check=True)
@@ -88,6 +90,5 @@ def _library() -> ctypes.CDLL:
     if not hasattr(library, "launches"):
         raise SystemExit("a CUDA driver is loaded in this process already")
     library.launches.restype = ctypes.c_ulonglong
-    triton.knobs.nvidia.libcuda_path = folder.name  # where launchers are linked
-    library.folder = folder  # which is gone with it
+    triton.knobs.nvidia.libcuda_path = _folder.name  # where launchers are linked
     return library

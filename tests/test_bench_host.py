@@ -21,8 +21,8 @@ def test_host_times() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    rows = re.findall(r"^(triton|cuda) +(\d+) +(\d+) +(\d+) +(\d+) +(\d+)$", result.stdout, re.MULTILINE)
+    rows = re.findall(r"^(triton|cuda) +(\d+) +(\d+) +(\d+) +(\d+) +(\d+) +(\d+)$", result.stdout, re.MULTILINE)
     assert [row[0] for row in rows] == ["triton", "cuda"]
-    for _, forward, backward, step, anew, launches in rows:
+    for _, forward, backward, step, anew, on_a_gpu, launches in rows:
         assert int(forward) > 10 and int(backward) > 10 and abs(int(forward) + int(backward) - int(step)) <= 2
-        assert int(anew) > 20 and int(launches) == 5
+        assert int(anew) > 20 and int(launches) == 5 and int(on_a_gpu) > int(step) + 19

@@ -52,7 +52,7 @@ class _Address:
 class _Operand(NamedTuple):
     """An argument that is a tensor, or a TensorDescriptor of one."""
 
-    index: int
+    argument: int
     place: int  # in the program
     offset: int  # bytes
     fields: dict[str, Any] | None  # of the TensorDescriptor, beside its base
@@ -89,7 +89,7 @@ def _relaunch(recorder: replay.Recorder, compiled: Any, grid: tuple[int, ...], a
         values = args.copy()
         for each in operands:
             address = addresses[each.place] + each.offset
-            values[each.index] = address if each.fields is None else each.at(address)
+            values[each.argument] = address if each.fields is None else each.at(address)
         launcher(*values, stream=stream)
 
     return _Direct.of(compiled, grid, args, operands, by_launcher) or by_launcher
@@ -171,7 +171,7 @@ class _Direct:
         pointers: list[tuple[int, _Operand]] = []
         descriptors: list[_Operand] = []
         for each in operands:
-            base = args[each.index] if each.fields is None else args[each.index].base
+            base = args[each.argument] if each.fields is None else args[each.argument].base
             found = [i for i, value in enumerate(taken.values) if value is base]
             if len(found) == 1:
                 pointers.append((found[0], each))
@@ -205,7 +205,7 @@ class _Direct:
         """The description that is the value wanted, of a tensor at its address."""
         args = self._args.copy()
         for _, each, _ in self._described:
-            args[each.index] = each.at(addresses[each.place] + each.offset)
+            args[each.argument] = each.at(addresses[each.place] + each.offset)
         made = _Taken.of(self._compiled, self._grid, 0, args).values
         for i, each, known in self._described:
             if len(known) >= _MAX_DESCRIBED:
