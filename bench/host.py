@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         "\nMedians of steps replayed, as those of one layout are from the third on (backends/replay.py), and of others.\n"
         f"On a GPU: replayed, with {_DRIVER * 1e6:.1f} µs of the driver for each launch and one of PyTorch's, and with\n"
-        f"{hand_over * 1e6:.0f} µs to another thread and back. Library products (two, or one beside a kernel for the centres'\n"
+        f"{hand_over * 1e6:.0f} µs to another thread and back. Library products (two; one beside a kernel for the centres'\n"
         "gradient, none where that makes both) are not counted."
     )
     return 0
