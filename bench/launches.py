@@ -245,6 +245,7 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
         for tf32, _ in enumerate(precisions):
             for dtype, each in itertools.product((torch.float32,) if tf32 else (*_HALF, torch.float32), few):
                 add(256, 512, 2048, Options(dtype, **each))
+            add(256, 512, 2048, Options(weight_dtype=torch.bfloat16))
             if quick:
                 continue
             for how, chunked in _combinations():
@@ -261,6 +262,6 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
             add(256, 512, 2048, Options(ignore_index=1 << 40))
             add(100, 200, 1000, Options())  # a dimension that fills no tile
             for D in (128, 256, 496):  # the centres' gradient in one tile, narrow or wide, and in two, one of them not full
-                for C in (2048, 20_000):  # beside E·ŵ and alone
-                    add(256, D, C, Options())
+                for C, centres in itertools.product((2048, 20_000), (torch.float32, *_HALF)):  # beside E·ŵ and alone
+                    add(256, D, C, Options(weight_dtype=centres))
     return list(found)

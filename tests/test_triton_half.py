@@ -17,6 +17,7 @@ from amsoftmax_kernels.backends import triton_configs
 
 from .cases import CHUNK, Case, relative
 from .test_loss import evaluate
+from .test_triton import gradient_error
 
 pytest.importorskip("triton")
 from amsoftmax_kernels.backends import triton as backend
@@ -147,8 +148,19 @@ def test_predictions(compute: torch.dtype, options: dict[str, Any], short_chunks
 
 
 @pytest.mark.parametrize("entry", list(triton_configs.GRADIENT))
-@pytest.mark.parametrize(("rows", "classes", "width"), [(1, 1, 32), (70, 130, 240), (130, 257, 512), (64, 128, 256)])
-def test_the_gradient_tables_tiles(rows: int, classes: int, width: int, entry: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rows", "classes", "width", "dtype"),
+    [
+        (1, 1, 32, torch.float32),
+        (70, 130, 240, torch.float32),
+        (130, 257, 512, torch.float32),
+        (70, 130, 512, torch.float16),
+        (64, 128, 256, torch.float32),
+    ],
+)
+def test_the_gradient_tables_tiles(
+    rows: int, classes: int, width: int, dtype: torch.dtype, entry: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tile that is used on a GPU, in two tiles of columns too, one element past it."""
     if DEVICE.type == "cuda" and entry != torch.cuda.get_device_capability()[0]:
         pytest.skip("another architecture's")
@@ -156,9 +168,9 @@ def test_the_gradient_tables_tiles(rows: int, classes: int, width: int, entry: i
     generator = torch.Generator().manual_seed(rows)
     terms = torch.rand(rows, classes + 15 & -16, generator=generator).bfloat16().to(DEVICE)[:, :classes]
     x_factored = torch.randn(rows, width, generator=generator).bfloat16().to(DEVICE)
-    weight = torch.randn(classes, width, generator=generator).to(DEVICE)
-    inverse, grad = 1 / weight.norm(dim=1), torch.full_like(weight, math.nan)
+    weight = torch.randn(classes, width, generator=generator).to(DEVICE, dtype)
+    inverse, grad = 1 / weight.float().norm(dim=1), torch.full_like(weight, math.nan)
     assert backend._Kernels().grad_centres(terms, x_factored, weight, inverse, grad, None)
     g, unit = terms.double().T @ x_factored.double(), weight.double() * inverse.double()[:, None]
     exact = (g - (g * unit).sum(1, keepdim=True) * unit) * inverse.double()[:, None]
-    assert relative(grad, exact) < (2e-6 if DEVICE.type == "cpu" else 1e-5)
+    assert gradient_error(grad, exact) < (2e-6 if DEVICE.type == "cpu" else 1e-5)

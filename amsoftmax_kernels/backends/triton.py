@@ -221,7 +221,7 @@ class _Kernels:
         c = _gradient_config(grad.device)
         if c is None or x_factored.dtype == torch.float32 or not c.serves(*x_factored.shape):
             return None
-        if weight.dtype != torch.float32 or not (_in_sixteens(weight) and _in_sixteens(grad)):
+        if weight.dtype != grad.dtype or not (_in_sixteens(weight) and _in_sixteens(grad)):
             return None  # read and written in smaller pieces it would not fit the registers
         return c
 
@@ -251,9 +251,11 @@ class _Kernels:
         if problem.compute_dtype != (torch.float16 if _interpreted() else torch.bfloat16):
             return 0
         (B, D), c = features.shape, _gradient_config(weight.device)
-        if c is None or weight.dtype != torch.float32 or D % _IN_SIXTEENS or weight.stride() != (D, 1):
+        if c is None or D % _IN_SIXTEENS or weight.stride() != (D, 1):
             return 0
-        return c.parts_beside(B, D, weight.shape[0], _multiprocessors(weight.device)) if c.serves(B, D) else 0
+        if not c.serves(B, D):
+            return 0
+        return c.parts_beside(B, D, weight.shape[0], _multiprocessors(weight.device), weight.element_size())
 
     def grad_both(
         self, terms: Tensor, x_factored: Tensor, w_hat: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor,

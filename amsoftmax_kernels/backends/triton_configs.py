@@ -45,7 +45,7 @@ TABLE |= {(12, how): entry for (major, how), entry in TABLE.items() if major == 
 
 @dataclass(frozen=True)
 class GradientConfig:
-    """How :func:`.triton_gradients.grad_centres` is cut and compiled: half-precision operands, float32 centres."""
+    """How :func:`.triton_gradients.grad_centres` is cut and compiled: half-precision operands, centres of 2 or 4 bytes."""
 
     rows: int  # of the batch a step
     classes: int  # in a tile
@@ -71,11 +71,11 @@ class GradientConfig:
         """Of E·ŵ."""
         return -(-batch // self.product_rows) * -(-width // self.columns_for(width))
 
-    def parts_beside(self, batch: int, width: int, classes: int, multiprocessors: int) -> int:
+    def parts_beside(self, batch: int, width: int, classes: int, multiprocessors: int, size: int = 4) -> int:
         """Parts of the classes in which E·ŵ is made beside the gradient of few centres, which leaves SMs idle.
 
-        The fewest that take no longer than it. 0 where it leaves too few: a product of its own takes all of them, and its
-        launch and that of a library's sum of parts, some eight steps of these tiles.
+        The fewest that take no longer than it, of centres of ``size`` bytes an element. 0 where it leaves too few: a product
+        of its own takes all of them, and its launch and that of a library's sum of parts, some eight steps of these tiles.
         """
         if batch == 0:
             return 0
@@ -83,9 +83,9 @@ class GradientConfig:
         idle = (multiprocessors - -(-classes // self.classes)) // tiles
         if idle < 1:
             return 0
-        # Of a program of the gradient; its centres are read and written in the time of some twelve. A part's tile leaves in
-        # that of four.
-        of_gradient = -(-batch // self.rows) * -(-width // self.columns_for(width)) + 12
+        # Of a program of the gradient; its centres are read and written in the time of some twelve, or eight. A part's tile
+        # leaves in that of four.
+        of_gradient = -(-batch // self.rows) * -(-width // self.columns_for(width)) + 4 + 2 * size
         parts = min(idle, -(-steps // (of_gradient - 4)))
         return parts if -(-steps // parts) + 4 <= of_gradient + tiles * steps // multiprocessors + 8 else 0
 

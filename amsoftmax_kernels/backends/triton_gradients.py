@@ -83,11 +83,24 @@ def _unit(weight, stride_class, stride_dim, rows, columns, inverse, N, D):
 
 
 @triton.jit
-def _store_tangent(g, unit, along, outer, grad, rows, columns, N, D):
+def _store_tangent(g, unit, along, outer, grad, stride_grad, rows, columns, N, D):
     """A tile of dw from those of dŵ and ŵ, given dŵ·ŵ of the whole rows."""
     inside = (rows < N)[:, None] & (columns < D)[None, :]
     g = (g - along[:, None] * unit) * outer[:, None]
-    tl.store(grad + rows[:, None] * D + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
+    tl.store(grad + rows[:, None] * stride_grad + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _in_fours(stride, HALF: tl.constexpr, INTERPRETED: tl.constexpr):
+    """A stride of centres of two bytes, of which Triton is to know no more than that it is a multiple of 4.
+
+    Else it would load them by eights and lay out tiles so, but by fours what is float32: a tile of dŵ, which is needed
+    beside both, would be there in both ways, which do not fit the registers.
+    """
+    if HALF and not INTERPRETED:
+        fours = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [stride // 4], tl.int32, is_pure=True, pack=1)
+        stride = fours * 4
+    return stride
 
 
 @triton.jit
@@ -102,6 +115,8 @@ def _grad_centres(
     of the program's own, which stays in the L2 cache, until dŵ·ŵ of the whole rows is known.
     """
     WIDTH: tl.constexpr = BLOCK_D // 8
+    HALF: tl.constexpr = weight.dtype.element_ty != tl.float32
+    stride_class, stride_grad = _in_fours(stride_class, HALF, INTERPRETED), _in_fours(D, HALF, INTERPRETED)
     scale = 1.0
     if UPSTREAM:
         scale = tl.load(upstream)
@@ -141,8 +156,8 @@ def _grad_centres(
                     more = columns + WIDTH
                     unit = _unit(weight, stride_class, stride_dim, rows, columns, inverse, N, D)
                     unit_more = _unit(weight, stride_class, stride_dim, rows, more, inverse, N, D)
-                    _store_tangent(parts[2 * pair], unit, along, outer, grad, rows, columns, N, D)
-                    _store_tangent(parts[2 * pair + 1], unit_more, along, outer, grad, rows, more, N, D)
+                    _store_tangent(parts[2 * pair], unit, along, outer, grad, stride_grad, rows, columns, N, D)
+                    _store_tangent(parts[2 * pair + 1], unit_more, along, outer, grad, stride_grad, rows, more, N, D)
                 if ACROSS > 1 and not INTERPRETED:
                     # Each thread loads what it stored itself, as Triton lays tiles out today; were it otherwise, this would
                     # order them, and the barriers of the steps between the next stores. (Around Triton's own barrier a
@@ -156,8 +171,8 @@ def _grad_centres(
                     earlier, earlier_more = tl.load(waiting + columns[None, :]), tl.load(waiting + more[None, :])
                     unit = _unit(weight, stride_class, stride_dim, rows, columns, inverse, N, D)
                     unit_more = _unit(weight, stride_class, stride_dim, rows, more, inverse, N, D)
-                    _store_tangent(earlier, unit, along, outer, grad, rows, columns, N, D)
-                    _store_tangent(earlier_more, unit_more, along, outer, grad, rows, more, N, D)
+                    _store_tangent(earlier, unit, along, outer, grad, stride_grad, rows, columns, N, D)
+                    _store_tangent(earlier_more, unit_more, along, outer, grad, stride_grad, rows, more, N, D)
             g = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
 
 
