@@ -132,15 +132,20 @@ def chunks(B: int, D: int, C: int) -> list[tuple[int, int]]:
     return [each for each in ((chunk, C // chunk), (C % chunk, 1)) if each[0] and each[1]]
 
 
-def prepare_bytes(B: int, D: int, C: int, kept: bool, size: int = 2) -> int:
-    """Of the passes that make ŵ: float32 read, ŵ written; again in the backward pass but for what was made last."""
+def prepare_bytes(B: int, D: int, C: int, kept: bool, size: int = 2, centre: int = 4) -> int:
+    """Of the passes that make ŵ: centres read, ŵ written; again in the backward pass but for what was made last.
+
+    ``centre``, here and below: bytes of an element of the centres and of their gradient.
+    """
     again = 0 if kept else C - len(forward_spans(B, D, C, 0)[-1])
-    return (4 + size) * (C + again) * D
+    return (centre + size) * (C + again) * D
 
 
-def floor(card: Card, B: int, D: int, C: int, kept: bool, kind: Kind = KINDS["bfloat16"]) -> float:
+def floor(
+    card: Card, B: int, D: int, C: int, kept: bool, kind: Kind = KINDS["bfloat16"], centre: int = 4
+) -> float:  # fmt: skip
     """Seconds of the products, and of w read once a pass and dw written."""
-    return (3 if kept else 4) * 2 * B * C * D / kind.rate(card) + 12 * C * D / card.copy
+    return (3 if kept else 4) * 2 * B * C * D / kind.rate(card) + 3 * centre * C * D / card.copy
 
 
 def library_product(card: Card, rows: int, columns: int, depth: int, kind: Kind = KINDS["bfloat16"]) -> float:
@@ -184,6 +189,7 @@ def step(
     kind: str = "bfloat16",
     of_rate: float = 1,
     beside: bool = True,
+    centre: int = 4,
 ) -> dict[str, Any]:
     """One step's pieces in seconds, its floor, and its share of it.
 
@@ -196,20 +202,20 @@ def step(
     at_once = how.how == "half" and gradient_at_once(card, B, D)
     each = chunks(B, D, C)
     if at_once:
-        gradient = sum(count * max(grad_centres(card, B, D, classes).values()) for classes, count in each)
+        gradient = sum(count * max(grad_centres(card, B, D, classes, centre).values()) for classes, count in each)
     else:  # a library's product, piece by piece; then dŵ written (read again out of the L2 cache), w read, dw written
-        gradient, piece = 12 * C * D / card.copy, finish_size(padded(D))
+        gradient, piece = (4 + 2 * centre) * C * D / card.copy, finish_size(padded(D))
         for classes, count in each:
             for rows, times in ((piece, classes // piece), (classes % piece, 1)):
                 gradient += count * times * library_product(card, rows, D, B, how) if rows else 0
     converted = sum(count for _, count in each) if how.converted else 0
     product = product_with_centres(card, B, D, C, how, of_rate)
-    both = grad_both(card, B, D, C) if beside and kept and kind == "bfloat16" else None
+    both = grad_both(card, B, D, C, centre) if beside and kept and kind == "bfloat16" else None
     if both is not None:
         gradient, product = max(both.values()), 0.0
     launched = launches[at_once] + more_launches(B, D, C, kept, at_once) + converted - (both is not None)
     pieces = {
-        "prepare": prepare_bytes(B, D, C, kept, how.size) / card.copy,
+        "prepare": prepare_bytes(B, D, C, kept, how.size, centre) / card.copy,
         "cosine_exp": cosine["total"],
         "product with centres": product,
         "gradient": gradient,
@@ -217,10 +223,11 @@ def step(
     }
     if not kept:  # a pass for the sums alone comes first
         pieces["cosine_exp"] += cosine_exp(card, B, D, C, stored=False, kind=how)["total"]
-    total, least = sum(pieces.values()), floor(card, B, D, C, kept, how)
+    total, least = sum(pieces.values()), floor(card, B, D, C, kept, how, centre)
     return {
         "B": B, "D": D, "C": C, "kept": kept, "dtype": kind, "flops": (3 if kept else 4) * flops,
-        "bytes": prepare_bytes(B, D, C, kept, how.size) + 12 * C * D, "pieces_s": pieces, "cosine_exp_s": cosine,
+        "bytes": prepare_bytes(B, D, C, kept, how.size, centre) + (4 + 2 * centre) * C * D, "pieces_s": pieces,
+        "cosine_exp_s": cosine,
         "total_s": total, "floor_s": least, "of_floor": least / total,
     }  # fmt: skip
 
@@ -231,7 +238,7 @@ def gradient_at_once(card: Card, B: int, D: int) -> bool:
     return config is not None and config.serves(B, padded(D))
 
 
-def grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
+def grad_centres(card: Card, B: int, D: int, C: int, centre: int = 4) -> dict[str, float]:
     """Seconds of a launch of Triton's kernel for the centres' gradient by what could bound it."""
     config = triton_configs.GRADIENT[card.capability[0]]
     columns = config.columns_for(padded(D))
@@ -240,15 +247,15 @@ def grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
     part = config.classes * columns
     products = 2 * part * across * B / (card.products / card.multiprocessors / card.clock)
     # Of a part: its centres read for dŵ·ŵ and again for dw, which is written; dŵ written and read but for the last one.
-    moved = 4 * part * (3 * across + 2 * (across - 1))
+    moved = part * (3 * centre * across + 8 * (across - 1))
     return {
-        "one after the other": rounds * products / card.clock + 8 * C * D / card.copy,
+        "one after the other": rounds * products / card.clock + 2 * centre * C * D / card.copy,
         "of an SM": rounds * (products + moved / 64) / card.clock,  # 64 bytes a clock are its share of the L2 cache
         "l2": tiles * (2 * (config.classes + columns) * B * across + moved) / card.l2,
     }
 
 
-def grad_both(card: Card, B: int, D: int, C: int) -> dict[str, float] | None:
+def grad_both(card: Card, B: int, D: int, C: int, centre: int = 4) -> dict[str, float] | None:
     """Seconds of Triton's kernel for the gradient of few centres with E·ŵ beside it, by what could bound it; None if not so.
 
     The parts of E·ŵ go through the L2 cache once more, when they are summed. ŵ was written in the forward pass and may have
@@ -257,13 +264,14 @@ def grad_both(card: Card, B: int, D: int, C: int) -> dict[str, float] | None:
     config = triton_configs.GRADIENT.get(card.capability[0])
     if config is None or not config.serves(B, padded(D)):
         return None
-    parts, columns = config.parts_beside(B, padded(D), C, card.multiprocessors), config.columns_for(padded(D))
+    parts = config.parts_beside(B, padded(D), C, card.multiprocessors, centre)
+    columns = config.columns_for(padded(D))
     if not parts:
         return None
     tile, depth = config.product_rows * columns, -(-C // (parts * config.product_depth)) * config.product_depth
     of_parts = 4 * parts * B * D
     operands = 2 * (config.product_rows + columns) * C * config.product_tiles(B, padded(D))
-    alone = grad_centres(card, B, D, C)
+    alone = grad_centres(card, B, D, C, centre)
     summed = of_parts / card.l2
     return {
         "gradient": max(alone["one after the other"] + 2 * C * D / card.copy, alone["of an SM"]) + summed,

@@ -50,7 +50,7 @@ def hopper_cosine_exp(card: Card, B: int, D: int, C: int, size: int = 2, stored:
     }
 
 
-def hopper_grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
+def hopper_grad_centres(card: Card, B: int, D: int, C: int, centre: int = 4) -> dict[str, float]:
     """Seconds of a launch of the C++ kernel for the centres' gradient (csrc/gradient_sm90.cuh), to a width of 512."""
     halves, columns, together = 2 if D > 256 else 1, 256 if D > 128 else 128, 512
     tiles = -(-C // together)
@@ -62,8 +62,8 @@ def hopper_grad_centres(card: Card, B: int, D: int, C: int) -> dict[str, float]:
     epilogue = 8 * 800
     return {
         "busy": rounds * (products + epilogue) / card.clock,
-        "l2": tiles * (2 * B * (together + halves * columns) + 12 * together * D) / card.l2,  # the centres twice, dw
-        "memory": (8 * C * D + 2 * B * C) / card.copy,
+        "l2": tiles * (2 * B * (together + halves * columns) + 3 * centre * together * D) / card.l2,  # the centres twice, dw
+        "memory": (2 * centre * C * D + 2 * B * C) / card.copy,
     }
 
 
@@ -72,19 +72,19 @@ def _over_chunks(kernel: Callable[..., dict[str, float]], card: Card, B: int, D:
 
 
 def hopper_step(
-    card: Card, B: int, D: int, C: int, kept: bool, launches: dict[bool, int], of_rate: float = 1
+    card: Card, B: int, D: int, C: int, kept: bool, launches: dict[bool, int], of_rate: float = 1, centre: int = 4
 ) -> dict[str, Any]:  # fmt: skip
     """As :func:`.estimate.step` in bfloat16, with the C++ kernels for Hopper."""
     pieces = {
-        "prepare": prepare_bytes(B, D, C, kept) / card.copy,
+        "prepare": prepare_bytes(B, D, C, kept, centre=centre) / card.copy,
         "cosine_exp": _over_chunks(hopper_cosine_exp, card, B, D, C),
         "product with centres": product_with_centres(card, B, D, C, of_rate=of_rate),
-        "grad_centres": _over_chunks(hopper_grad_centres, card, B, D, C),
+        "grad_centres": _over_chunks(hopper_grad_centres, card, B, D, C, centre=centre),
         "launches": (launches[True] + more_launches(B, D, C, kept, at_once=True)) * SECONDS_A_LAUNCH,
     }
     if not kept:
         pieces["cosine_exp"] += _over_chunks(hopper_cosine_exp, card, B, D, C, stored=False)
-    total, least = sum(pieces.values()), floor(card, B, D, C, kept)
+    total, least = sum(pieces.values()), floor(card, B, D, C, kept, centre=centre)
     return {"pieces_s": pieces, "total_s": total, "floor_s": least, "of_floor": least / total}
 
 

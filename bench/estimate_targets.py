@@ -17,9 +17,11 @@ SLOW = 0.6
 SMALL, MILLION = SHAPES[0], SHAPES[2]
 
 
-def _total(card: Card, backend: str, shape: tuple[int, int, int], kept: bool, launches: Any, of_rate: float) -> Any:
+def _total(
+    card: Card, backend: str, shape: tuple[int, int, int], kept: bool, launches: Any, of_rate: float, centre: int = 4
+) -> Any:
     of = step if backend == "Triton" else hopper_step
-    return of(card, *shape, kept, launches[kept], of_rate=of_rate)
+    return of(card, *shape, kept, launches[kept], of_rate=of_rate, centre=centre)
 
 
 def held(B: int, D: int, C: int) -> int:
@@ -56,15 +58,13 @@ def targets(card: Card, launches: dict[bool, dict[bool, int]]) -> list[dict[str,
         add("PartialFC's time", backend, MILLION, "times as fast", 3,
             *(theirs[rate]["total_s"] / totals[MILLION, True, rate]["total_s"] for rate in (1, SLOW)))  # fmt: skip
         add("PartialFC's memory", backend, MILLION, "of it", 0.25, *[held(*MILLION) / theirs[1]["held"]] * 2)
-        for bare, shape in itertools.product((False, True), SHAPES):
-            more = 0 if bare else peers.normalization(card, *shape[1:])
+        for (how, centre), shape in itertools.product((("", 4), (", bare", 4), (", bare, bf16", 2)), SHAPES):
+            more = 0 if how else peers.normalization(card, *shape[1:])
             least, slow = ({name: of(card, *shape, rate) + more for name, of in peers.PEERS.items()} for rate in (1, SLOW))
             best = min(least, key=lambda name: least[name])
-            ratios = (
-                totals[shape, True, 1]["total_s"] / least[best],
-                totals[shape, True, SLOW]["total_s"] / min(slow.values()),
-            )
-            add(f"{best}{', bare' if bare else ''}", backend, shape, "of its time", 1, *ratios)
+            ours = (_total(card, backend, shape, True, launches, rate, centre)["total_s"] for rate in (1, SLOW))
+            ratios = (mine / min(theirs.values()) for mine, theirs in zip(ours, (least, slow), strict=True))
+            add(f"{best}{how}", backend, shape, "of its time", 1, *ratios)
     for shape in SHAPES[1:]:
         cpp = max(hopper_cosine_exp(card, *shape).values())
         add(
@@ -82,8 +82,8 @@ def printed(rows: list[dict[str, Any]], card: Card) -> str:
     """The table as text, and the peers' times."""
     lines = [
         f"To reach on an {card.name}, by these estimates, and with E·ŵ at {SLOW:.0%} of the rate assumed; of CCE (which",
-        "leaves out what it filters), Liger and quack the best, bare: given normalized centres, as ours is not. 0.15 ms",
-        "launched one by one is up to the host: python -m bench host.",
+        "leaves out what it filters), Liger and quack the best, bare: given normalized centres, as ours is not, in bf16, as",
+        "ours are in the last comparison. 0.15 ms launched one by one is up to the host: python -m bench host.",
         f"{'target':18} {'backend':7} {'B':>5} {'C':>11} {'limit':>6} {'estimate':>8}         {'60%':>8}",
     ]
     for row in rows:

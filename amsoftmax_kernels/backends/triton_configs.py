@@ -83,9 +83,10 @@ class GradientConfig:
         idle = (multiprocessors - -(-classes // self.classes)) // tiles
         if idle < 1:
             return 0
-        # Of a program of the gradient; its centres are read and written in the time of some twelve, or eight. A part's tile
-        # leaves in that of four.
-        of_gradient = -(-batch // self.rows) * -(-width // self.columns_for(width)) + 4 + 2 * size
+        # Of a program of the gradient; its centres are read and written in the time of some twelve, or of four a tile if
+        # they are of two bytes. A part's tile leaves in that of four.
+        across = -(-width // self.columns_for(width))
+        of_gradient = -(-batch // self.rows) * across + (12 if size == 4 else 4 * across)
         parts = min(idle, -(-steps // (of_gradient - 4)))
         return parts if -(-steps // parts) + 4 <= of_gradient + tiles * steps // multiprocessors + 8 else 0
 

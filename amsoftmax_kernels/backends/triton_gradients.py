@@ -91,13 +91,13 @@ def _store_tangent(g, unit, along, outer, grad, stride_grad, rows, columns, N, D
 
 
 @triton.jit
-def _in_fours(stride, HALF: tl.constexpr, INTERPRETED: tl.constexpr):
+def _in_fours(stride, APPLIES: tl.constexpr):
     """A stride of centres of two bytes, of which Triton is to know no more than that it is a multiple of 4.
 
-    Else it would load them by eights and lay out tiles so, but by fours what is float32: a tile of dŵ, which is needed
+    Else it would load them by eights and lay out tiles so, but by fours what waits in float32: a tile of dŵ, which is needed
     beside both, would be there in both ways, which do not fit the registers.
     """
-    if HALF and not INTERPRETED:
+    if APPLIES:
         fours = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [stride // 4], tl.int32, is_pure=True, pack=1)
         stride = fours * 4
     return stride
@@ -115,8 +115,8 @@ def _grad_centres(
     of the program's own, which stays in the L2 cache, until dŵ·ŵ of the whole rows is known.
     """
     WIDTH: tl.constexpr = BLOCK_D // 8
-    HALF: tl.constexpr = weight.dtype.element_ty != tl.float32
-    stride_class, stride_grad = _in_fours(stride_class, HALF, INTERPRETED), _in_fours(D, HALF, INTERPRETED)
+    MIXED: tl.constexpr = ACROSS > 1 and weight.dtype.element_ty != tl.float32 and not INTERPRETED
+    stride_class, stride_grad = _in_fours(stride_class, MIXED), _in_fours(D, MIXED)
     scale = 1.0
     if UPSTREAM:
         scale = tl.load(upstream)
