@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import machine, measure
 from .estimate import SHAPES
-from .gpu_peers import peers
+from .gpu_peers import half_centres, peers
 from .peers import Peer, problem, step
 
 Row = dict[str, Any]
@@ -90,6 +90,9 @@ def times(device: torch.device, known: dict[str, Any], quick: bool, shapes: Any 
             took[peer.name, dtype] = row["median_s"] / (B * C)
             products = 4 if "recomputed" in peer.name else 3
             floor, of_card = floors[products], _card_floor(products, B, D, C, dtype, known)
+            if peer.given is half_centres:  # half the bytes
+                less = _seconds_moved(D, C, known) / 2
+                floor, of_card = floor - less, of_card - less
             row |= {"floor_s": floor, "of_floor": floor / row["median_s"], "of_card_floor": of_card / row["median_s"]}
             if peer.margin:
                 expected = expected or row["loss"]
@@ -105,7 +108,8 @@ def profile(device: torch.device, shapes: Any = ((256, 512, 10_516), (1024, 512,
     for B, D, C in shapes:
         tensors = problem(B, D, C, device)
         every = peers()
-        for peer in [each for each in every if each.name.split(",")[0] in ("triton", "cuda")] or every[:2]:
+        plain = [each for each in every if each.given is None]
+        for peer in [each for each in plain if each.name.split(",")[0] in ("triton", "cuda")] or plain[:2]:
             loss = peer.make()
             for _ in range(3):
                 step(loss, *tensors, autocast=device.type == "cuda")
@@ -152,7 +156,7 @@ def _left_out(peer: Peer, B: int, D: int, C: int, dtype: str, device: torch.devi
     missing = peer.unavailable()
     if missing:
         return missing
-    only = COMPUTED_IN.get(peer.name.split(",")[0])
+    only = COMPUTED_IN.get(peer.name.split(",")[0]) or (None if peer.given is None else ("bfloat16",))
     if only is not None and dtype not in only:
         return f"computes in {only[0]}"
     if quick and ("chunked" in peer.name or peer.name == "torch.compile"):

@@ -155,6 +155,8 @@ def test_what_is_given_normalized_is_the_same_step() -> None:
     assert torch.equal(whole(*tensors), alone)
     assert [each.dtype for each in torch.autograd.grad(alone, (x, w))] == [torch.bfloat16] * 2
     assert [each.dtype for each in torch.autograd.grad(whole(*tensors), tensors[:2])] == [torch.float32] * 2
+    x, w, _ = gpu_peers.half_centres(*tensors)
+    assert x is tensors[0] and w.dtype == torch.bfloat16 and w.is_leaf and w.requires_grad
     names = {peer.name for peer in gpu_peers.peers()}
     assert names >= {f"{name}{how}" for name in ("CCE", "Liger", "quack") for how in ("", ", pre-normalized")}
 
@@ -212,6 +214,7 @@ def test_targets_are_compared() -> None:
         row("cuda, E kept", million, 2.9e-3, of_card_floor=0.75, peak_bytes=2_000_000_000),
         row("triton, recomputed", million, 3.6e-3, of_card_floor=0.74, peak_bytes=1_000_000_000),
         row("PartialFC algorithm", million, 9e-3, of_card_floor=0.2, peak_bytes=10_000_000_000),
+        row("cuda, bfloat16 centres", million, 2.7e-3, of_card_floor=0.9, peak_bytes=1),
         row("CCE, pre-normalized", million, 2.8e-3, of_card_floor=0.5, peak_bytes=1),
         {"B": 1, "D": 1, "C": 1, "dtype": "bfloat16", "peer": "quack", "skipped": "quack is not installed"},
     ]
@@ -229,6 +232,7 @@ def test_targets_are_compared() -> None:
         "times the PartialFC algorithm's speed": True,
         "of the PartialFC algorithm's memory": True,
         "of the time of CCE, pre-normalized": False,
+        "of the time of CCE, pre-normalized, bfloat16 centres": True,
         "cuda, E kept: ms replayed": True,
         "cuda, E kept: times the speed of Triton's cosine kernel": True,
     }
