@@ -58,7 +58,7 @@ def unavailable_reason() -> str | None:
     reason = _build_failure()
     if reason is not None:
         return reason
-    capability = torch.cuda.get_device_capability()
+    capability = _capability(torch.device("cuda", torch.cuda.current_device()))
     if capability < _MIN_CAPABILITY:
         return f"needs compute capability 8.0 or newer, but this GPU has {capability[0]}.{capability[1]}"
     return None
