@@ -44,20 +44,43 @@ def main() -> None:
             print(f"described again: {_run(launches, {}, *tensors)} launches the same")
 
         # A profiler that comes later is told of each launch; where it goes again, no one is.
-        hook = mock.Mock()
-        triton_launch.triton.knobs.runtime.launch_enter_hook.add(hook)
-        for hooked in (True, False):
-            launches.clear()
-            _step(launches, {}, *tensors)
-            assert len(launches) > 1
-            for launch in launches:
-                assert any(type(each).__name__ == "HookChain" and hook in each.calls for each in launch) == hooked
-            triton_launch.triton.knobs.runtime.launch_enter_hook.remove(hook)
+        runtime, hook = triton_launch.triton.knobs.runtime, Profiler()
+        chain = runtime.launch_enter_hook
+        chain.add(hook)
+        assert chain in _hooks(launches, *tensors)
+        chain.remove(hook)
+        assert not _hooks(launches, *tensors)
+        runtime.launch_enter_hook = hook
+        assert hook in _hooks(launches, *tensors)
+        runtime.launch_enter_hook = chain
 
-        # A launcher that is not understood is called itself.
-        with mock.patch.object(triton_launch._Taken, "of", side_effect=AttributeError):
-            print(f"by the launcher: {_run(launches, {}, *tensors)} launches the same")
-        assert "_Direct" not in _steps() and "by_launcher" in _steps()
+        # A launcher that is not understood, or has not been read, is called itself.
+        for unknown in (
+            mock.patch.object(triton_launch._Taken, "of", side_effect=AttributeError),
+            mock.patch.object(triton_launch, "_NOT_READ", (3, 6)),
+        ):
+            with unknown:
+                print(f"by the launcher: {_run(launches, {}, *tensors)} launches the same")
+            assert "_Direct" not in _steps() and "by_launcher" in _steps()
+
+
+class Profiler:
+    """A hook that is not Triton's chain of them."""
+
+    calls = 0
+
+    def __call__(self, *unused: Any) -> None: ...
+
+
+def _hooks(launches: list[tuple[Any, ...]], *tensors: Tensor) -> list[Any]:
+    """What each launch of a repeated step is to call before it."""
+    launches.clear()
+    _step(launches, {}, *tensors)
+    assert len(launches) > 1
+    known = (Profiler, triton_launch.triton.knobs.HookChain)
+    found = [[each for each in launch if isinstance(each, known)] for launch in launches]
+    assert all(each == found[0] for each in found)
+    return found[0]
 
 
 def _steps() -> set[str]:

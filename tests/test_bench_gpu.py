@@ -157,6 +157,8 @@ def test_what_is_given_normalized_is_the_same_step() -> None:
     assert [each.dtype for each in torch.autograd.grad(whole(*tensors), tensors[:2])] == [torch.float32] * 2
     x, w, _ = gpu_peers.half_centres(*tensors)
     assert x is tensors[0] and w.dtype == torch.bfloat16 and w.is_leaf and w.requires_grad
+    needed = {peer.name: 8 * 512 * 10**7 + peer.memory(4096, 512, 10**7) for peer in gpu_peers.peers()}
+    assert needed["chunked, bfloat16 centres"] == 2 * 4096 * 10**7 + 4 * 512 * 10**7 < needed["chunked, E kept"]
     names = {peer.name for peer in gpu_peers.peers()}
     assert names >= {f"{name}{how}" for name in ("CCE", "Liger", "quack") for how in ("", ", pre-normalized")}
 

@@ -214,12 +214,14 @@ def test_what_the_gradient_kernel_leaves_to_others(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backend, "_gradient_config", lambda _: triton_configs.GRADIENT[9])
     shifted = torch.zeros(50 * 64 + 1, device=DEVICE)[1:].view(50, 64)
     many, wide = torch.zeros(300, 64, device=DEVICE).bfloat16(), torch.zeros(40, 528, device=DEVICE).bfloat16()
+    apart = weight[:1].as_strided((1, 64), (1 << 31, 1))
     for left in (
         (terms, x_factored.float(), weight, inverse, grad),
         (terms, x_factored, weight.bfloat16(), inverse, grad),
         (terms, x_factored, weight[:, :56].bfloat16(), inverse, grad[:, :56].bfloat16()),
         (terms, x_factored, shifted, inverse, grad),
         (terms, x_factored, weight, inverse, shifted),
+        (terms[:, :1], x_factored, apart, inverse[:1], grad[:1]),
         (terms, x_factored, weight.T.contiguous().T, inverse, grad),
         (terms, x_factored, weight[:, :60], inverse, grad[:, :60].contiguous()),
         (many[:, :50], many, weight, inverse, grad),

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..arguments import no_autocast
 
-MAX_PROGRAMS = 256  # remembered for a function; each takes some 20 kB
+MAX_PROGRAMS = 256  # remembered for a function; each takes some 30 kB, 80 where addresses never recur
 ALIGNMENT = 16  # bytes: kernels are compiled for addresses that are multiples of it, or not
 _SPACING = 512  # bytes between buffers of one allocation, as CUDA's allocator has it
 _BUFFERS = frozenset({"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from .chunking import padded
 from .fused import Fused, streams_for
 from .kernels import RawLabels
 from .triton_configs import GRADIENT, Config, GradientConfig, config, kind
-from .triton_launch import launch
+from .triton_launch import launch, version
 
 try:
     import triton
@@ -53,7 +52,7 @@ def unavailable_reason() -> str | None:
         return _import_error
     if torch.version.hip is not None:
         return "ROCm has not been tried"
-    if _version(triton.__version__) < _MIN_VERSION:
+    if version(triton.__version__) < _MIN_VERSION:
         return f"needs Triton 3.6 or newer, which PyTorch 2.10 brings, but this is {triton.__version__}"
     reason = _build_failure()
     if reason is not None:
@@ -223,6 +222,8 @@ class _Kernels:
             return None
         if weight.dtype != grad.dtype or not (_in_sixteens(weight) and _in_sixteens(grad)):
             return None  # read and written in smaller pieces it would not fit the registers
+        if weight.stride(0) >= 1 << 31:
+            return None  # the kernel has it as an int32
         return c
 
     def _of_gradient(
@@ -309,11 +310,6 @@ class _Kernels:
 
 def _interpreted() -> bool:
     return _import_error is None and triton.knobs.runtime.interpret
-
-
-@functools.cache  # as a step asks each time
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(each) for each in re.findall(r"\d+", text)[:2])
 
 
 def _tf32(operand: Tensor) -> bool:

@@ -8,6 +8,8 @@ launcher hands to its C part is taken down once; a step calls that part itself, 
 from __future__ import annotations
 
 import copy
+import functools
+import re
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +24,15 @@ try:
 except ImportError:  # the backend says so
     pass
 
+# Of Triton: those whose launchers have been read, and do nothing after their C part.
+_FIRST_READ, _NOT_READ = (3, 6), (3, 9)
 _MAX_DESCRIBED = 64  # addresses of a tensor whose description is kept: an allocator gives the same ones again and again
+
+
+@functools.cache  # as a step asks each time
+def version(text: str) -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(int(each) for each in re.findall(r"\d+", text)[:2])
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
@@ -157,6 +167,8 @@ class _Direct:
         cls, compiled: Any, grid: tuple[int, ...], args: list[Any], operands: list[_Operand], by_launcher: replay.Step
     ) -> _Direct | None:
         """None where this Triton's launcher is not understood."""
+        if not _FIRST_READ <= version(triton.__version__) < _NOT_READ:
+            return None
         stream = _Address(0)
         try:
             run = compiled.run
@@ -218,4 +230,4 @@ def _hooked() -> bool:
     """Whether a profiler wants to be told of launches."""
     runtime = triton.knobs.runtime
     hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(getattr(each, "calls", each) for each in hooks)
+    return any(each is not None and (type(each) is not triton.knobs.HookChain or each.calls) for each in hooks)
