@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from . import __version__, am_softmax_loss, backends, build, reference
-from .backends import cuda
+from .backends import cuda, products
 
 # Relative error of the loss and of each gradient that a self-test allows, by dtype.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 reason = f"{type(error).__name__}: {error}"
             failed |= reason is not None
             result = "runs, self-test passed" if reason is None else f"self-test FAILED: {reason}"
-            remark = cuda.remark() if name == "cuda" else None
+            remark = cuda.remark() if name == "cuda" else products.remark() if name == "chunked" else None
             result += f" ({remark})" if remark else ""
         else:
             result = f"cannot run here: {reason}"

@@ -31,7 +31,12 @@ SLOWEST_STEP, QUICK_SLOWEST_STEP = 30.0, 1.0
 # A median this much above the best says more about the machine's other work than about the loss.
 DISTURBED = 2.0
 # Relative, of losses that should agree; bfloat16 rounds each cosine to 3 digits.
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+TOLERANCE = {"fp32": 1e-4, "medium": 1e-2, "bf16": 1e-2}
+DTYPES = {
+    "fp32": "float32",
+    "medium": "float32, torch.set_float32_matmul_precision('medium')",
+    "bf16": "bfloat16 autocast",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +47,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim", type=int, default=DIM, metavar="D", help="default: %(default)s")
     parser.add_argument("--classes", type=int, nargs="+", metavar="C", help="numbers of classes")
     parser.add_argument("--only", nargs="+", metavar="PEER", choices=[peer.name for peer in PEERS], help="peers to time")
-    parser.add_argument("--dtype", choices=list(TOLERANCE), default="fp32", help="bf16: autocast; default: %(default)s")
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        default="fp32",
+        help="bf16: autocast; medium: float32 matrices multiplied in bfloat16, where PyTorch can; default: %(default)s",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="default: PyTorch's")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write; 1 if a peer that should give our loss gives another."""
+    before = torch.get_float32_matmul_precision()
+    if args.dtype == "medium":
+        torch.set_float32_matmul_precision("medium")
+    try:
+        return _run(args)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _run(args: argparse.Namespace) -> int:
     for name in ("batch", "dim", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SystemExit(f"--{name} must be at least 1, but it is {getattr(args, name)}")
@@ -65,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     peers = [peer for peer in PEERS if peer.name in args.only] if args.only else PEERS
 
     rows: list[dict[str, Any]] = []
-    dtype = "float32" if args.dtype == "fp32" else "bfloat16 autocast"
+    dtype = DTYPES[args.dtype]
     report: dict[str, Any] = {"machine": machine.describe(device), "dtype": dtype, "results": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{report['machine']['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,17 @@ def test_bf16(tmp_path: Path, quickly: None, capsys: pytest.CaptureFixture[str])
     assert status == 0 and report["dtype"] == "bfloat16 autocast" and "targets" not in report
     assert all("median_s" in row for row in report["results"]), report["results"]
     assert "bfloat16 autocast" in capsys.readouterr().out
+
+
+def test_products_of_float32_in_bfloat16(tmp_path: Path, quickly: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    ours = peers.PEERS[0]
+    noted = dataclasses.replace(ours, make=lambda: seen.append(torch.get_float32_matmul_precision()) or ours.make())
+    monkeypatch.setattr(command, "PEERS", [noted])
+    before = torch.get_float32_matmul_precision()
+    status, report = bench(tmp_path, "--dtype", "medium")
+    assert status == 0 and "'medium'" in report["dtype"] and "targets" not in report and set(seen) == {"medium"}
+    assert torch.get_float32_matmul_precision() == before != "medium"
 
 
 def test_targets_are_judged() -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, linear, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels.backends import chunked
+from amsoftmax_kernels.backends import chunked, products
 
 from .cases import CASES, CHUNK, FLOAT32, FLOAT64, Case, relative
 
@@ -303,6 +303,30 @@ def test_bf16_autocast_errs_a_quarter_of_eager(scale: float, own: float | None, 
     assert [each.dtype for each in ours] == [torch.float32] * 3
     for exact, mine, other in zip(expected, ours, theirs, strict=True):
         assert relative(mine, exact) <= relative(other, exact) / 4
+
+
+@pytest.mark.parametrize("own", [None, 0.7, 0.9])
+def test_float32_multiplied_in_bfloat16_errs_less_than_autocast(own: float | None, small_chunks: None) -> None:
+    """As PyTorch's setting lets a CPU do that has a unit for it; elsewhere it changes nothing."""
+    case = Case("", "", B=64, C=500, D=128, own=own)
+    tensors = case.tensors(torch.float32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        ours = evaluate(ak.am_softmax_loss, *tensors)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = evaluate(eager, *tensors)
+    for exact, mine, other in zip(oracle(case, torch.float32), ours, theirs, strict=True):
+        assert relative(mine, exact) < relative(other, exact)
+
+
+def test_a_faster_setting_is_remarked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for unit, precision, expected in ((True, "highest", True), (True, "medium", False), (False, "highest", False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda unit=unit: unit, raising=False)
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        assert ("'medium'" in (products.remark() or "")) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -22,6 +22,14 @@ def product_nt(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b.T)
 
 
+def remark() -> str | None:
+    """What would make a CPU's products faster; None if nothing."""
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)  # since PyTorch 2.6
+    if known is None or not known() or torch.get_float32_matmul_precision() == "medium":
+        return None
+    return "torch.set_float32_matmul_precision('medium') lets this CPU's bfloat16 unit multiply float32 matrices"
+
+
 @functools.cache
 def _onednn_is_faster() -> bool:
     """Whether float32 products should go to oneDNN instead of torch.mm's MKL. Depends on the processor alone.
