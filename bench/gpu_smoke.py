@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from amsoftmax_kernels import backends
+from amsoftmax_kernels.backends import triton_launch
 
 from . import gpu_checks
 from .gpu_checks import DTYPES, _relative, _serves, _step, clock, compared_backends, run_child
@@ -22,8 +23,9 @@ from .peers import problem
 
 Row = dict[str, Any]
 SECONDS = 200  # for a child: a first build and each kernel's compilation among them
+DIRECTLY = "direct launches"  # of repeated steps, past the Python part of Triton's launcher
 # What a backend can do without, one after the other.
-WITHOUT: dict[str, tuple[str, ...]] = {"triton": ("grad_both", "grad_centres"), "cuda": ("grad_centres",)}
+WITHOUT: dict[str, tuple[str, ...]] = {"triton": (DIRECTLY, "grad_both", "grad_centres"), "cuda": ("grad_centres",)}
 # Tiles' edges; rows in halves, in one and in a narrow one; several tiles a stream.
 SHAPES = [
     (5, 16, 3),
@@ -83,7 +85,10 @@ def leave_out(rows: list[Row]) -> list[str]:
 
 
 def do_without(name: str, without: str) -> None:
-    """Take one kernel from a backend, in this process."""
+    """Take one kernel from a backend, or a way to launch them, in this process."""
+    if without == DIRECTLY:
+        triton_launch.launch_directly = False
+        return
     kernels: Any = backends.load(name)
     for each in dict.fromkeys((without, "grad_both")):  # which has the code of the other in it
         setattr(kernels._Kernels, each, lambda *unused: False)

@@ -58,6 +58,7 @@ def main() -> None:
         for unknown in (
             mock.patch.object(triton_launch._Taken, "of", side_effect=AttributeError),
             mock.patch.object(triton_launch, "_NOT_READ", (3, 6)),
+            mock.patch.object(triton_launch, "launch_directly", False),
         ):
             with unknown:
                 print(f"by the launcher: {_run(launches, {}, *tensors)} launches the same")

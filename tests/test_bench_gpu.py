@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amsoftmax_kernels import backends
-from amsoftmax_kernels.backends import triton_configs
+from amsoftmax_kernels.backends import triton_configs, triton_launch
 from bench import gpu, gpu_checks, gpu_peers, gpu_smoke, gpu_targets, gpu_times, tune
 from bench.peers import MARGIN, SCALE, eager, problem
 
@@ -337,15 +337,18 @@ def test_what_a_backend_can_do_without_is_tried_in_turn(monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu_smoke, "_ask", ask)
     monkeypatch.setattr(gpu_smoke, "absent", lambda device: [])
     monkeypatch.setattr(gpu_smoke, "compared_backends", lambda device: ["triton"])
-    for works, expected in ((None, 1), ("grad_both", 2), ("grad_centres", 3), ("nothing", 3)):
+    for works, expected in ((None, 1), (gpu_smoke.DIRECTLY, 2), ("grad_both", 3), ("grad_centres", 4), ("nothing", 4)):
         asked.clear()
         assert [row["ok"] for row in gpu_smoke.smoke(CPU)] == [False] * (expected - 1) + [works != "nothing"]
-        assert asked == [None, "grad_both", "grad_centres"][:expected]
+        assert asked == [None, gpu_smoke.DIRECTLY, "grad_both", "grad_centres"][:expected]
     kernels: Any = backends.load("triton")._Kernels  # type: ignore[attr-defined]
     for each in ("grad_centres", "grad_both"):
         monkeypatch.setattr(kernels, each, getattr(kernels, each))
     gpu_smoke.do_without("triton", "grad_centres")
     assert kernels().grad_centres() is kernels().grad_both() is False
+    monkeypatch.setattr(triton_launch, "launch_directly", True)
+    gpu_smoke.do_without("triton", gpu_smoke.DIRECTLY)
+    assert not triton_launch.launch_directly
 
 
 def test_a_backend_that_is_absent_is_told(

@@ -518,7 +518,7 @@ def test_triton_launches_the_same() -> None:
         [sys.executable, "-m", replayed_triton.__name__], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("launches the same") == len(replayed_triton.OPTIONS) + 3
+    assert result.stdout.count("launches the same") == len(replayed_triton.OPTIONS) + 4
 
 
 @pytest.mark.gpu
