@@ -172,6 +172,8 @@ def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr(plan_time.measure, "product_rates", lambda *_: {"any": 1e11})
     assert main(["plan", "--classes", "5000", "--ranks", "1", "--device", "cpu", "--memory-gb", "1"]) == 0
     printed = capsys.readouterr().out
-    recorded = [path.name for path in plan_time.RESULTS.glob("loss-*.json") if "quick" not in path.name]
-    assert recorded and all(name in printed for name in recorded)
+    recorded = {path.name: json.loads(path.read_text())["dtype"] for path in plan_time.RESULTS.glob("loss-*.json")}
+    assert "float32" in recorded.values()
+    for name, dtype in recorded.items():
+        assert (name in printed) == (dtype == "float32" and "quick" not in name)
     assert "measured now" in printed and "0.1 TFLOP/s" in printed
