@@ -1,6 +1,6 @@
 """Launches of Triton's kernels, and the same launches as steps of a program that is repeated (:mod:`.replay`).
 
-To choose a compiled kernel by the arguments takes Triton some 30 µs, to have that one launched again 9: its launcher
+To choose a compiled kernel by the arguments takes Triton some 30 µs, to have that one launched again 8: its launcher
 describes tensors to the bulk copy engine anew, and asks for memory and for profilers' hooks that are not there. So what the
 launcher hands to its C part is taken down once; a step calls that part itself, with the addresses of the day.
 """
