@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -34,7 +35,7 @@ def entered(capability: tuple[int, int], launch: Callable[..., None] | None = No
     from triton.backends.nvidia import driver as nvidia
 
     library = _library()
-    utils = nvidia.CudaUtils()
+    cuda = nvidia.CudaUtils()
     calls = 0
 
     def counted(*arguments: Any) -> None:
@@ -47,30 +48,27 @@ def entered(capability: tuple[int, int], launch: Callable[..., None] | None = No
         launch(*arguments)
 
     class Driver:
+        utils = cuda
         launcher_cls = nvidia.CudaLauncher
         get_current_device = staticmethod(lambda: 0)
         get_current_stream = staticmethod(lambda device: 0)
         get_current_target = staticmethod(lambda: GPUTarget("cuda", capability[0] * 10 + capability[1], 32))
 
-    Driver.utils = utils  # type: ignore[attr-defined]
     with contextlib.ExitStack() as stack:
         if launch is not None:
             for name in ("fill_tma_descriptor", "fill_tma_descriptor_tiled"):  # the second since 3.7
-                if hasattr(utils, name):
-                    stack.enter_context(mock.patch.object(utils, name, BulkCopy))
+                if hasattr(cuda, name):
+                    stack.enter_context(mock.patch.object(cuda, name, BulkCopy))
         if launch is not None and hasattr(nvidia, "make_launcher"):
             module = types.SimpleNamespace(launch=counted)
             stack.enter_context(mock.patch.object(nvidia, "compile_module_from_src", lambda **_: module))
         elif launch is not None:
-            stack.enter_context(mock.patch.object(utils, "launch", counted))
+            stack.enter_context(mock.patch.object(cuda, "launch", counted))
         triton.runtime.driver.set_active(Driver())
         try:
             yield (lambda: library.launches()) if launch is None else (lambda: calls)
         finally:
             triton.runtime.driver.set_active(None)  # the default, when it is next asked for
-
-
-_folder = tempfile.TemporaryDirectory()  # the driver's, gone with the process
 
 
 @functools.cache
@@ -81,7 +79,9 @@ def _library() -> ctypes.CDLL:
     compiler = shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise SystemExit("no C compiler, which Triton builds its launchers with")
-    path = Path(_folder.name) / "libcuda.so.1"
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "libcuda.so.1"
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     options = ["-O2", "-shared", "-fPIC", f"-Wl,-soname,{path.name}", f"-I{headers}"]
     subprocess.run([compiler, *options, str(Path(__file__).with_suffix(".c")), "-o", str(path)], check=True)
@@ -90,5 +90,5 @@ def _library() -> ctypes.CDLL:
     if not hasattr(library, "launches"):
         raise SystemExit("a CUDA driver is loaded in this process already")
     library.launches.restype = ctypes.c_ulonglong
-    triton.knobs.nvidia.libcuda_path = _folder.name  # where launchers are linked
+    triton.knobs.nvidia.libcuda_path = folder  # where launchers are linked
     return library

@@ -18,7 +18,7 @@ from .cases import Case, relative
 pytest.importorskip("triton")
 from amsoftmax_kernels.backends import triton as backend
 
-from .test_triton import DEVICE, gradient_operands
+from .test_triton_gradient import DEVICE, gradient_operands
 
 REASON = backend.unavailable_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the Triton backend cannot run here: {REASON}")

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels.backends import triton_configs
 
 from .cases import CHUNK, Case, relative
 from .test_loss import evaluate
-from .test_triton import gradient_error
 
 pytest.importorskip("triton")
 from amsoftmax_kernels.backends import triton as backend
@@ -145,32 +143,3 @@ def test_predictions(compute: torch.dtype, options: dict[str, Any], short_chunks
     cosine = torch.nn.functional.normalize(features.double()) @ torch.nn.functional.normalize(weight.double()).T
     assert (cosine.max(1).values - cosine.gather(1, predictions[:, None])[:, 0]).max() < 2**-7
     assert (predictions == cosine.argmax(1)).float().mean() > 0.3
-
-
-@pytest.mark.parametrize("entry", list(triton_configs.GRADIENT))
-@pytest.mark.parametrize(
-    ("rows", "classes", "width", "dtype"),
-    [
-        (1, 1, 32, torch.float32),
-        (70, 130, 240, torch.float32),
-        (130, 257, 512, torch.float32),
-        (70, 130, 512, torch.float16),
-        (64, 128, 256, torch.float32),
-    ],
-)
-def test_the_gradient_tables_tiles(
-    rows: int, classes: int, width: int, dtype: torch.dtype, entry: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The tile that is used on a GPU, in two tiles of columns too, one element past it."""
-    if DEVICE.type == "cuda" and entry != torch.cuda.get_device_capability()[0]:
-        pytest.skip("another architecture's")
-    monkeypatch.setattr(backend, "_gradient_config", lambda _: triton_configs.GRADIENT[entry])
-    generator = torch.Generator().manual_seed(rows)
-    terms = torch.rand(rows, classes + 15 & -16, generator=generator).bfloat16().to(DEVICE)[:, :classes]
-    x_factored = torch.randn(rows, width, generator=generator).bfloat16().to(DEVICE)
-    weight = torch.randn(classes, width, generator=generator).to(DEVICE, dtype)
-    inverse, grad = 1 / weight.float().norm(dim=1), torch.full_like(weight, math.nan)
-    assert backend._Kernels().grad_centres(terms, x_factored, weight, inverse, grad, None)
-    g, unit = terms.double().T @ x_factored.double(), weight.double() * inverse.double()[:, None]
-    exact = (g - (g * unit).sum(1, keepdim=True) * unit) * inverse.double()[:, None]
-    assert gradient_error(grad, exact) < (2e-6 if DEVICE.type == "cpu" else 1e-5)

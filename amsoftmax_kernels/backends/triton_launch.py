@@ -179,8 +179,8 @@ class _Direct:
         except Exception:  # whatever has changed there
             return None
         # Descriptions are made anew each time; everything else is handed on.
-        made = [i for i, (one, other) in enumerate(zip(taken.values, again.values, strict=True)) if one is not other]
-        made = [i for i in made if taken.values[i] != again.values[i]]
+        pairs = enumerate(zip(taken.values, again.values, strict=True))
+        made = [i for i, (one, other) in pairs if one is not other and one != other]  # a NaN is itself
         pointers: list[tuple[int, _Operand]] = []
         descriptors: list[_Operand] = []
         for each in operands:
