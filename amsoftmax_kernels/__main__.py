@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, am_softmax_loss, backends, build, reference
+from . import __version__, am_softmax_loss, backends, reference
 from .backends import cuda, products
+from .backends.cuda import build
 
 # Relative error of the loss and of each gradient that a self-test allows, by dtype.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}

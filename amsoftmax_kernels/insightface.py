@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .modules import AMSoftmaxLoss
-from .sharding import local_part
+from .sharded.shards import local_part
 
 _FILE = "checkpoint_gpu_{rank}.pt"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sharding import local_part
+from .sharded.shards import local_part
 
 _ROWS = "amsoftmax_kernels_rows"  # on a parameter: its gradient, and the rows of it that were written
 _HOOKED = "amsoftmax_kernels_hooked"

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from amsoftmax_kernels.backends import triton_configs
 from amsoftmax_kernels.backends.chunking import chunk_size, finish_size, forward_spans, padded
 from amsoftmax_kernels.backends.fused import streams_for
 from amsoftmax_kernels.backends.parts import places_for
-from amsoftmax_kernels.backends.triton_configs import Config
+from amsoftmax_kernels.backends.triton import tiles as triton_configs
+from amsoftmax_kernels.backends.triton.tiles import Config
 
 # (B, D, C): bfloat16 compute, float32 centres.
 SHAPES = [

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels import backends, build
+from amsoftmax_kernels import backends
+from amsoftmax_kernels.backends.cuda import build
 
 from .measure import first_line
 from .peers import problem

@@ -24,9 +24,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from amsoftmax_kernels import am_softmax_loss, build
-from amsoftmax_kernels.backends import cuda, cuda_library, fused, triton_configs
+from amsoftmax_kernels import am_softmax_loss
+from amsoftmax_kernels.backends import cuda, fused
 from amsoftmax_kernels.backends import triton as backend
+from amsoftmax_kernels.backends.cuda import build
+from amsoftmax_kernels.backends.cuda import library as cuda_library
+from amsoftmax_kernels.backends.triton import tiles as triton_configs
 
 from . import machine, no_driver
 from .estimate import CARDS

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amsoftmax_kernels import build
+from amsoftmax_kernels.backends.cuda import build
 
 from . import estimate, estimate_hopper, estimate_targets, library
 

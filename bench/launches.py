@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from amsoftmax_kernels.backends import Problem, chunking, fused, triton_configs, triton_gradients, triton_kernels
+from amsoftmax_kernels.backends import Problem, chunking, fused
 from amsoftmax_kernels.backends import triton as backend
+from amsoftmax_kernels.backends.triton import backward as triton_gradients
+from amsoftmax_kernels.backends.triton import forward as triton_kernels
+from amsoftmax_kernels.backends.triton import tiles as triton_configs
 
 NAMES = (
     "canonical_labels", "prepare_rows", "prepare_centres", "cosine_exp", "reduce_sums", "reduce_best",

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from amsoftmax_kernels import build
-from amsoftmax_kernels.backends import cuda_library
+from amsoftmax_kernels.backends.cuda import build
+from amsoftmax_kernels.backends.cuda import library as cuda_library
 
 from .estimate import CARDS
 

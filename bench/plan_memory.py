@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from amsoftmax_kernels.backends import chunked, chunking, triton_configs
+from amsoftmax_kernels.backends import chunked, chunking
 from amsoftmax_kernels.backends.budget import kept_classes
 from amsoftmax_kernels.backends.parts import places_for
+from amsoftmax_kernels.backends.triton import tiles as triton_configs
 from amsoftmax_kernels.functional import DEFAULT_SAVE_BYTES
 from amsoftmax_kernels.optim import UPDATE_ELEMENTS
-from amsoftmax_kernels.sampling import draw_size
+from amsoftmax_kernels.sharded.sampling import draw_size
 
 from . import estimate
 

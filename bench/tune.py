@@ -2,7 +2,7 @@
 
 A candidate's cosine kernel runs alone, storing E, on the shapes of the benchmark; its score is the geometric mean of its
 times, if it has the row sums that the table's own entry has. Then the batches to which the centres' gradient is quicker in
-one kernel, and the sizes of chunks, by whole steps. What is printed goes into backends/triton_configs.py by hand.
+one kernel, and the sizes of chunks, by whole steps. What is printed goes into backends/triton/tiles.py by hand.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from amsoftmax_kernels import am_softmax_loss
-from amsoftmax_kernels.backends import Problem, chunking, triton_configs
+from amsoftmax_kernels.backends import Problem, chunking
 from amsoftmax_kernels.backends import triton as backend
-from amsoftmax_kernels.backends.triton_configs import Config
+from amsoftmax_kernels.backends.triton import tiles as triton_configs
+from amsoftmax_kernels.backends.triton.tiles import Config
 
 from . import machine, measure
 from .peers import problem, step
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             print(_line(row) + mark, flush=True)
             (args.out / "tune.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     torch.set_float32_matmul_precision(precision)
-    print("\nentries for amsoftmax_kernels/backends/triton_configs.py:")
+    print("\nentries for amsoftmax_kernels/backends/triton/tiles.py:")
     for how, config in winners.items():
         print(f'    ({capability[0]}, "{how}"): {config},')
     end = begin + args.seconds

@@ -11,7 +11,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the Triton backend then serves CPU tensors
 
 from amsoftmax_kernels import backends
-from amsoftmax_kernels.backends import chunked, chunking, cuda_library
+from amsoftmax_kernels.backends import chunked, chunking
+from amsoftmax_kernels.backends.cuda import library as cuda_library
 
 from .cases import CHUNK
 from .emulation import build_emulated, hopper_on_cpu, serve

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from amsoftmax_kernels import build
-from amsoftmax_kernels.backends import cuda, cuda_library
+from amsoftmax_kernels.backends import cuda
+from amsoftmax_kernels.backends.cuda import build
+from amsoftmax_kernels.backends.cuda import library as cuda_library
 
 
 def build_emulated(folder: Path, *more: str) -> cuda_library.Library:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from amsoftmax_kernels import backends
-from amsoftmax_kernels.backends import triton_configs, triton_launch
+from amsoftmax_kernels.backends import triton_launch
+from amsoftmax_kernels.backends.triton import tiles as triton_configs
 from bench import gpu, gpu_checks, gpu_peers, gpu_smoke, gpu_targets, gpu_times, tune
 from bench.peers import MARGIN, SCALE, eager, problem
 
@@ -276,7 +277,7 @@ def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
 @pytest.mark.parametrize("how", list(tune.KINDS))
 def test_candidates(capability: tuple[int, int], how: str) -> None:
-    from amsoftmax_kernels.backends import triton_configs
+    from amsoftmax_kernels.backends.triton import tiles as triton_configs
 
     found = list(tune.candidates(capability, how))
     assert found[0] == triton_configs.config(capability, how) and len(found) > 4

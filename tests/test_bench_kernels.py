@@ -17,9 +17,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from amsoftmax_kernels import am_softmax_loss, backends, build
-from amsoftmax_kernels.backends import chunking, cuda_library, fused
+from amsoftmax_kernels import am_softmax_loss, backends
+from amsoftmax_kernels.backends import chunking, fused
 from amsoftmax_kernels.backends import triton as backend
+from amsoftmax_kernels.backends.cuda import build
+from amsoftmax_kernels.backends.cuda import library as cuda_library
 from bench import estimate, kernels, library, plan_time
 from bench.launches import Launch, no_product, of_a_step, recording, variants
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels import build
-from amsoftmax_kernels.backends import Problem, chunking, cuda, cuda_library, fused
+from amsoftmax_kernels.backends import Problem, chunking, cuda, fused
+from amsoftmax_kernels.backends.cuda import build
+from amsoftmax_kernels.backends.cuda import library as cuda_library
 
 from .cases import CASES, CHUNK, Case, relative
 from .emulation import build_changed, serve
@@ -524,7 +525,7 @@ def test_eight_processes_share_one_build(tmp_path: Path) -> None:
     (tmp_path / "csrc" / "library.h").write_text("")
     (tmp_path / "csrc" / "one.cu").write_text('extern "C" int one() { return 1; }\n')
     script = (
-        "from pathlib import Path; from amsoftmax_kernels import build; "
+        "from pathlib import Path; from amsoftmax_kernels.backends.cuda import build; "
         f"build.sources = lambda: Path({str(tmp_path / 'csrc')!r}); first = build.build; "
         "build.build = lambda *args: (print('built'), first(*args))[1]; print(build.cached('80'))"
     )

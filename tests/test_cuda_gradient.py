@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from amsoftmax_kernels import build
-from amsoftmax_kernels.backends import cuda, cuda_library
+from amsoftmax_kernels.backends import cuda
+from amsoftmax_kernels.backends.cuda import build
+from amsoftmax_kernels.backends.cuda import library as cuda_library
 from bench.library import IN_FLIGHT
 
 from .cases import CASES, CHUNK, Case, relative

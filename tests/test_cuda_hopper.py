@@ -20,8 +20,10 @@ from torch import Tensor
 
 import amsoftmax_kernels as ak
 from amsoftmax_kernels import __main__ as command
-from amsoftmax_kernels import backends, build
-from amsoftmax_kernels.backends import Problem, chunking, cuda, cuda_library
+from amsoftmax_kernels import backends
+from amsoftmax_kernels.backends import Problem, chunking, cuda
+from amsoftmax_kernels.backends.cuda import build
+from amsoftmax_kernels.backends.cuda import library as cuda_library
 from bench.library import IN_FLIGHT
 
 from .cases import CASES, CHUNK, Case

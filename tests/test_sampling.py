@@ -11,8 +11,8 @@ from torch import Tensor
 
 import amsoftmax_kernels as ak
 from amsoftmax_kernels.optim import RowwiseAdamW, RowwiseSGD, accumulate_rows, written_rows
-from amsoftmax_kernels.sampling import draw_classes, draw_size
-from amsoftmax_kernels.sharding import local_part, whole
+from amsoftmax_kernels.sharded.sampling import draw_classes, draw_size
+from amsoftmax_kernels.sharded.shards import local_part, whole
 
 from .cases import relative
 from .ranks import Ranks, device

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels.sharding import local_part
+from amsoftmax_kernels.sharded.shards import local_part
 
 from .cases import FLOAT32, FLOAT64, relative
 from .ranks import Ranks, device

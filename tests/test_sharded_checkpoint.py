@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import amsoftmax_kernels as ak
 from amsoftmax_kernels.insightface import load_centres
 from amsoftmax_kernels.optim import RowwiseAdamW, RowwiseSGD
-from amsoftmax_kernels.sharding import whole
+from amsoftmax_kernels.sharded.shards import whole
 
 from .ranks import Ranks, device
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels.sharding import local_part, whole
+from amsoftmax_kernels.sharded.shards import local_part, whole
 
 from .cases import relative
 from .ranks import Ranks, device
@@ -254,7 +254,8 @@ def test_what_travels(ranks: Ranks, dtype: torch.dtype, equal_batches: bool) -> 
 @contextmanager
 def recorded_work(monkey: list[str]) -> Iterator[None]:
     """When the reduce-scatter is started and waited for, and when the backend makes which gradient."""
-    from amsoftmax_kernels import backends, sharding
+    from amsoftmax_kernels import backends
+    from amsoftmax_kernels.sharded import shards as sharding
 
     chunked = backends.load("chunked")
     backward, scatter, wait = chunked.backward, sharding.ClassShards.scatter_rows, sharding.Scattered.wait

@@ -22,7 +22,9 @@ from .test_loss import check, eager, evaluate, oracle
 
 pytest.importorskip("triton")
 from amsoftmax_kernels.backends import triton as backend
-from amsoftmax_kernels.backends import triton_configs, triton_gradients, triton_kernels
+from amsoftmax_kernels.backends.triton import backward as triton_gradients
+from amsoftmax_kernels.backends.triton import forward as triton_kernels
+from amsoftmax_kernels.backends.triton import tiles as triton_configs
 
 REASON = backend.unavailable_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the Triton backend cannot run here: {REASON}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels.backends import triton_configs
+from amsoftmax_kernels.backends.triton import tiles as triton_configs
 
 from .cases import Case, relative
 

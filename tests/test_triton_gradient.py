@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from amsoftmax_kernels.backends import chunking, triton_configs
+from amsoftmax_kernels.backends import chunking
+from amsoftmax_kernels.backends.triton import tiles as triton_configs
 
 pytest.importorskip("triton")
 from amsoftmax_kernels.backends import triton as backend

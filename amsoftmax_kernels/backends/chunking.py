@@ -23,6 +23,16 @@ def panel_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if compute_dtype == torch.float32 else torch.bfloat16
 
 
+def kind(dtype: torch.dtype) -> str:
+    """How operands of this dtype are multiplied; float32 as PyTorch's own setting says."""
+    if dtype != torch.float32:
+        return "half"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9; follows the older setting, which must not be read beside it
+        return "tf32" if matmul.fp32_precision == "tf32" else "float32"
+    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def padded(size: int) -> int:
     """The next multiple of 16."""
     return -(-size // _ALIGN) * _ALIGN

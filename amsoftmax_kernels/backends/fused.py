@@ -41,11 +41,10 @@ from ..operators import GRADS_SCHEMA, LABELS_SCHEMA, PROBLEM_SCHEMA, gradients_f
 from . import Forward, LossForward, Problem, chunking
 from . import margin as constant_margin
 from .budget import BOUNDED_SCALE
-from .chunking import Shard, padded, panel_dtype
+from .chunking import Shard, kind, padded, panel_dtype
 from .kernels import Kernels, RawLabels
 from .parts import Maxima, Products, Sums
 from .replay import ALIGNMENT, Layout, Packed, Replayed, on_device
-from .triton_configs import kind
 
 # Logits up to which the host is the slower one and replays what it did: some 0.5 ms of an H200's time.
 REPLAYED_LOGITS = 1 << 24

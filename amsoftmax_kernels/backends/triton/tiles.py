@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import torch
+from ..chunking import kind as kind
 
 
 @dataclass(frozen=True)
 class Config:
-    """How :func:`.triton_kernels.cosine_exp` is cut and compiled."""
+    """How :func:`.forward.cosine_exp` is cut and compiled."""
 
     rows: int  # of the batch in a tile
     classes: int  # in a tile
@@ -45,7 +45,7 @@ TABLE |= {(12, how): entry for (major, how), entry in TABLE.items() if major == 
 
 @dataclass(frozen=True)
 class GradientConfig:
-    """How :func:`.triton_gradients.grad_centres` is cut and compiled: half-precision operands, centres of 2 or 4 bytes."""
+    """How :func:`.backward.grad_centres` is cut and compiled: half-precision operands, centres of 2 or 4 bytes."""
 
     rows: int  # of the batch a step
     classes: int  # in a tile
@@ -107,16 +107,6 @@ GRADIENT: dict[int, GradientConfig] = {
         product_depth=64,
     ),
 }
-
-
-def kind(dtype: torch.dtype) -> str:
-    """How operands of this dtype are multiplied; float32 as PyTorch's own setting says."""
-    if dtype != torch.float32:
-        return "half"
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9; follows the older setting, which must not be read beside it
-        return "tf32" if matmul.fp32_precision == "tf32" else "float32"
-    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The backward pass's Triton kernels, but for E itself: the centres' gradient, a∘x̂, and the rows' and targets' part.
 
-As in :mod:`.triton_kernels` every sum has one owner and a fixed order, and offsets into the centres are 64-bit.
+As in :mod:`.forward` every sum has one owner and a fixed order, and offsets into the centres are 64-bit.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import LOG2E, _halves, _inverse, _operand, _scale
+from .forward import LOG2E, _halves, _inverse, _operand, _scale
 
 
 @triton.jit(do_not_specialize=["row_factor"])

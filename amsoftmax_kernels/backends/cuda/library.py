@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import build
-from . import replay
+from .. import replay
+from . import build
 
 VERSION = 5  # of the contract: ak_version()
 _TYPES = {
@@ -132,7 +132,7 @@ class Library:
         return int(function())
 
     def _refused(self, why: str) -> build.BuildError:
-        return build.BuildError(f"{self.path} {why}: build it again (python -m amsoftmax_kernels.build)")
+        return build.BuildError(f"{self.path} {why}: build it again ({build.COMMAND})")
 
     def call(self, name: str, parameters: ctypes.Structure, device: torch.device) -> None:
         """Launch; RuntimeError with the library's own words if it cannot."""

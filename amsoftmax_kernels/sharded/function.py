@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
-from .arguments import accumulate_dtype
-from .backends.budget import BOUNDED_SCALE
-from .backends.norms import row_norms
-from .functional import once_differentiable
+from .. import backends
+from ..arguments import accumulate_dtype
+from ..backends.budget import BOUNDED_SCALE
+from ..backends.norms import row_norms
+from ..functional import once_differentiable
 from .sampling import draw_classes
-from .sharding import ClassShards, Rows
+from .shards import ClassShards, Rows
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Forward, Problem
-from .chunking import padded
-from .fused import Fused, streams_for
-from .kernels import RawLabels
-from .triton_configs import GRADIENT, Config, GradientConfig, config, kind
-from .triton_launch import launch, version
+from .. import Forward, Problem
+from ..chunking import kind, padded
+from ..fused import Fused, streams_for
+from ..kernels import RawLabels
+from ..triton_launch import launch, version
+from .tiles import GRADIENT, Config, GradientConfig, config
 
 try:
     import triton
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from . import triton_gradients as gradients
-    from . import triton_kernels as kernels
+    from . import backward as gradients
+    from . import forward as kernels
 except ImportError as error:
     _import_error: str | None = f"{error}; pip install 'triton>=3.6,<3.9'"
 else:

@@ -1,6 +1,6 @@
 """Builds csrc into one shared library: on first use into a per-user cache, or ahead of time from the command line.
 
-    python -m amsoftmax_kernels.build --arch 80 90a --out libamsoftmax_kernels.so
+    python -m amsoftmax_kernels.backends.cuda.build --arch 80 90a --out libamsoftmax_kernels.so
 
 Hopper's own kernels (sm_90a) take CUTLASS's headers, those of the package nvidia-cutlass or of the folder that the
 environment variable CUTLASS_PATH names; without them the portable ones serve Hopper too.
@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+COMMAND = "python -m amsoftmax_kernels.backends.cuda.build"
 # No fast-math: exponentials say where they are approximate.
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 # For development: a spill would be a slow kernel that nobody sees. A user's other compiler may warn of what ours does not.
@@ -46,7 +47,8 @@ class BuildError(RuntimeError):
 
 def sources() -> Path:
     """The folder of the C++ sources: beside the package in a checkout, inside it where it is installed."""
-    inside, beside = Path(__file__).parent / "csrc", Path(__file__).parents[1] / "csrc"
+    package = Path(__file__).parents[2]
+    inside, beside = package / "csrc", package.parent / "csrc"
     return inside if inside.is_dir() else beside
 
 
@@ -292,7 +294,9 @@ def _nvcc_major() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 1 if the build fails, with the compiler's message."""
-    parser = argparse.ArgumentParser(prog="python -m amsoftmax_kernels.build", description="Build csrc ahead of time.")
+    parser = argparse.ArgumentParser(
+        prog="python -m amsoftmax_kernels.backends.cuda.build", description="Build csrc ahead of time."
+    )
     parser.add_argument(
         "--arch", nargs="+", choices=ARCHITECTURES, required=True, metavar="ARCH", help="80, 86, 89, 90a ..."
     )

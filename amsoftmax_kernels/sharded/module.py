@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import backends, reference, sharding
-from .arguments import canonical_labels, check_arguments, check_features, check_flag, compute_dtype
-from .functional import DEFAULT_SAVE_BYTES, loss_rows, scale_tensor
-from .margins import Margin, as_margin
-from .modules import AMSoftmaxLoss
-from .optim import accumulate_rows
-from .reduction import reduce_rows
+from .. import backends, reference
+from ..arguments import canonical_labels, check_arguments, check_features, check_flag, compute_dtype
+from ..functional import DEFAULT_SAVE_BYTES, loss_rows, scale_tensor
+from ..margins import Margin, as_margin
+from ..modules import AMSoftmaxLoss
+from ..optim import accumulate_rows
+from ..reduction import reduce_rows
+from ..values import is_int, is_number, plain, type_name
+from . import shards as sharding
+from .function import LocalRows, Plan, Sampling, ShardedFunction
 from .sampling import draw_size
-from .sharded import LocalRows, Plan, Sampling, ShardedFunction
-from .values import is_int, is_number, plain, type_name
 
 _BLOCK = 4096  # centres drawn from one seed, so that their values do not depend on the number of ranks
 

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import build
-from . import Forward, Problem
-from . import cuda_library as c
-from .chunking import padded
-from .fused import Fused, streams_for
-from .kernels import RawLabels
-from .triton_configs import kind
+from .. import Forward, Problem
+from ..chunking import kind, padded
+from ..fused import Fused, streams_for
+from ..kernels import RawLabels
+from . import build
+from . import library as c
 
 _MIN_CAPABILITY = (8, 0)
 
@@ -73,7 +72,7 @@ def remark() -> str | None:
     if torch.cuda.get_device_capability(device)[0] != 9 or not _builds(device) or _library(device).has_hopper:
         return None
     if build.prebuilt() is None and build.find_cutlass() is not None:
-        return "by the portable kernel: Hopper's own did not compile (python -m amsoftmax_kernels.build --arch 90a says why)"
+        return f"by the portable kernel: Hopper's own did not compile ({build.COMMAND} --arch 90a says why)"
     return f"by the portable kernel: Hopper's own takes CUTLASS's headers, pip install {build.CUTLASS}"
 
 
@@ -89,7 +88,7 @@ def _builds(device: torch.device) -> bool:
         _library(device)
     except (build.BuildError, OSError) as error:
         arch = _architecture(device)
-        command = f"python -m amsoftmax_kernels.build --arch {arch} --out FILE.so"
+        command = f"{build.COMMAND} --arch {arch} --out FILE.so"
         where = "" if build.prebuilt() else f" (`{command}` shows all of it)"
         _failed[arch] = f"its library cannot be had: {build.summary(str(error))}{where}"
         warnings.warn(f"amsoftmax_kernels: the CUDA library cannot be had, other backends serve:\n{error}", stacklevel=2)
