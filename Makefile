@@ -12,7 +12,7 @@ run: .venv/run
 	$(BIN)python -m bench loss --quick --out out/loss
 
 test: .venv/test lint
-	$(BIN)python -m pytest
+	$(BIN)python -m pytest --numprocesses auto --dist worksteal
 
 lint: .venv/test
 	$(BIN)ruff check .

@@ -10,7 +10,7 @@ from .modules import AMSoftmaxLoss
 
 if TYPE_CHECKING:
     from . import insightface, optim
-    from .sharded import ShardedAMSoftmaxLoss
+    from .sharded.module import ShardedAMSoftmaxLoss
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ __all__ = [
 # What needs torch.distributed.tensor, half a second of import, only where it is asked for.
 def __getattr__(name: str) -> Any:
     if name == "ShardedAMSoftmaxLoss":
-        from .sharded import ShardedAMSoftmaxLoss
+        from .sharded.module import ShardedAMSoftmaxLoss
 
         return ShardedAMSoftmaxLoss
     if name in ("insightface", "optim"):

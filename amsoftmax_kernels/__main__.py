@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import warnings
 from collections.abc import Sequence
 
 import torch
 
-from . import __version__, am_softmax_loss, backends, reference
+from . import __version__, backends
 from .backends import cuda, products
+from .backends.comparison import compare
 from .backends.cuda import build
 
-# Relative error of the loss and of each gradient that a self-test allows, by dtype.
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,59 +26,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"CPU   {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     print(f"GPU   {_describe_gpu()}")
     print(f"C++   {_describe_compiler()}")
-    missing = {name: backends.unavailable_reason(name) for name in backends.NAMES}
-    for name in backends.NAMES:  # what has to be built for that is built now: the rest tells how it went
-        if missing[name] is None:
-            _served(name, device)
-    print(f"default backend for float32 on {device}: {backends.choose(None, device, torch.float32)}\n")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        chosen = backends.choose(None, _traits(device, torch.float32))
+    print(f"default backend for float32 on {device}: {chosen}")
+    print("".join(f"  {each.message}\n" for each in told))
     failed = False
-    for name, reason in missing.items():
-        if reason is None:
-            try:
-                reason = self_test(name, device)
-            except Exception as error:  # the report must go on
-                reason = f"{type(error).__name__}: {error}"
-            failed |= reason is not None
-            result = "runs, self-test passed" if reason is None else f"self-test FAILED: {reason}"
-            remark = cuda.remark() if name == "cuda" else products.remark() if name == "chunked" else None
-            result += f" ({remark})" if remark else ""
+    for name in backends.NAMES:
+        reason = backends.unavailable_reason(name)
+        if reason is not None:
+            print(f"{name:10} cannot run here: {reason}")
+        elif name == "cuda" and not cuda.built(device):
+            print(f"{name:10} not built yet: backend='cuda' builds it when it is first used, {build.COMMAND} ahead of time")
         else:
-            result = f"cannot run here: {reason}"
-        print(f"{name:10} {result}")
+            result, wrong = _tested(name, device)
+            failed |= wrong
+            print(f"{name:10} {result}")
     return int(failed)
+
+
+def _tested(name: str, device: torch.device) -> tuple[str, bool]:
+    """What a self-test says, and whether it failed."""
+    try:
+        reason = self_test(name, device)
+    except Exception as error:  # the report must go on
+        reason = f"{type(error).__name__}: {error}"
+    result = "runs, self-test passed" if reason is None else f"self-test FAILED: {reason}"
+    remark = cuda.remark() if name == "cuda" else products.remark() if name == "chunked" else None
+    return result + (f" ({remark})" if remark else ""), reason is not None
 
 
 def self_test(backend: str, device: torch.device) -> str | None:
     """Compare loss and gradients with the reference in float64 on a small problem; what is wrong, None if nothing is."""
-    served = _served(backend, device)
+    served = [dtype for dtype in DTYPES if backends.serves(backend, device, dtype)]
     if not served:
-        return backends.unavailable_reason(backend) or f"it serves no dtype on {device}"
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(32, 64, generator=generator, dtype=torch.float64).to(device)
-    weight = torch.randn(500, 64, generator=generator, dtype=torch.float64).to(device)
-    labels = torch.randint(500, (32,), generator=generator).to(device)
-    for dtype in served:
-        tolerance = _TOLERANCE[dtype]
-        inputs = [each.to(dtype).requires_grad_() for each in (features, weight)]
-        exact = [each.detach().double().requires_grad_() for each in inputs]
-        for scale in (30.0, 100.0):
-            loss = am_softmax_loss(inputs[0], inputs[1], labels, scale=scale, backend=backend)
-            expected: torch.Tensor = reference.am_softmax_loss(exact[0], exact[1], labels, scale=scale)
-            results = (loss, *torch.autograd.grad(loss, inputs))
-            for name, ours, theirs in zip(
-                ("loss", "gradient of features", "gradient of weight"),
-                results,
-                (expected, *torch.autograd.grad(expected, exact)),
-                strict=True,
-            ):
-                error = ((ours.double() - theirs).norm() / theirs.norm()).item()
-                if not error < tolerance:
-                    return f"{name} in {dtype} at scale {scale:g} is off by {error:.1e}, {tolerance:.0e} allowed"
-    return None
+        return backends.refusal(backend, device, torch.float32)
+    results = (compare(backend, _traits(device, dtype), "reference") for dtype in served)
+    return next((each for each in results if each is not None), None)
 
 
-def _served(backend: str, device: torch.device) -> list[torch.dtype]:
-    return [dtype for dtype in _TOLERANCE if backend == "reference" or backends.load(backend).serves(device, dtype)]
+def _traits(device: torch.device, dtype: torch.dtype) -> backends.Traits:
+    """Of a small problem, by which a scale past the bound is tried too."""
+    return backends.Traits(device, dtype, dtype, dtype, 64, True, False, False, True)
 
 
 def _describe_gpu() -> str:

@@ -1,11 +1,15 @@
-"""The loss: arguments checked, a backend's B×C work differentiated, the margin and the softmax on vectors of length B."""
+"""The loss, from the public call to a backend's two passes: arguments, the margin on vectors of length B, gradients.
+
+For a constant margin :class:`AMSoftmaxFunction` is the whole loss. Any other margin is differentiated by autograd, from the
+vectors that :class:`NegativesFunction` returns.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable
-from typing import Any, Literal, overload
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -13,9 +17,11 @@ from torch.nn.functional import softplus
 
 from . import backends, reference
 from .arguments import canonical_labels, check_arguments, check_flag, compute_dtype, no_autocast
-from .margins import AdditiveMargin, Margin, as_margin, target_psi
-from .reduction import reduce_rows
-from .values import plain
+from .backends import Forward, Needs, Problem, Request, Upstream
+from .backends.budget import BOUNDED_SCALE
+from .backends.margin import predictions
+from .margins import AdditiveMargin, Margin, as_margin, reduce_rows, target_psi
+from .values import plain, type_name
 
 DEFAULT_SAVE_BYTES = 1 << 30
 
@@ -89,8 +95,7 @@ def am_softmax_loss(
             the same pass.
         backend: a name of :func:`available_backends`; None picks the fastest that serves these tensors.
         save_bytes: bytes of B×C intermediates kept for the backward pass, the rest is computed again; 0 keeps none,
-            None keeps 1 GiB at most. Beside them, where some is computed again or classes are few, the Triton and C++
-            backends keep normalized centres of at most 2²⁷ elements.
+            None keeps 1 GiB at most.
 
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-d, or ``[B]`` for ``"none"``. The mean over no row is 0. A row
@@ -117,51 +122,84 @@ def am_softmax_loss(
         ignore_index=ignore_index, interclass_filter=interclass_filter, save_bytes=save_bytes,
     )  # fmt: skip
     dtype = compute_dtype(features, weight)
-    backend = backends.choose(backend, features.device, dtype)
+    filtered = interclass_filter is not None
+    traits = traits_of(features, weight, scale, normalize_features, filtered, return_predictions)
+    backend = backends.choose(backend, traits)
     if backend == "reference":
         labels, num_rows = canonical_labels(labels, weight.shape[0], ignore_index)
         rows, predictions = reference.loss_rows(
             features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter
         )
-        loss = reduce_rows(rows, labels, num_rows, reduction)
+        loss = reduce_rows(rows, num_rows, reduction)
         return (loss, predictions) if return_predictions else loss
 
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(f"torch.func's transforms take backend='reference', but backend is {backend!r}")
-    scale, s = scale_tensor(scale, features.device)
-    problem = backends.Problem(
-        features, weight, labels, scale, normalize_features, dtype,
+    options = Options(
+        backend, dtype, normalize_features, ignore_index,
         math.inf if interclass_filter is None else float(interclass_filter),
+        _kept_bytes(save_bytes, features, weight, scale), return_predictions, torch.is_grad_enabled(),
     )  # fmt: skip
     constant = margin.margin if type(margin) is AdditiveMargin else margin
-    if isinstance(constant, (int, float)) and reduction != "none":
-        at_once = backends.load(backend).loss_at_once(
-            problem, ignore_index, float(constant), reduction == "mean", return_predictions
-        )
-        if at_once is not None:
-            loss = _LossAtOnce.apply(features, weight, scale, at_once)  # type: ignore[no-untyped-call]
-            return loss if at_once.predictions is None else (loss, at_once.predictions)
-    differentiated = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad or scale.requires_grad)
-    if not differentiated:
-        save_bytes = 0
-    elif save_bytes is None:
-        save_bytes = DEFAULT_SAVE_BYTES
-    need_rows = torch.is_grad_enabled() and (features.requires_grad or scale.requires_grad)
-    need_weight = torch.is_grad_enabled() and weight.requires_grad
-    how = (min(save_bytes, (1 << 63) - 1), return_predictions, need_rows, need_weight, backend)
     if isinstance(constant, (int, float)):
-        of_loss = (ignore_index, float(constant), reduction, not normalize_features or scale.requires_grad)
         result: Tensor | tuple[Tensor, Tensor]
-        result = _ConstantMarginLoss.apply(*problem[:4], (*problem[4:], *how, *of_loss))  # type: ignore[no-untyped-call]
+        result = AMSoftmaxFunction.apply(features, weight, labels, scale, float(constant), reduction, options)  # type: ignore[no-untyped-call]
         return result
-    labels, num_rows = backends.load(backend).canonical_labels(labels, weight.shape[0], ignore_index)
-    problem = problem._replace(labels=labels)
-    log_z, cosine, norm, best, best_class = AMSoftmaxFunction.apply(*problem, *how)  # type: ignore[no-untyped-call]
+    labels, num_rows = canonical_labels(labels, weight.shape[0], ignore_index)
+    scale, s = scale_tensor(scale, features.device)
+    log_z, cosine, norm, best, best_class = NegativesFunction.apply(features, weight, labels, scale, options)  # type: ignore[no-untyped-call]
     rows = loss_rows(log_z, cosine, norm, labels, weight.shape[0], s if normalize_features else norm, as_margin(margin))
-    loss = reduce_rows(rows, labels, num_rows, reduction)
+    loss = reduce_rows(rows, num_rows, reduction)
     if not return_predictions:
         return loss
     return loss, torch.where(cosine.detach() >= best, labels, best_class)
+
+
+class Options(NamedTuple):
+    """What both autograd functions are given beside tensors and numbers, checked."""
+
+    backend: str
+    compute_dtype: torch.dtype
+    normalize_features: bool
+    ignore_index: int
+    interclass_filter: float  # infinity leaves none out
+    save_bytes: int
+    predict: bool
+    grad: bool  # whether autograd records the call
+
+    def problem(self, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> Problem:
+        return Problem(features, weight, labels, scale, self.normalize_features, self.compute_dtype, self.interclass_filter)
+
+    def request(self, needs: Needs) -> Request:
+        return Request(self.save_bytes, self.predict, self.grad and (needs.features or needs.scale))
+
+
+def _needs(ctx: Any) -> Needs:
+    """Whose gradients autograd will ask for. A user may have left out the scale."""
+    needed = ctx.needs_input_grad
+    return Needs(needed[0], needed[1], len(needed) > 3 and needed[3])
+
+
+def traits_of(
+    features: Tensor, weight: Tensor, scale: float | Tensor, normalize_features: bool, filtered: bool, predict: bool
+) -> backends.Traits:
+    """What the choice of a backend depends on."""
+    bounded, width = normalize_features, weight.shape[1]
+    if isinstance(scale, Tensor) or scale > BOUNDED_SCALE:
+        bounded = False
+    if torch.compiler.is_compiling():
+        width = int(f"{width}")  # a symbolic size becomes the number that it is
+    return backends.Traits(
+        features.device, compute_dtype(features, weight), features.dtype, weight.dtype, width,
+        normalize_features, bounded, filtered, predict,
+    )  # fmt: skip
+
+
+def _kept_bytes(save_bytes: int | None, *inputs: Any) -> int:
+    """The caller's ``save_bytes``, its default for None, and 0 where nothing will be differentiated."""
+    if not torch.is_grad_enabled() or not any(isinstance(each, Tensor) and each.requires_grad for each in inputs):
+        return 0
+    return DEFAULT_SAVE_BYTES if save_bytes is None else min(save_bytes, (1 << 63) - 1)
 
 
 def scale_tensor(scale: float | Tensor, device: torch.device) -> tuple[Tensor, float | Tensor]:
@@ -176,13 +214,13 @@ def scale_tensor(scale: float | Tensor, device: torch.device) -> tuple[Tensor, f
 def loss_rows(
     log_z: Tensor, cosine: Tensor, norm: Tensor, labels: Tensor, num_classes: int, s: float | Tensor, margin: Margin
 ) -> Tensor:
-    """softplus(log z − s·ψ(t)) for vectors ``[B]`` as :class:`AMSoftmaxFunction` returns them."""
+    """softplus(log z − s·ψ(t)), 0 for an ignored row, for vectors ``[B]`` as :class:`NegativesFunction` returns them."""
     if cosine.device.type != "cpu":  # on the CPU such a label was an error
         cosine = torch.where(labels < num_classes, cosine, math.nan)
     with no_autocast(cosine.device):
         u = target_psi(margin, cosine, labels.clamp(0, num_classes - 1), norm) * s
         # Above 40, log(1 + e^v) is v to the last bit of a float64.
-        return softplus(log_z - u, threshold=40)
+        return softplus(log_z - u, threshold=40).masked_fill(labels < 0, 0)
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
@@ -208,7 +246,7 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
             results = backward(ctx, *grads)
         if torch.compiler.is_compiling():
             return results
-        inputs = [each for each in ctx.saved_tensors if each is not None and each.requires_grad]
+        inputs = [each for each in (*ctx.saved_tensors, *grads) if each is not None and each.requires_grad]
         return tuple(
             None if each is None else _DifferentiatedOnce.apply(each, *inputs)  # type: ignore[no-untyped-call]
             for each in results
@@ -218,12 +256,80 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
 
 
 class AMSoftmaxFunction(torch.autograd.Function):
+    """The whole loss for a constant margin, as one function: log z and t, the margin, the reduction.
+
+    ``apply(features, weight, labels, scale=30.0, margin=0.35, reduction="mean")`` takes and returns what
+    :func:`am_softmax_loss` does with these arguments, and raises the same errors; ``margin`` is a float here. It can be
+    differentiated once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,  # [B, D]
+        weight: Tensor,  # [C, D]
+        labels: Tensor,  # [B]
+        scale: float | Tensor = 30.0,
+        margin: float = 0.35,
+        reduction: str = "mean",
+        options: Options | None = None,  # None where a user calls it: nothing has been checked yet
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if options is None:
+            scale, margin = plain(scale), plain(margin)
+            options = _checked(features, weight, labels, scale, margin, reduction)
+        labels, num_rows = canonical_labels(labels, weight.shape[0], options.ignore_index)
+        device = scale.device if isinstance(scale, Tensor) else None
+        problem = options.problem(features, weight, labels, scale_tensor(scale, features.device)[0])
+        backend = backends.load(options.backend)
+        out = backend.forward(problem, options.request(_needs(ctx)))
+        rows, derivatives = backend.additive_margin(problem, out, margin)
+        ctx.save_for_backward(*problem[:4], num_rows, derivatives, *out)
+        ctx.options, ctx.mean, ctx.scale_device = options, reduction == "mean", device
+        ctx.set_materialize_grads(False)
+        loss = reduce_rows(rows, num_rows, reduction)
+        if not options.predict:
+            return loss
+        predicted = predictions(out, labels)
+        ctx.mark_non_differentiable(predicted)
+        return loss, predicted
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        *inputs, num_rows, derivatives = ctx.saved_tensors[:6]
+        problem, saved = ctx.options.problem(*inputs), Forward(*ctx.saved_tensors[6:])
+        row_factor, by_cosine, by_scale = (derivatives * (grad / num_rows if ctx.mean else grad)).unbind()
+        normalize = problem.normalize_features
+        needs = _needs(ctx)
+        upstream = Upstream(row_factor, by_cosine, None if normalize else by_scale)
+        grad_features, grad_weight, grad_scale = backends.load(ctx.options.backend).backward(problem, saved, upstream, needs)
+        if needs.scale and normalize:  # beside what flows through z
+            grad_scale = grad_scale + by_scale.sum().to(grad_scale)
+        grads = (grad_features, grad_weight, grad_scale.to(ctx.scale_device))
+        x, w, s = (each if need else None for each, need in zip(grads, needs, strict=True))
+        return x, w, None, s, None, None, None
+
+
+def _checked(
+    features: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor, margin: Any, reduction: str
+) -> Options:
+    """The options of a call that has not been through :func:`am_softmax_loss`, its arguments checked."""
+    if not isinstance(margin, float):
+        raise TypeError(f"margin must be a float, but it is {type_name(margin)}: am_softmax_loss takes any margin")
+    check_arguments(features, weight, labels, scale=scale, margin=margin, normalize_features=True, reduction=reduction,
+                    ignore_index=-100)  # fmt: skip
+    dtype = compute_dtype(features, weight)
+    backend = backends.choose(None, traits_of(features, weight, scale, True, False, False))
+    return Options(backend, dtype, True, -100, math.inf, DEFAULT_SAVE_BYTES, False, True)
+
+
+class NegativesFunction(torch.autograd.Function):
     """The B×C work as one differentiable function, on which any margin on the target can be built.
 
-    ``apply(features, weight, labels, scale, normalize_features, compute_dtype, interclass_filter, save_bytes, predict,
-    need_rows, need_weight, backend)`` takes checked arguments: those of :class:`amsoftmax_kernels.backends.Problem`, the
-    bytes to keep, whether to find the best negative, whether features or scale will need a gradient and whether the weight
-    will, and the name of a backend. It returns vectors ``[B]``, the first three differentiable once:
+    ``apply(features, weight, labels, scale, options)`` takes checked arguments and canonical labels. It returns vectors
+    ``[B]``, of which the first three can be differentiated once:
 
     - log z, the log-sum-exp of the negatives' logits, log Σ_{j≠y} exp(s·cos_j) (s = ‖x‖ without normalize_features);
     - t, the target's cosine, exact (never through the low-precision product);
@@ -234,10 +340,14 @@ class AMSoftmaxFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, (*how, backend) = backends.Problem(*arguments[:7]), arguments[7:]
-        out = backends.load(backend).forward(problem, *how)
-        _save(ctx, problem, out, backend, None)
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, options: Options
+    ) -> tuple[Tensor, ...]:
+        problem = options.problem(features, weight, labels, scale)
+        out = backends.load(options.backend).forward(problem, options.request(_needs(ctx)))
+        ctx.save_for_backward(*problem[:4], *out)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(out.best, out.best_class)
         return torch.add(out.z.log(), out.shift, alpha=math.log(2)), out.cosine, out.norm, out.best, out.best_class
 
@@ -246,92 +356,12 @@ class AMSoftmaxFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_z: Tensor | None, grad_cosine: Tensor | None, grad_norm: Tensor | None, *unused: None
     ) -> tuple[Tensor | None, ...]:
-        problem, vectors = _saved(ctx)
-        saved = backends.Forward(*vectors)
+        problem, saved = ctx.options.problem(*ctx.saved_tensors[:4]), Forward(*ctx.saved_tensors[4:])
         zero = torch.zeros_like(saved.z)
         # z = 0 where there is no negative (one class) or all vanish beside the target: nothing flows to them.
         row_factor = zero if grad_log_z is None else (grad_log_z / saved.z).masked_fill_(saved.z == 0, 0)
-        grad_cosine = zero if grad_cosine is None else grad_cosine
+        upstream = Upstream(row_factor, zero if grad_cosine is None else grad_cosine, grad_norm)
         needs = _needs(ctx)
-        grads = backends.load(ctx.options[1]).backward(problem, saved, row_factor, grad_cosine, grad_norm, needs)
-        return _arranged(grads, needs)
-
-
-class _LossAtOnce(torch.autograd.Function):
-    """A loss whose gradients are known: ``apply(features, weight, scale, backends.LossAtOnce)``."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, scale: Tensor, at_once: backends.LossAtOnce) -> Tensor:
-        # The inputs too: a second derivative is an error of theirs.
-        ctx.save_for_backward(features, weight, scale, *at_once[2:])
-        return at_once.loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        # The product first, as a loss scale for float16 needs.
-        grads = (
-            (grad * upstream).to(each.dtype) if grad is not None else None
-            for each, grad in zip(saved[:3], saved[3:], strict=True)
-        )
-        return *grads, None
-
-
-class _ConstantMarginLoss(torch.autograd.Function):
-    """The whole loss for a margin that is a number: its derivatives are known in the forward pass.
-
-    ``apply(features, weight, labels, scale, others)`` returns the loss, and with ``predict`` the predicted classes. Others
-    are :class:`AMSoftmaxFunction`'s arguments from the fifth on, then ``ignore_index, margin, reduction, need_scale``;
-    labels and these four are as in :meth:`amsoftmax_kernels.backends.Backend.forward_loss`. In one tuple, as each argument
-    takes PyTorch some 0.2 µs.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, others: tuple[Any, ...]
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        problem, (*how, backend), of_loss = (
-            backends.Problem(features, weight, labels, scale, *others[:3]), others[3:8], others[8:],
-        )  # fmt: skip
-        out = backends.load(backend).forward_loss(problem, *how, *of_loss)
-        _save(ctx, problem._replace(labels=out.labels), out.saved, backend, out.layout)
-        if out.predictions is None:
-            return out.loss
-        ctx.mark_non_differentiable(out.predictions)
-        return out.loss, out.predictions
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 5
-        problem, saved = _saved(ctx)
-        _, backend, layout = ctx.options
-        needs = _needs(ctx)
-        grads = backends.load(backend).backward_loss(problem, saved, layout, grad, needs)
-        grad_features, grad_weight, _, grad_scale, *_ = _arranged(grads, needs)
-        return grad_features, grad_weight, None, grad_scale, None
-
-
-def _save(ctx: Any, problem: backends.Problem, tensors: tuple[Tensor, ...], backend: str, layout: Hashable) -> None:
-    ctx.save_for_backward(*problem[:4], *tensors)
-    ctx.options = (problem[4:], backend, layout)
-    ctx.set_materialize_grads(False)
-
-
-def _saved(ctx: Any) -> tuple[backends.Problem, tuple[Tensor, ...]]:
-    tensors = ctx.saved_tensors
-    return backends.Problem(*tensors[:4], *ctx.options[0]), tensors[4:]
-
-
-def _needs(ctx: Any) -> tuple[bool, bool, bool]:
-    """Whether features, weight and scale need a gradient."""
-    needed = ctx.needs_input_grad
-    return needed[0], needed[1], needed[3]
-
-
-def _arranged(grads: tuple[Tensor, Tensor, Tensor], needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
-    """The backend's gradients, one for each argument of :class:`AMSoftmaxFunction`."""
-    grad_features, grad_weight, grad_scale = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return grad_features, grad_weight, None, grad_scale, *[None] * 8
+        grads = backends.load(ctx.options.backend).backward(problem, saved, upstream, needs)
+        x, w, s = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return x, w, None, s, None

@@ -168,6 +168,13 @@ def target_psi(margin: Margin, cosine: Tensor, labels: Tensor, feature_norm: Ten
     return psi.to(cosine.dtype)
 
 
+def reduce_rows(rows: Tensor, num_rows: Tensor, reduction: str) -> Tensor:
+    """Mean over the ``num_rows`` rows that are not ignored, sum, or the rows ``[B]`` themselves, 0 where ignored."""
+    if reduction == "none":
+        return rows
+    return rows.sum() / num_rows if reduction == "mean" else rows.sum()
+
+
 def _takes_three(margin: Margin) -> bool:
     """Whether three arguments fit; True where that cannot be told."""
     function = margin.forward if isinstance(margin, nn.Module) else margin

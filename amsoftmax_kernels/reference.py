@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .arguments import accumulate_dtype, canonical_labels, check_arguments, check_flag, compute_dtype, no_autocast
-from .margins import Margin, as_margin, target_psi
-from .reduction import reduce_rows
+from .margins import Margin, as_margin, reduce_rows, target_psi
 from .values import plain
 
 # ‖·‖ at which a row counts as zero, that of torch.nn.functional.normalize.
@@ -46,7 +45,7 @@ def am_softmax_loss(
     )  # fmt: skip
     labels, num_rows = canonical_labels(labels, weight.shape[0], ignore_index)
     rows, predictions = loss_rows(features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter)
-    loss = reduce_rows(rows, labels, num_rows, reduction)
+    loss = reduce_rows(rows, num_rows, reduction)
     return (loss, predictions) if return_predictions else loss
 
 
@@ -79,7 +78,7 @@ def loss_rows(
         if interclass_filter is not None:
             left_out = is_target | (cos > interclass_filter)
         log_z = logits.masked_fill(left_out, -math.inf).logsumexp(1)
-        rows = softplus(log_z - s * target_psi(margin, t, target, norm), threshold=40)
+        rows = softplus(log_z - s * target_psi(margin, t, target, norm), threshold=40).masked_fill(labels < 0, 0)
         best, best_class = cos.detach().masked_fill(is_target, -math.inf).max(1)
         best_class = best_class.masked_fill(best.isnan(), -1)
         return rows, torch.where(t.detach() >= best, labels, best_class)

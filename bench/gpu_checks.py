@@ -1,7 +1,8 @@
-"""Right before fast: correctness of every backend at small and large shapes, determinism, graph capture, sanitizer."""
+"""Right before fast: correctness of every backend at small and large shapes, determinism, sanitizer, the tests."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -43,17 +44,7 @@ TOLERANCE = {"float32": (2e-6, 2e-5), "bfloat16": (2e-4, 8e-3), "float16": (2e-4
 # Of compute-sanitizer, with the seconds that each may take. They find reads and writes outside of tensors; barriers that not
 # all threads come to, or that are not set up; uses of shared memory that barriers leave in no order.
 MEMORY, RACES = {"memcheck": 100}, {"synccheck": 60, "racecheck": 60}
-TESTS = (
-    "replay",
-    "triton",
-    "triton_gradient",
-    "triton_beside",
-    "triton_half",
-    "parts",
-    "cuda",
-    "cuda_gradient",
-    "loss",
-)  # of the kernels
+TESTS = ("triton", "triton_gradient", "triton_half", "cuda", "cuda_gradient", "loss")  # of the kernels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -67,13 +58,28 @@ class _Clock:
 
 
 clock = _Clock()
-left_out: dict[str, str] = {}  # what a backend is to do without, in children too
+_running: set[int] = set()  # children
+left_out: dict[str, str] = {}  # the kernel that a backend is to do without, in children too
+not_compiled: dict[str, str] = {}  # steps, as step_name() has them, that no stage is to launch, with the compiler's words
+
+
+def step_name(backend: str, D: int, dtype: str, options: dict[str, Any] | None = None) -> str:
+    """What decides which kernels a step launches."""
+    return " ".join([backend, dtype, f"D={D}", *(f"{name}={value}" for name, value in (options or {}).items())])
+
+
+def given(options: dict[str, Any], C: int, device: torch.device) -> dict[str, Any]:
+    """Options as the loss takes them: a scale and margins that are described in words are tensors on the device."""
+    tensors = {"on the device": lambda: torch.tensor(30.0, device=device),
+               "one a class": lambda: torch.linspace(0, 0.5, C, device=device)}  # fmt: skip
+    return {name: tensors[value]() if isinstance(value, str) and value in tensors else value
+            for name, value in options.items()}  # fmt: skip
 
 
 def compared_backends(device: torch.device) -> list[str]:
     """The backends to check on this device."""
     names = [name for name in ak.available_backends() if name != "reference"]
-    return [name for name in names if any(_serves(name, device, dtype) for dtype in DTYPES.values())]
+    return [name for name in names if any(serves(name, device, dtype) for dtype in DTYPES.values())]
 
 
 def correctness(device: torch.device, quick: bool, small: Any = SMALL, large: Any = LARGE) -> Iterator[Row]:
@@ -84,19 +90,24 @@ def correctness(device: torch.device, quick: bool, small: Any = SMALL, large: An
             features[::2] += 3 * features[::2].norm(dim=1, keepdim=True) * torch.nn.functional.normalize(weight[labels[::2]])
         shape = {"B": B, "D": D, "C": C, **options}
         try:
-            exact = _step(features.double(), weight.double(), labels, "chunked" if C > 100_000 else "reference", 0, options)
+            exact = take_step(
+                features.double(), weight.double(), labels, "chunked" if C > 100_000 else "reference", 0, options
+            )
         except torch.OutOfMemoryError as error:
             yield {**shape, "ok": None, "skipped": first_line(error)}
             continue
         for name in compared_backends(device):
             for dtype in ("bfloat16",) if C > 100_000 else TOLERANCE:
-                if not _serves(name, device, DTYPES[dtype]):
+                if not serves(name, device, DTYPES[dtype]):
+                    continue
+                if (refused := not_compiled.get(step_name(name, D, dtype, options))) is not None:
+                    yield {"backend": name, **shape, "dtype": dtype, "ok": None, "skipped": f"does not compile: {refused}"}
                     continue
                 for save_bytes in (1 << 62, 0):
                     row = {"backend": name, **shape, "dtype": dtype, "kept": save_bytes > 0}
                     try:
                         with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-                            results = _step(features, weight, labels, name, save_bytes, options)
+                            results = take_step(features, weight, labels, name, save_bytes, options)
                         yield row | _compared(results, exact, dtype, options)
                         del results
                     except torch.OutOfMemoryError as error:
@@ -104,11 +115,11 @@ def correctness(device: torch.device, quick: bool, small: Any = SMALL, large: An
                     except Exception as error:  # the others' rows are wanted all the same
                         yield row | {"ok": False, "error": first_line(error)}
         del features, weight, exact
-        _release(device)
+        release(device)
 
 
 def _compared(results: tuple[Tensor, ...], exact: tuple[Tensor, ...], dtype: str, options: dict[str, Any]) -> Row:
-    errors = [_relative(*pair) for pair in zip(results, exact, strict=True)]
+    errors = [relative_error(*pair) for pair in zip(results, exact, strict=True)]
     errors[0] *= min(1.0, abs(exact[0].item()))  # a small loss is the difference of large numbers
     # In a scale of 200 an error of the cosine is one of the exponent, multiplied; a filter may fall between two roundings.
     slack = max(1.0, options.get("scale", 30.0) / 64) * (5 if "interclass_filter" in options else 1)
@@ -125,47 +136,14 @@ def determinism(
         labels[: B // 4] = labels[0]  # many rows of one class
         for name in compared_backends(device):
             for save_bytes in (1 << 62, 0):
-                with torch.autocast(device.type, torch.bfloat16, enabled=_serves(name, device, torch.bfloat16)):
-                    first = _step(features, weight, labels, name, save_bytes, {})
+                with torch.autocast(device.type, torch.bfloat16, enabled=serves(name, device, torch.bfloat16)):
+                    first = take_step(features, weight, labels, name, save_bytes, {})
                     same = True
                     for _ in range(repeats):
-                        again = _step(features, weight, labels, name, save_bytes, {})
+                        again = take_step(features, weight, labels, name, save_bytes, {})
                         same &= all(map(torch.equal, first, again))
                 yield {"backend": name, "B": B, "D": D, "C": C, "kept": save_bytes > 0, "repeats": repeats, "ok": same}
-        _release(device)
-
-
-# What a captured step may be given beside sizes; the scale and the margins on the device.
-CAPTURED: tuple[tuple[int, int, int, dict[str, Any]], ...] = (
-    (256, 512, 10_516, {}),
-    (256, 512, 10_516, {"scale": 200.0, "interclass_filter": 0.2}),
-    (256, 512, 10_516, {"normalize_features": False, "return_predictions": True}),
-    (256, 512, 10_516, {"scale": "on the device", "margin": "one a class"}),
-    (1024, 512, 93_431, {}),
-)
-
-
-def graph_capture(device: torch.device, captured_steps: Any = CAPTURED) -> Iterator[Row]:
-    """A step captured in a CUDA graph and replayed: the same bits as launched one by one."""
-    for B, D, C, options in captured_steps:
-        features, weight, labels = problem(B, D, C, device)
-        given = dict(options)
-        if "margin" in given:
-            given |= {"scale": torch.tensor(30.0, device=device), "margin": torch.linspace(0, 0.5, C, device=device)}
-        for name in compared_backends(device):
-            for save_bytes in (1 << 62, 0):
-                row = {"backend": name, "B": B, "D": D, "C": C, "kept": save_bytes > 0, **options}
-                try:
-                    graph, captured, expected = _capture(features, weight, labels, name, save_bytes, given)
-                    for each in captured:
-                        each.fill_(float("nan"))
-                    graph.replay()
-                    row["ok"] = all(map(torch.equal, captured, expected))
-                    row["replay_s"] = _replay_seconds(graph)
-                except Exception as error:  # the others' rows are wanted all the same
-                    row |= {"ok": False, "error": first_line(error)}
-                yield row
-        _release(device)
+        release(device)
 
 
 def sanitizer(device: torch.device, tools: dict[str, int]) -> Iterator[Row]:
@@ -181,10 +159,16 @@ def sanitizer(device: torch.device, tools: dict[str, int]) -> Iterator[Row]:
     for checked, seconds in tools.items():
         for name in compared_backends(device):
             if name != "chunked":
-                without = [left_out[name]] if name in left_out else []
-                child = [sys.executable, "-m", "bench.gpu_smoke", str(device), name, *without, "--few"]
+                child = smoke_command(device, name, left_out.get(name), few=True)
                 command = [tool, "--tool", checked, "--error-exitcode", "9", *child]
                 yield {"backend": name, "tool": checked} | run_child(command, seconds, environment)
+
+
+def smoke_command(device: torch.device, name: str, without: str | None, few: bool = False) -> list[str]:
+    """A child that compares one backend with the chunked one (bench/gpu_smoke.py)."""
+    refused = [each for each in not_compiled if each.startswith(f"{name} ")]
+    command = [sys.executable, "-m", "bench.gpu_smoke", str(device), name, *([without] if without else [])]
+    return [*command, *(["--few"] if few else []), *(["--not", *refused] if refused else [])]
 
 
 def gpu_tests() -> Iterator[Row]:
@@ -196,61 +180,48 @@ def gpu_tests() -> Iterator[Row]:
         )
 
 
-def run_child(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> Row:
-    """Whether a command ends well; killed with all it has started after ``seconds``, or nothing else could be timed."""
+def run_child(command: list[str], seconds: float, environment: dict[str, str] | None = None, output: int = 1500) -> Row:
+    """Whether a command ends well; killed with all it has started after ``seconds``, or nothing else could be timed.
+
+    ``output``: characters that are kept of the end of what it prints.
+    """
     start = time.perf_counter()
     seconds = min(seconds, max(clock.left(), 1.0))
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
+    _running.add(child.pid)
     try:
-        output, _ = child.communicate(timeout=seconds)
+        printed, _ = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
-        output, _ = child.communicate()
-        return {"ok": None, "skipped": f"did not end in {seconds:g} s", "output": output[-1500:]}
-    missing = "No module named pytest" in output
+        printed, _ = child.communicate()
+        return {"ok": None, "skipped": f"did not end in {seconds:g} s", "output": printed[-output:]}
+    finally:
+        _running.discard(child.pid)
+    missing = "No module named pytest" in printed
     took = time.perf_counter() - start
-    return {"ok": None if missing else child.returncode == 0, "seconds": took, "output": output[-1500:]}
+    return {"ok": None if missing else child.returncode == 0, "seconds": took, "output": printed[-output:]}
 
 
-def _step(
+def end_children() -> None:
+    """Kill what still runs, with all that it has started."""
+    for pid in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def take_step(
     features: Tensor, weight: Tensor, labels: Tensor, backend: str, save_bytes: int, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and its gradients by features and weight."""
     x, w = features.detach().requires_grad_(), weight.detach().requires_grad_()
     result = ak.am_softmax_loss(x, w, labels, backend=backend, save_bytes=save_bytes, **options)
     loss = result[0] if isinstance(result, tuple) else result
     return (loss.detach(), *torch.autograd.grad(loss, (x, w)))
 
 
-def _capture(
-    features: Tensor, weight: Tensor, labels: Tensor, name: str, save_bytes: int, options: dict[str, Any]
-) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                expected = _step(features, weight, labels, name, save_bytes, options)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = _step(features, weight, labels, name, save_bytes, options)
-    return graph, captured, expected
-
-
-def _replay_seconds(graph: torch.cuda.CUDAGraph, times: int = 50) -> float:
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    graph.replay()
-    first.record()
-    for _ in range(times):
-        graph.replay()
-    last.record()
-    last.synchronize()
-    return float(first.elapsed_time(last)) / 1e3 / times
-
-
-def _relative(actual: Tensor, exact: Tensor) -> float:
+def relative_error(actual: Tensor, exact: Tensor) -> float:
     """‖actual − exact‖ / ‖exact‖, a block at a time so that no float64 copy of a large gradient is made."""
     error = size = torch.zeros((), dtype=torch.float64, device=exact.device)
     for ours, theirs in zip(actual.reshape(-1).split(1 << 26), exact.reshape(-1).split(1 << 26), strict=True):
@@ -260,10 +231,12 @@ def _relative(actual: Tensor, exact: Tensor) -> float:
     return float("inf") if value != value else value
 
 
-def _serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:
-    return backends.load(name).serves(device, dtype)
+def serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend takes tensors of this device and dtype."""
+    return backends.serves(name, device, dtype)
 
 
-def _release(device: torch.device) -> None:
+def release(device: torch.device) -> None:
+    """Give cached memory back."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -84,7 +84,7 @@ def _cce() -> Loss:
 
 
 def _cce_whole() -> Loss:
-    """Without its filter, which leaves small gradients out, of many classes nearly all (python -m bench filter)."""
+    """Without its filter, which leaves small gradients out: of many classes nearly all."""
     from cut_cross_entropy import linear_cross_entropy
 
     return lambda x, w, labels: linear_cross_entropy(x, w, labels, filter_eps=None)

@@ -1,32 +1,43 @@
 """Before all else: does a backend run on this GPU at all? Each is asked in a process of its own.
 
 A kernel that hangs, or reads where it may not, takes its process along, and with it every stage after. What fails here is
-left out of the run; first the newest kernels alone.
+left out of the run; first the newest kernel alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
 from amsoftmax_kernels import backends
-from amsoftmax_kernels.backends import triton_launch
 
 from . import gpu_checks
-from .gpu_checks import DTYPES, _relative, _serves, _step, clock, compared_backends, run_child
+from .gpu_checks import (
+    DTYPES,
+    clock,
+    compared_backends,
+    relative_error,
+    run_child,
+    serves,
+    smoke_command,
+    step_name,
+    take_step,
+)
 from .peers import problem
 
 Row = dict[str, Any]
-SECONDS = 200  # for a child: a first build and each kernel's compilation among them
-DIRECTLY = "direct launches"  # of repeated steps, past the Python part of Triton's launcher
-# What a backend can do without, one after the other.
-WITHOUT: dict[str, tuple[str, ...]] = {"triton": (DIRECTLY, "grad_both", "grad_centres"), "cuda": ("grad_centres",)}
-# Tiles' edges; rows in halves, in one and in a narrow one; several tiles a stream.
+SECONDS = 100  # for a child; its kernels are compiled already
+WITHOUT: dict[str, tuple[str, ...]] = {"triton": ("grad_centres",), "cuda": ("grad_centres",)}  # what it can do without
+# Tiles' edges; rows in part of a tile, in one and in several; several tiles a stream.
 SHAPES = [
     (5, 16, 3),
     (129, 100, 257),
@@ -36,24 +47,37 @@ SHAPES = [
     (256, 512, 10_516),
     (1024, 512, 30_000),
 ]
-
-
-# For the sanitizer, under which a step takes a while: rows in halves and too wide for the shared memory beside tiles' edges,
-# with a few tiles for each stream of the largest GPU's; and classes so few that E·ŵ is made beside the centres' gradient.
+# For the sanitizer, under which a step takes a while: rows that fill part of a tile and rows too wide for one beside tiles'
+# edges, with a few tiles for each stream of the largest GPU's.
 FEW = [*SHAPES[:2], (70, 496, 1500), (64, 480, 40_000), (64, 528, 40_000)]
+# A step with nothing said of a backend, as a user's first is: what is chosen proves itself, and a fallback is a warning.
+_DEFAULT = """
+import torch, warnings
+import amsoftmax_kernels as ak
+x, w = torch.randn(256, 512, device="{0}", requires_grad=True), torch.randn(1000, 512, device="{0}", requires_grad=True)
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    ak.am_softmax_loss(x, w, torch.arange(256, device="{0}")).backward()
+for each in warned:
+    print(each.category.__name__ + ":", each.message)
+assert x.grad.isfinite().all() and w.grad.isfinite().all()
+"""
 
 
 def smoke(device: torch.device, seconds: float = SECONDS) -> Iterator[Row]:
     """One row a backend, and more without what it can do without, as long as it fails; first those that are absent."""
     yield from absent(device)
     for name in compared_backends(device):
-        row = _ask(device, name, None, seconds)
+        known = gpu_checks.left_out.get(name)  # it did not compile
+        row = _ask(device, name, known, seconds)
         yield row
-        for without in WITHOUT.get(name, ()):
-            if row["ok"] is not False:
+        for kernel in WITHOUT.get(name, ()):
+            if row["ok"] is not False or known is not None:
                 break
-            row = _ask(device, name, without, seconds)
+            row = _ask(device, name, kernel, seconds)
             yield row
+    if device.type == "cuda":
+        yield default(device, seconds)
 
 
 def absent(device: torch.device) -> Iterator[Row]:
@@ -65,8 +89,16 @@ def absent(device: torch.device) -> Iterator[Row]:
         reason = backends.unavailable_reason(name)  # before it is asked to serve: a build may fail then
         if reason is not None:
             yield row | {"ok": None, "skipped": reason}
-        elif not any(_serves(name, device, dtype) for dtype in DTYPES.values()):
+        elif not any(serves(name, device, dtype) for dtype in DTYPES.values()):
             yield row | {"ok": False, "error": backends.unavailable_reason(name) or f"it serves no dtype on {device}"}
+
+
+def default(device: torch.device, seconds: float = SECONDS) -> Row:
+    """The first step of a user who has said nothing, with no verdict kept from before; what it warns of is in the row."""
+    with tempfile.TemporaryDirectory() as empty:
+        environment = {name: value for name, value in os.environ.items() if name != "AMSOFTMAX_KERNELS_PROOF"}
+        result = run_child([sys.executable, "-c", _DEFAULT.format(device)], seconds, environment | {"XDG_CACHE_HOME": empty})
+    return {"step": "default backend", "ok": result["ok"], "output": result["output"].strip()}
 
 
 def leave_out(rows: list[Row]) -> list[str]:
@@ -76,30 +108,37 @@ def leave_out(rows: list[Row]) -> list[str]:
     rows = [row for row in rows if "backend" in row]  # not what says that the stage ended early
     served = {row["backend"]: row["without"] for row in rows if row["ok"]}
     broken = {row["backend"] for row in rows if row["ok"] is False and row["backend"] not in served}
-    lacking = {name: without for name, without in served.items() if without is not None}
+    lacking = {name: kernel for name, kernel in served.items() if kernel is not None}
     gpu_checks.left_out.update(lacking)
     backends.NAMES = tuple(name for name in backends.NAMES if name not in broken)
-    for name, without in lacking.items():
-        do_without(name, without)
-    return [*sorted(broken), *(f"{name}'s {without}" for name, without in sorted(lacking.items()))]
+    for name, kernel in lacking.items():
+        do_without(name, kernel)
+    return [*sorted(broken), *(f"{name}'s {kernel}" for name, kernel in sorted(lacking.items()))]
 
 
-def do_without(name: str, without: str) -> None:
-    """Take one kernel from a backend, or a way to launch them, in this process."""
-    if without == DIRECTLY:
-        triton_launch.launch_directly = False
-        return
+def do_without(name: str, kernel: str) -> None:
+    """Take one kernel from a backend in this process."""
     kernels: Any = backends.load(name)
-    for each in dict.fromkeys((without, "grad_both")):  # which has the code of the other in it
-        setattr(kernels._Kernels, each, lambda *unused: False)
+    setattr(kernels._Kernels, kernel, _refuses)
 
 
-def _ask(device: torch.device, name: str, without: str | None, seconds: float) -> Row:
-    command = [sys.executable, "-m", "bench.gpu_smoke", str(device), name, *([without] if without else [])]
-    result = run_child(command, seconds)
+@contextlib.contextmanager
+def without(name: str, kernel: str) -> Iterator[None]:
+    """The same for a while."""
+    kernels: Any = backends.load(name)
+    with mock.patch.object(kernels._Kernels, kernel, _refuses):
+        yield
+
+
+def _refuses(*unused: Any) -> bool:
+    return False
+
+
+def _ask(device: torch.device, name: str, kernel: str | None, seconds: float) -> Row:
+    result = run_child(smoke_command(device, name, kernel), seconds)
     # One that hangs is broken; but not one that the whole run has no time for.
     ok = None if result["ok"] is None and clock.left() <= 0 else result["ok"] is True
-    row: Row = {"backend": name, "without": without, "ok": ok, "seconds": result.get("seconds", seconds)}
+    row: Row = {"backend": name, "without": kernel, "ok": ok, "seconds": result.get("seconds", seconds)}
     return row if row["ok"] else row | {"error": " ".join((result.get("skipped", ""), result["output"])).strip()}
 
 
@@ -109,6 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("device", type=torch.device)
     parser.add_argument("backend")
     parser.add_argument("without", nargs="?")
+    parser.add_argument("--not", dest="refused", nargs="+", default=[], help="steps that did not compile")
     parser.add_argument("--few", action="store_true", help="those for the sanitizer")
     args = parser.parse_args(arguments)
     if args.without:
@@ -118,14 +158,15 @@ def main(arguments: list[str] | None = None) -> int:
     for (B, D, C), centres in itertools.product(shapes, (torch.float32, torch.bfloat16)):
         features, weight, labels = problem(B, D, C, args.device)
         tensors = features, weight.detach().to(centres), labels
-        exact = _step(*tensors, "chunked", 0, {})
-        for dtype, save_bytes in itertools.product(DTYPES.values(), (1 << 40, 0)):
-            if not _serves(args.backend, args.device, dtype) or centres not in (torch.float32, dtype):
+        exact = take_step(*tensors, "chunked", 0, {})
+        for (kind, dtype), save_bytes in itertools.product(DTYPES.items(), (1 << 40, 0)):
+            if not serves(args.backend, args.device, dtype) or centres not in (torch.float32, dtype):
                 continue
-            for _ in range(3):  # the third is a repeated one
-                with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-                    results = _step(*tensors, args.backend, save_bytes, {})
-            error = max(_relative(*pair) for pair in zip(results, exact, strict=True))
+            if step_name(args.backend, D, kind, {} if centres == torch.float32 else {"centres": kind}) in args.refused:
+                continue
+            with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
+                results = take_step(*tensors, args.backend, save_bytes, {})
+            error = max(relative_error(*pair) for pair in zip(results, exact, strict=True))
             of = f"B={B} D={D} C={C}, centres {centres}, save_bytes={save_bytes}"
             print(f"{args.backend} {dtype} {of}: {error:.1e}", flush=True)
             wrong += error > 2e-2

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from amsoftmax_kernels.backends.cuda import build
 
-from . import estimate, estimate_hopper, estimate_targets, library
+from . import estimate, library
 
 if TYPE_CHECKING:
     from .launches import Launch
@@ -79,10 +79,6 @@ def run(args: argparse.Namespace) -> int:
     shapes = estimate.table(args.arch)
     print("\n" + estimate.printed(shapes, card))
     report = {"triton": triton.__version__, "arch": args.arch, "kernels": rows, "cpp_kernels": cpp, "estimates": shapes}
-    if args.arch == "sm_90":
-        print("\n" + estimate_hopper.printed_hopper(card))
-        report["targets"] = estimate_targets.targets(card, estimate.few_launches(args.arch))
-        print("\n" + estimate_targets.printed(report["targets"], card))
     with open(folder / "kernels.json", "w", encoding="utf-8") as file:
         json.dump(report, file, indent=1)
     bad = [f"{row['kernel']} ({row['variant']}): {fault}" for row in [*rows, *cpp] for fault in row["faults"]]
@@ -96,15 +92,14 @@ def faults(launch: Launch, row: dict[str, Any], card: estimate.Card) -> list[str
     counts = row["instructions"]
     if counts["local"] > MOST_LOCAL_ACCESSES:
         found.append(f"{counts['local']} local loads and stores, at most {MOST_LOCAL_ACCESSES} allowed")
-    if launch.kernel not in ("cosine_exp", "grad_centres", "grad_both"):
+    if launch.kernel not in ("cosine_exp", "grad_centres"):
         return found
-    gradient = launch.kernel != "cosine_exp"
+    gradient = launch.kernel == "grad_centres"
     tensor = gradient or launch.constant("PRECISION") == "tf32" or "fp32" not in dict(launch.signature)["x_hat"]
     if tensor and not counts[card.tensor_instruction]:
         found.append(f"no {card.tensor_instruction}")
-    loops = 2 if launch.kernel == "grad_both" else 1
-    if tensor and card.tensor_instruction == "HGMMA" and counts["in flight"] < loops:
-        found.append("each group of HGMMAs is waited for" + (", of one loop" if counts["in flight"] else ""))
+    if tensor and card.tensor_instruction == "HGMMA" and not counts["in flight"]:
+        found.append("each group of HGMMAs is waited for")
     bulk = gradient or launch.constant("BULK")
     if bulk and not counts["bulk"]:
         found.append("no bulk copies")

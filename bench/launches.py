@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from amsoftmax_kernels.backends import Problem, chunking, fused
+from amsoftmax_kernels.backends import Needs, Problem, Request, Upstream, chunking, fused
 from amsoftmax_kernels.backends import triton as backend
-from amsoftmax_kernels.backends.triton import backward as triton_gradients
-from amsoftmax_kernels.backends.triton import forward as triton_kernels
-from amsoftmax_kernels.backends.triton import tiles as triton_configs
+from amsoftmax_kernels.backends.triton import backward_kernels, forward_kernels, tiles
 
 NAMES = (
-    "canonical_labels", "prepare_rows", "prepare_centres", "cosine_exp", "reduce_sums", "reduce_best",
-    "constant_margin", "factor_rows", "grad_centres", "grad_both", "finish_centres", "finish_rows",
+    "prepare_rows", "prepare_centres", "cosine_exp", "reduce_sums", "reduce_best", "reduce_shift", "additive_margin",
+    "factor_rows", "grad_centres", "finish_centres", "finish_rows",
 )  # fmt: skip
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -32,7 +30,7 @@ _TYPES = {
 
 def module_of(name: str) -> Any:
     """Where a kernel is."""
-    return triton_kernels if hasattr(triton_kernels, name) else triton_gradients
+    return forward_kernels if hasattr(forward_kernels, name) else backward_kernels
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,10 @@ class _Recorder:
 _real_scale_of = fused.scale_of
 
 
-def _scale_of(scale: Tensor, normalize: bool) -> float | Tensor:
+def _scale_of(problem: Problem) -> float | Tensor:
     """A float32 scale stands for one on the device; a number comes as float64."""
-    return scale if normalize and scale.dtype == torch.float32 else _real_scale_of(scale, normalize)
+    on_device = problem.normalize_features and problem.scale.dtype == torch.float32
+    return problem.scale if on_device else _real_scale_of(problem)
 
 
 @contextlib.contextmanager
@@ -101,11 +100,9 @@ def recording(capability: tuple[int, int], multiprocessors: int) -> Iterator[lis
     with contextlib.ExitStack() as stack:
         for name in NAMES:
             stack.enter_context(mock.patch.object(module_of(name), name, _Recorder(name, launches)))
-        how = mock.patch.object(
-            backend, "_config", lambda _, dtype: triton_configs.config(capability, triton_configs.kind(dtype))
-        )
+        how = mock.patch.object(backend, "_config", lambda _, dtype: tiles.config(capability, chunking.kind(dtype)))
         stack.enter_context(how)
-        gradient = triton_configs.GRADIENT.get(capability[0])
+        gradient = tiles.GRADIENT.get(capability[0])
         stack.enter_context(mock.patch.object(backend, "_gradient_config", lambda _: gradient))
         stack.enter_context(mock.patch.object(backend, "_multiprocessors", lambda _: multiprocessors))
         stack.enter_context(mock.patch.object(backend, "_interpreted", lambda: False))
@@ -120,11 +117,7 @@ def no_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Options:
-    """What a step's kernels depend on, beside its sizes. The scale is None for a tensor on the device.
-
-    Any margin but a constant one takes a backend's ``forward`` and ``backward``, of which those kernels are alone recorded;
-    ``of_norm``: it depends on ‖x‖.
-    """
+    """What a step's kernels depend on, beside its sizes. The scale is None for a tensor on the device."""
 
     compute_dtype: torch.dtype = torch.bfloat16
     save_bytes: int = 1 << 40
@@ -134,11 +127,8 @@ class Options:
     predict: bool = False
     features_dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype = torch.float32
-    labels_dtype: torch.dtype = torch.int64
-    ignore_index: int = -100
     constant_margin: bool = True
-    of_norm: bool = False
-    reduction: str = "mean"
+    of_norm: bool = False  # a margin that depends on ‖x‖
     needs: tuple[bool, bool, bool] = (True, True, False)  # gradients of features, weight and scale
 
 
@@ -153,25 +143,17 @@ def of_a_step(
 
 def _step(B: int, D: int, C: int, how: Options) -> None:
     features, weight = torch.empty(B, D, dtype=how.features_dtype), torch.empty(C, D, dtype=how.weight_dtype)
-    labels = torch.zeros(B, dtype=how.labels_dtype)
+    labels, needs = torch.zeros(B, dtype=torch.int64), Needs(*how.needs)
     scale = torch.tensor(30.0) if how.scale is None else torch.tensor(how.scale, dtype=torch.float64)
-    upstream = torch.zeros(2)[1]  # as if part of something else: no kernel may count on its address
-    rows, weights, of_scale = how.needs
     problem = Problem(features, weight, labels, scale, how.normalize, how.compute_dtype, how.interclass_filter)
-    asked = (problem, how.save_bytes if any(how.needs) else 0, how.predict, rows or of_scale, weights)
+    save_bytes = how.save_bytes if any(needs) else 0
+    out = backend.forward(problem, Request(save_bytes, how.predict, needs.features or needs.scale))
     if how.constant_margin:
-        need_scale = of_scale or not how.normalize
-        out = backend.forward_loss(*asked, how.ignore_index, 0.35, how.reduction, need_scale)
-        if any(how.needs):
-            upstream = upstream.expand(B) if how.reduction == "none" else upstream
-            backend.backward_loss(problem._replace(labels=out.labels), out.saved, out.layout, upstream, how.needs)
-    else:
-        labels, _ = backend.fused.labels(labels, C, -100)
-        problem = problem._replace(labels=labels)
-        vectors = backend.forward(problem, *asked[1:])
-        if any(how.needs):
-            grad_norm = vectors.z if how.of_norm else None
-            backend.backward(problem, vectors, vectors.z, vectors.z, grad_norm, how.needs)
+        backend.additive_margin(problem, out, 0.35)
+    if any(needs):
+        vectors = torch.zeros(3, B).unbind()  # rows of one tensor: no kernel may count on their addresses
+        grad_norm = vectors[2] if how.of_norm or not how.normalize else None
+        backend.backward(problem, out, Upstream(vectors[0], vectors[1], grad_norm), needs)
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -186,25 +168,20 @@ _NEEDS = [(rows, weights, scale) for rows in (True, False) for weights in (True,
 def _combinations() -> Iterator[tuple[Options, bool]]:
     """Of the options of :func:`amsoftmax_kernels.am_softmax_loss`, all that could make another kernel of one.
 
-    And whether several chunks of classes could. The cosines' kernel asks for no margin, reduction or gradient of the scale,
-    the others neither for filter nor predictions; nothing is computed again but for the weight's gradient.
+    And whether several chunks of classes could. The cosines' kernel asks for no margin and no gradient of the scale, the
+    others neither for filter nor predictions.
     """
     for dtype, save, normalize, scale, limit, predict, needs in itertools.product(
-        (*_HALF, torch.float32), (1 << 40, 0), (True, False), (30.0, 100.0, None), (math.inf, 0.5), (False, True), _NEEDS
+        (*_HALF, torch.float32), (1 << 40, 0), (True, False), (30.0, 100.0, None), (math.inf, 0.5), (False, True),
+        ((True, True, False), (False, True, False), (False, False, False)),
+    ):  # fmt: skip
+        yield Options(dtype, save, normalize, scale, limit, predict, needs=needs), False
+    for (dtype, *dtypes), save, normalize, scale, of_norm, needs in itertools.product(
+        _DTYPES, (1 << 40, 0), (True, False), (30.0, None), (False, True), _NEEDS
     ):
-        if not needs[2] and (save or needs[1]):
-            yield Options(dtype, save, normalize, scale, limit, predict, needs=needs), False
-    margins = [(True, False, reduction) for reduction in ("mean", "sum", "none")]
-    margins += [(False, of_norm, "mean") for of_norm in (False, True)]
-    for (dtype, *dtypes), save, normalize, scale, margin, needs in itertools.product(
-        _DTYPES, (1 << 40, 0), (True, False), (30.0, None), margins, _NEEDS
-    ):
-        if (scale is None or not needs[2]) and (save or needs[1]):  # a number has no gradient
-            how = Options(
-                dtype, save, normalize, scale, features_dtype=dtypes[0], weight_dtype=dtypes[1],
-                constant_margin=margin[0], of_norm=margin[1], reduction=margin[2], needs=needs,
-            )  # fmt: skip
-            yield how, True
+        if scale is None or not needs[2]:  # a number has no gradient
+            how = Options(dtype, save, normalize, scale, features_dtype=dtypes[0], weight_dtype=dtypes[1], needs=needs)
+            yield replace(how, of_norm=of_norm), True
 
 
 @contextlib.contextmanager
@@ -243,11 +220,11 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
             {"save_bytes": 0},
             {"scale": 100.0, "interclass_filter": 0.5, "predict": True},
             {"normalize": False, "save_bytes": 0},
-            {"constant_margin": False, "save_bytes": 0},
         ]
         for tf32, _ in enumerate(precisions):
-            for dtype, each in itertools.product((torch.float32,) if tf32 else (*_HALF, torch.float32), few):
+            for dtype, each in itertools.product((torch.float32,) if tf32 else (torch.bfloat16, torch.float32), few):
                 add(256, 512, 2048, Options(dtype, **each))
+            add(256, 512, 2048, Options(torch.float16))
             add(256, 512, 2048, Options(weight_dtype=torch.bfloat16))
             if quick:
                 continue
@@ -258,13 +235,7 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
                         with mock.patch.object(chunking, "CHUNK_ELEMENTS", 1):  # two chunks of 256 classes
                             add(16, 512, 272, how)
         if not quick:
-            for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
-                backend.fused.labels(torch.zeros(256, dtype=dtype), 2048, -100)
-                add(256, 512, 2048, Options(labels_dtype=dtype))
-            backend.fused.labels(torch.zeros(256, dtype=torch.int64), 2048, 1 << 40)
-            add(256, 512, 2048, Options(ignore_index=1 << 40))
             add(100, 200, 1000, Options())  # a dimension that fills no tile
-            for D in (128, 256, 496):  # the centres' gradient in one tile, narrow or wide, and in two, one of them not full
-                for C, centres in itertools.product((2048, 20_000), (torch.float32, *_HALF)):  # beside E·ŵ and alone
-                    add(256, D, C, Options(weight_dtype=centres))
+            for D, centres in itertools.product((128, 256, 496), (torch.float32, *_HALF)):  # the gradient's other tiles
+                add(256, D, 2048, Options(weight_dtype=centres))
     return list(found)

@@ -65,12 +65,14 @@ def seconds(function: Callable[[], Any], device: torch.device, queued: bool = Fa
     return float(first.elapsed_time(last)) / 1e3
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], device: torch.device, budget: float) -> dict[str, Times]:
+def interleaved(
+    functions: dict[str, Callable[[], Any]], device: torch.device, budget: float, queued: bool = False
+) -> dict[str, Times]:
     """Time functions in turn, so that a drift of the machine's speed falls on all alike.
 
     Each runs twice in a row and the second is counted: the first also pays for memory that the one before it gave back.
     At most fifty rounds and at least three (two, of steps over 5 s). ``budget`` is each function's own seconds, so that a
-    slow one does not leave the others with few samples.
+    slow one does not leave the others with few samples. ``queued``: as in :func:`seconds`.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(50):
@@ -79,7 +81,7 @@ def interleaved(functions: dict[str, Callable[[], Any]], device: torch.device, b
             fewest = 2 if taken and min(taken) > 5 else 3
             if turn < fewest or 2 * sum(taken) < budget:
                 function()
-                taken.append(seconds(function, device))
+                taken.append(seconds(function, device, queued))
     return {name: Times(each) for name, each in samples.items()}
 
 

@@ -12,18 +12,14 @@ import torch
 
 from amsoftmax_kernels.backends import chunked, chunking
 from amsoftmax_kernels.backends.budget import kept_classes
-from amsoftmax_kernels.backends.parts import places_for
-from amsoftmax_kernels.backends.triton import tiles as triton_configs
+from amsoftmax_kernels.backends.triton import tiles as triton_tiles
 from amsoftmax_kernels.functional import DEFAULT_SAVE_BYTES
 from amsoftmax_kernels.optim import UPDATE_ELEMENTS
 from amsoftmax_kernels.sharded.sampling import draw_size
 
-from . import estimate
-
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adamw": 2}  # states of a centre's size
 # On a CPU the products' own buffers, and small tensors that the allocator keeps: a few MB where they were measured.
 _CPU_BUFFERS = 6 << 20
-_STREAMS = 64  # partial sums of a row on a GPU, at most about this many
 
 
 @dataclass(frozen=True)
@@ -126,25 +122,22 @@ def _workspace(run: Run) -> dict[str, int]:
         parts["chunks"] = 3 * 4 * chunk * (rows + dim) + _CPU_BUFFERS
         return parts
     compute, panel = run.compute_dtype.itemsize, chunking.panel_dtype(run.compute_dtype).itemsize
-    width, all_kept = chunking.padded(dim), run.kept == classes
+    width, again = chunking.padded(dim), run.kept < classes
     chunk = min(chunking.chunk_size(rows, dim), chunking.padded(classes))
     parts["kept terms E"] = panel * rows * chunking.padded(run.kept)
-    # Gathered; in float32; x̂; a∘x̂; E·ŵ; the gradient.
-    parts["features of all ranks, their gradient"] = rows * width * (compute + 4 + compute + panel + 4 + 4)
+    # Gathered; in float32; a∘x̂; E·ŵ, and the part of a chunk that is added to it; the gradient. Computed again: x̂, and E·ŵ
+    # in a copy, as what the forward pass saved stays as it is.
+    parts["features of all ranks, their gradient"] = rows * width * (compute + 4 + panel + 4 + 4 + 4)
+    if again:
+        parts["features of all ranks, their gradient"] += rows * width * (compute + 4)
+        # E and ŵ of one chunk; ŵ in E's dtype too where E cannot have its own.
+        converted = panel if run.compute_dtype == torch.float16 else 0
+        parts["E and ŵ of a chunk"] = chunk * (rows * panel + width * (compute + converted))
+    gradient = triton_tiles.GRADIENT[9]  # Hopper's: a chunk's gradient at once, without a buffer
+    at_once = panel == 2 and width == dim and gradient.serves(width)
     in_place = run.dtype == torch.float32 and width == dim
-    finish = 0 if in_place else 4 * min(chunking.FINISH_ELEMENTS, classes * width)
-    gradient, card = triton_configs.GRADIENT[9], estimate.CARDS["sm_90"]
-    if panel == 2 and run.dtype == torch.float32 and width == dim and gradient.serves(rows, width):
-        columns = gradient.columns_for(width)  # a program's tiles, all but the last, wait in memory
-        finish = 4 * card.multiprocessors * gradient.classes * (-(-width // columns) - 1) * columns
-    chunks, spans = -(-classes // chunk), chunking.forward_spans(rows, dim, classes, run.kept)
-    # The terms of a chunk, made again in the backward pass, what the forward pass has left of ŵ, and another chunk of it
-    # where the gradient has no room.
-    made = chunks > 1 and dim * run.dtype.itemsize < width * compute
-    again = max(map(len, spans)) * width * compute + chunk * (rows * panel + (width * compute if made else 0))
-    parts["chunks"] = (0 if all_kept else again) + finish
-    products = 4 * rows * width * places_for(chunks, rows * width, 4) if chunks > 1 else 0
-    parts["partial sums"] = 8 * rows * _STREAMS * places_for(chunks, rows * _STREAMS) + products
+    if not at_once and not in_place:
+        parts["gradient of a few thousand classes"] = 4 * min(chunking.finish_size(width), chunk) * width
     return parts
 
 

@@ -14,9 +14,6 @@ from . import estimate, measure
 from .plan_memory import OPTIMIZERS, Run
 
 RESULTS = Path(__file__).parent / "results"
-# Of the head, with all terms kept or none, and the centres' gradient made at once or not: estimate.few_launches(), which
-# takes Triton to count.
-_LAUNCHES = {True: {True: 7, False: 8}, False: {True: 8, False: 9}}
 _COPY_BYTES = 1 << 28
 
 
@@ -75,7 +72,7 @@ def head_seconds(run: Run, rates: Rates) -> tuple[float, float]:
     kind = str(run.compute_dtype).removeprefix("torch.")
     share = run.kept / classes
     # Between all terms kept and none: what is not kept is computed again.
-    steps = [estimate.step(card, rows, dim, classes, kept, _LAUNCHES[kept], kind, beside=False) for kept in (True, False)]
+    steps = [estimate.step(card, rows, dim, classes, kept, kind) for kept in (True, False)]
     weights = (share, 1 - share)
     time, floor = (sum(w * each[name] for w, each in zip(weights, steps, strict=True)) for name in ("total_s", "floor_s"))
     return time, floor

@@ -1,8 +1,8 @@
 """`python -m bench tune`: time the candidates for the Triton backend's table on this GPU, and print the entries that won.
 
 A candidate's cosine kernel runs alone, storing E, on the shapes of the benchmark; its score is the geometric mean of its
-times, if it has the row sums that the table's own entry has. Then the batches to which the centres' gradient is quicker in
-one kernel, and the sizes of chunks, by whole steps. What is printed goes into backends/triton/tiles.py by hand.
+times, if it has the row sums that the table's own entry has. Then the tiles of the centres' gradient, and the sizes of
+chunks, by whole steps. What is printed goes into backends/triton/tiles.py by hand.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from torch import Tensor
 from amsoftmax_kernels import am_softmax_loss
 from amsoftmax_kernels.backends import Problem, chunking
 from amsoftmax_kernels.backends import triton as backend
-from amsoftmax_kernels.backends.triton import tiles as triton_configs
-from amsoftmax_kernels.backends.triton.tiles import Config
+from amsoftmax_kernels.backends.kernels import Cosines, Rows
+from amsoftmax_kernels.backends.triton import tiles as triton_tiles
+from amsoftmax_kernels.backends.triton.tiles import Config, GradientConfig
 
 from . import machine, measure
 from .peers import problem, step
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_float32_matmul_precision("high" if how == "tf32" else "highest")
         best = math.inf
         sums: list[Tensor] = []
-        for config in itertools.chain([triton_configs.config(capability, how)], candidates(capability, how)):
+        for config in itertools.chain([triton_tiles.config(capability, how)], candidates(capability, how)):
             if time.perf_counter() > begin + share * (i + 1):
                 print("out of time: the rest of the candidates is left out")
                 break
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def candidates(capability: tuple[int, int], how: str) -> Iterator[Config]:
     """The table's own entry first (twice in all: the GPU is cold at first), then its neighbours that fit an SM's memory."""
-    yield triton_configs.config(capability, how)
+    yield triton_tiles.config(capability, how)
     bulk = capability[0] >= 9 and how != "float32"
     size = 2 if how == "half" else 4
     room = 227 << 10 if capability[0] >= 9 else 163 << 10
@@ -102,13 +103,21 @@ def candidates(capability: tuple[int, int], how: str) -> Iterator[Config]:
     }[how]
     depths = {"half": (64, 32, 128), "tf32": (32, 64), "float32": (16, 32)}[how]
     for (rows, classes, warps), depth, stages in itertools.product(tiles, depths, (3, 4, 2)):
-        for split in (True, False) if bulk else (False,):
-            staged = rows * classes * (2 if how == "half" else 4) // (2 if split else 1) if bulk else 0
-            memory = stages * (rows + classes) * depth * size + staged
-            if memory > room:
-                continue
+        staged = rows * classes * (2 if how == "half" else 4) if bulk else 0  # the tile's way to memory
+        memory = stages * (rows + classes) * depth * size + staged
+        if memory <= room:
             resident = 2 if memory * 2 < room and rows * classes // (32 * warps) <= 128 and warps <= 4 else 1
-            yield Config(rows, classes, depth, stages, warps, bulk, split, resident, masked=bulk and capability[0] == 9)
+            yield Config(rows, classes, depth, stages, warps, bulk, resident)
+
+
+def gradient_candidates(listed: GradientConfig) -> Iterator[GradientConfig | None]:
+    """The table's entry; a library's product and a pass after it; then the entry's neighbours that fit an SM's memory."""
+    yield listed
+    yield None
+    for (classes, warps), rows, stages in itertools.product(((64, 8), (64, 4)), (32, 64), (4, 3, 2)):
+        config = dataclasses.replace(listed, rows=rows, classes=classes, stages=stages, warps=warps)
+        if config != listed and 2 * stages * rows * (classes + config.columns) <= 227 << 10:
+            yield config
 
 
 def _score(config: Config, how: str, device: torch.device, sums: list[Tensor]) -> dict[str, Any]:
@@ -132,15 +141,19 @@ def _score(config: Config, how: str, device: torch.device, sums: list[Tensor]) -
 def _cosine_seconds(B: int, D: int, C: int, dtype: torch.dtype, device: torch.device) -> tuple[float, Tensor]:
     """Seconds of a launch, and the row sums."""
     features, weight, labels = (each.detach() for each in problem(B, D, C, device))
-    problem_ = Problem(features, weight, labels, torch.tensor(30.0), True, dtype, math.inf)
-    shard, kernels = chunking.Shard.of(problem_, True), backend._Kernels()
-    x_hat = torch.nn.functional.normalize(features).to(dtype)
-    w_hat = shard.prepare(kernels, range(C), shard.room(C), features.new_empty(C))
-    factor = features.new_full((B,), 30 * math.log2(math.e))
-    z = features.new_empty(kernels.streams(problem_, C), B, dtype=torch.float64)
+    given = Problem(features, weight, labels, torch.tensor(30.0), True, dtype, math.inf)
+    kernels, width = backend._Kernels(), chunking.padded(D)
+    cosine, norm, shift, factor = features.new_empty(4, B).unbind()
+    rows = Rows(features.new_empty(B, width, dtype=dtype), factor, cosine, norm, shift)
+    kernels.prepare_rows(given, 30.0, rows)
+    w_hat = weight.new_empty(C, width, dtype=dtype)
+    kernels.prepare_centres(weight, w_hat, features.new_empty(C))
+    terms = features.new_empty(B, chunking.padded(C), dtype=chunking.panel_dtype(dtype))
+    z = features.new_empty(kernels.streams(given, C), B, dtype=torch.float64)
+    rows = rows._replace(shift=None)
 
     def launch() -> None:
-        kernels.cosine_exp(problem_, 0, x_hat, w_hat, factor, None, shard.terms, z, None, None, False)
+        kernels.cosine_exp(given, 0, rows, w_hat, Cosines(terms, z))
 
     def five() -> None:
         for _ in range(5):
@@ -154,22 +167,21 @@ def _cosine_seconds(B: int, D: int, C: int, dtype: torch.dtype, device: torch.de
 def _gradients(
     device: torch.device, end: float, batches: tuple[int, ...] = GRADIENT_ROWS, D: int = 512, C: int = 131_072
 ) -> Iterator[dict[str, Any]]:
-    """Whole steps with the centres' gradient in one kernel, and as a product and a pass after it."""
-    for B in batches:
-        listed = backend._gradient_config(device)
-        if time.perf_counter() > end or listed is None:
+    """Whole steps with the centres' gradient by other tiles, and as a product and a pass after it."""
+    listed = backend._gradient_config(device)
+    if listed is None:
+        return
+    for B, config in itertools.product(batches, gradient_candidates(listed)):
+        if time.perf_counter() > end:
             return
-        tensors = problem(B, D, C, device)
-        row: dict[str, Any] = {"B": B, "D": D, "C": C}
-        always = dataclasses.replace(listed, most_rows=1 << 62)
-        for name, config in (("at once", always), ("product and pass", None)):
-            with mock.patch.object(backend, "_gradient_config", lambda _, config=config: config):
-                backend.fused.forget()
-                row[name] = _step_seconds(tensors, 1 << 62, device)
-        backend.fused.forget()
-        print(
-            f"gradient, B={B}: " + ", ".join(f"{name} {1e3 * row[name]:.3f} ms" for name in ("at once", "product and pass"))
-        )
+        row: dict[str, Any] = {"B": B, "D": D, "C": C, "config": None if config is None else dataclasses.asdict(config)}
+        with mock.patch.object(backend, "_gradient_config", lambda _, config=config: config):
+            try:
+                row["seconds"] = _step_seconds(problem(B, D, C, device), 1 << 62, device)
+            except Exception as error:  # a candidate that does not compile or fit
+                row["failed"] = measure.first_line(error)
+        took = row.get("failed") or f"{1e3 * row['seconds']:.3f} ms"
+        print(f"gradient, B={B}: {config or 'product and pass'}: {took}", flush=True)
         yield row
 
 
@@ -205,7 +217,7 @@ def _step_seconds(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], save
 def _line(row: dict[str, Any]) -> str:
     c = row["config"]
     tile = f"{row['kind']:8} {c['rows']:4}x{c['classes']:<4} depth {c['depth']:3} stages {c['stages']} warps {c['warps']}"
-    tile += f" {'split' if c['split'] else '     '} resident {c['resident']}"
+    tile += f" resident {c['resident']}"
     if "failed" in row:
         return f"{tile}  {row['failed']}"
     return tile + "  " + "  ".join(f"{each:7.1f}" for each in row["tflops"]) + " TFLOP/s"

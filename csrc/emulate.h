@@ -28,11 +28,26 @@ struct dim3 {
 using cudaStream_t = void*;
 
 // A machine of one GPU, number 0.
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101 };
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid device ordinal" : "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+    if (error == cudaSuccess) return "no error";
+    return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid configuration argument";
+}
+
+namespace emulate {
+inline cudaError_t last_error = cudaSuccess;
+}
+// Launches that were checked and not run.
+extern "C" {
+__attribute__((visibility("default"), weak)) unsigned long long ak_launches = 0;
+}
+inline cudaError_t cudaGetLastError() {
+    const cudaError_t error = emulate::last_error;
+    emulate::last_error = cudaSuccess;
+    return error;
+}
 
 namespace emulate {
 
@@ -134,6 +149,13 @@ inline void launch(dim3 grid_, dim3 block_, size_t shared, const std::function<v
         }
 }
 
+// What a GPU of 227 KiB of shared memory a block takes.
+inline void check(dim3 grid_, dim3 block_, size_t shared, const std::function<void()>&) {
+    ++ak_launches;
+    const bool sides = grid_.x > 0 && grid_.x < 1u << 31 && grid_.y > 0 && grid_.y < 1u << 16;
+    if (!sides || block_.x == 0 || block_.x > 1024 || shared > 227 << 10) last_error = cudaErrorInvalidConfiguration;
+}
+
 inline unsigned char* shared_memory() {
     auto address = reinterpret_cast<uintptr_t>(dynamic_shared.data());
     return reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
@@ -163,8 +185,9 @@ inline T from_lane(const Warp& warp, unsigned lane) {
 #define blockIdx (emulate::block_index)
 #define blockDim (emulate::block)
 #define gridDim (emulate::grid)
-#ifdef AK_NO_LAUNCH  // to time what comes before
-#define AK_LAUNCH(...) ((void)0)
+#ifdef AK_CHECK_LAUNCHES  // as the driver would, and nothing runs
+#define AK_LAUNCH(kernel, grid, block, shared, stream, ...) \
+    emulate::check(grid, block, shared, [&] { kernel(__VA_ARGS__); })
 #else
 #define AK_LAUNCH(kernel, grid, block, shared, stream, ...) \
     emulate::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })

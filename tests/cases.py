@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -112,3 +113,9 @@ def relative(actual: Tensor, expected: Tensor) -> float:
         return math.inf
     error, size = (actual.double() - expected.double()).norm().item(), expected.double().norm().item()
     return math.inf if math.isnan(error) else error / size if size else error
+
+
+def in_turn(cases: list[Case], *save_bytes: int | None) -> list[Any]:
+    """Each case with one of ``save_bytes`` after the other: where each takes long and every pair would tell nothing more."""
+    pairs = [(case, save_bytes[i % len(save_bytes)]) for i, case in enumerate(cases)]
+    return [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}") for pair in pairs]

@@ -4,9 +4,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: their threads must not fight
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what older PyTorch wants of deterministic products
+os.environ["AMSOFTMAX_KERNELS_PROOF"] = "0"  # each kind of call would start a process first: test_first_contact.py does
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the Triton backend then serves CPU tensors
 
@@ -74,6 +78,12 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     started = Ranks(8 if request.param == "gloo" else min(gpus, 8), request.param)
     yield started
     started.close()
+
+
+@pytest.fixture(autouse=True)
+def choose_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No backend is remembered from a test that changed what there is."""
+    monkeypatch.setattr(backends, "_choices", {})
 
 
 @pytest.fixture

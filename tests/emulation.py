@@ -60,7 +60,8 @@ def serve(library: cuda_library.Library, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cuda, "_tiling", library.tiling)
     monkeypatch.setattr(cuda, "_grad_clusters", library.grad_clusters)
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(cuda, "serves", lambda device, dtype: dtype in (torch.float16, torch.bfloat16, torch.float32))
+    served = (torch.float16, torch.bfloat16, torch.float32)
+    monkeypatch.setattr(cuda, "refusal", lambda device, dtype: None if dtype in served else f"it does not serve {dtype}")
 
 
 def hopper_on_cpu() -> Path:

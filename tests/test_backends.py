@@ -24,14 +24,19 @@ def test_available_backends() -> None:
     assert set(names) <= set(backends.NAMES)
 
 
+def traits(device: torch.device, dtype: torch.dtype) -> backends.Traits:
+    return backends.Traits(device, dtype, dtype, dtype, 16, True, True, False, False)
+
+
 def test_the_default_on_a_cpu_is_chunked() -> None:
-    assert backends.choose(None, CPU, torch.float32) == "chunked"
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        assert backends.choose(None, traits(CPU, dtype)) == "chunked"
 
 
 def test_a_missing_backend_says_why() -> None:
     for name in set(backends.NAMES) - set(ak.available_backends()):
         with pytest.raises(ValueError, match=f"backend '{name}' cannot run here: .*available: .*chunked"):
-            backends.choose(name, CPU, torch.float32)
+            backends.choose(name, traits(CPU, torch.float32))
 
 
 @pytest.mark.parametrize("onednn", [True, False])

@@ -131,7 +131,7 @@ def test_targets_are_judged() -> None:
 
 
 def test_a_slow_function_leaves_the_others_their_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "seconds", lambda function, device: function())
+    monkeypatch.setattr(measure, "seconds", lambda function, device, queued: function())
     times = measure.interleaved({"slow": lambda: 6.0, "middling": lambda: 2.0, "fast": lambda: 0.5}, CPU, 10.0)
     assert [len(times[name].samples) for name in ("slow", "middling", "fast")] == [2, 3, 10]
 

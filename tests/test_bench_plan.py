@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from amsoftmax_kernels import ShardedAMSoftmaxLoss
 from amsoftmax_kernels.optim import RowwiseAdamW, RowwiseSGD
@@ -104,8 +107,70 @@ def test_memory_by_hand_on_an_h200() -> None:
     assert needed.total == 2 * shard + sum(needed.backward.values())
     assert sum(needed.backward.values()) < shard + 2 * 1024 * 125_008 + 60e6  # the rest is small
     none = memory(Run(1_000_000, 512, 128, 8, compute_dtype=torch.bfloat16, device="cuda", save_bytes=0))
-    assert none.backward["kept terms E"] == 0 and none.backward["chunks"] > needed.backward["chunks"]
+    assert none.backward["kept terms E"] == 0
+    assert none.backward["E and ŵ of a chunk"] == 2 * 125_008 * (1024 + 512) and "E and ŵ of a chunk" not in needed.backward
     assert Memory({"a": 1}, {"b": 5}, {"c": 7}).total == 8
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of the tensors that have been made and are alive, and their peak."""
+
+    def __init__(self, *there_before: torch.Tensor) -> None:
+        super().__init__()
+        self.bytes, self.peak = 0, 0
+        self._known = {each.untyped_storage()._cdata for each in there_before}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(each, torch.Tensor) and each.untyped_storage()._cdata not in self._known:
+                storage = each.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self._known.add(key)
+                self.bytes += size
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self._freed, key, size)
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"save_bytes": 0},
+        {"save_bytes": 2 * 256 * 4096},
+        {"dim": 100},
+        {"dim": 100, "dtype": torch.bfloat16, "save_bytes": 0},
+        {"compute_dtype": torch.float32, "dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+def test_memory_on_a_gpu_is_what_the_kernels_are_given(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers of a backward pass, with kernels that do nothing in the place of a GPU's."""
+    pytest.importorskip("triton")
+    from amsoftmax_kernels.backends import Needs, Problem, Request, Upstream, chunking, fused
+    from amsoftmax_kernels.backends import triton as backend
+    from bench.launches import no_product, recording
+
+    monkeypatch.setattr(chunking, "CHUNK_ELEMENTS", 1 << 19)
+    monkeypatch.setattr(chunking, "FINISH_ELEMENTS", 1 << 17)
+    monkeypatch.setattr(fused, "_product", no_product)
+    given: dict[str, Any] = {"dim": 128, "compute_dtype": torch.bfloat16, "save_bytes": 1 << 40, **options}
+    run = Run(20_000, batch=256, ranks=1, device="cuda", **given)
+    features, weight = torch.empty(run.rows, run.dim), torch.empty(run.classes, run.dim, dtype=run.dtype)
+    labels, vector = torch.zeros(run.rows, dtype=torch.int64), torch.zeros(run.rows)
+    problem = Problem(features, weight, labels, torch.tensor(30.0, dtype=torch.float64), True, run.compute_dtype, math.inf)
+    with recording((9, 0), 132), Allocated(features, weight, labels, vector) as allocated:
+        saved = backend.forward(problem, Request(run.save_bytes, False, True))
+        allocated.peak = allocated.bytes
+        backend.backward(problem, saved, Upstream(vector, vector, None), Needs(True, True, False))
+    backward = memory(run).backward
+    gathered = run.rows * chunking.padded(run.dim) * (run.compute_dtype.itemsize + 4)  # there before: the batch itself
+    assert allocated.peak == pytest.approx(sum(backward.values()) - gathered, rel=0.05)
 
 
 def test_the_smallest_number_of_ranks() -> None:
@@ -132,7 +197,7 @@ def test_time_of_a_card_and_of_a_cpu() -> None:
     rates = plan_time.of_card(None, None)
     times = plan_time.step(run, rates, 4e11)
     floor = 6 * 1024 * 1_000_000 * 512 / 790e12 + 12 * 1_000_000 * 512 / 4.3e12
-    assert times["floor_s"] == pytest.approx(floor) and 0.6 < floor / times["head_s"] < 1
+    assert times["floor_s"] == pytest.approx(floor) and 0.5 < floor / times["head_s"] < 1
     assert times["update_s"] == pytest.approx(20 * 1_000_000 * 512 / 4.3e12)
     assert times["step_s"] == pytest.approx(times["head_s"] + times["update_s"] + times["wire_s"])
     recomputed = plan_time.step(Run(**{**run.__dict__, "save_bytes": 0}), rates, 4e11)

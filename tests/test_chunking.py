@@ -1,4 +1,4 @@
-"""Which classes fused kernels take at a time: in the forward pass several chunks together, in the backward pass one each."""
+"""Which classes the fused kernels take at a time, and the parts of sums and maxima that many chunks leave."""
 
 from __future__ import annotations
 
@@ -8,46 +8,36 @@ import pytest
 import torch
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels.backends import Problem, chunking, parts
+from amsoftmax_kernels.backends import chunking, parts
 
 from .cases import CHUNK, Case, relative
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TOGETHER = 2
 
 
 @pytest.fixture
-def two_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ŵ has room for two chunks, E for one."""
-    monkeypatch.setattr(chunking, "chunk_size", lambda batch, dim: CHUNK if batch else TOGETHER * CHUNK)
-
-
-@pytest.fixture
-def name(fused_backend: str, two_together: None) -> str:
+def name(fused_backend: str, short_chunks: None) -> str:
     return fused_backend
 
 
 @pytest.mark.parametrize("C", [1, CHUNK, 3 * CHUNK - 1, 3 * CHUNK + 1, 8 * CHUNK + 5])
-def test_every_class_is_taken_once(C: int, two_together: None) -> None:
-    chunks = -(-C // CHUNK)
-    for stored in [*range(0, C, CHUNK), C]:
-        spans = chunking.forward_spans(5, 8, C, stored)
-        assert [each for span in spans for each in span] == list(range(C)) and all(spans)
-        assert all(len(span) <= CHUNK for span in spans if span.start < stored)
-        others = [span for span in spans if span.start >= stored]
-        assert all(span.start % CHUNK == 0 and len(span) <= TOGETHER * CHUNK for span in others)
-        assert len(others) == -(-(chunks - -(-stored // CHUNK)) // TOGETHER)
-        if others:  # the last are as many chunks as there can be
-            assert -(-len(others[-1]) // CHUNK) == min(TOGETHER, chunks - stored // CHUNK)
+def test_every_class_is_taken_once(C: int, short_chunks: None) -> None:
+    spans = chunking.spans(5, 8, C)
+    assert [each for span in spans for each in span] == list(range(C))
+    assert all(span.start % CHUNK == 0 and 0 < len(span) <= CHUNK for span in spans)
+
+
+def test_a_chunk_is_bounded() -> None:
+    for batch, dim in ((0, 1), (256, 17), (1024, 512), (4096, 512), (70_000, 512)):
+        size = chunking.chunk_size(batch, dim)
+        assert size % 256 == 0 and (size == 256 or size * max(batch, dim) <= chunking.CHUNK_ELEMENTS)
 
 
 MIXED = 2 * CHUNK * 40 * 4
 
 
 @pytest.mark.parametrize(
-    ("D", "places", "save_bytes"),
-    [(8, 2, 0), (16, 100, MIXED), (16, 2, 0)],  # ŵ, padded, does not fit the gradient's memory, or does
-    ids=["no room", "room, mixed", "room"],
+    ("D", "places", "save_bytes"), [(8, 2, 0), (16, 100, MIXED), (16, 2, None)], ids=["recomputed", "mixed", "kept"]
 )
 @pytest.mark.parametrize(
     ("options", "half"),
@@ -61,7 +51,7 @@ def test_gradients(
     name: str, options: dict[str, Any], half: str | None, D: int, places: int, save_bytes: int, poisoned: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Taken twice: what the forward pass left of ŵ is there again, and so are the bits."""
+    """Taken twice: what the forward pass saved is as it was, and so are the bits."""
     monkeypatch.setattr(parts, "places_for", lambda chunks, *_: min(chunks, places))
     device = GPU if name == "triton" else torch.device("cpu")  # where the emulation is
     features, weight, labels, _ = Case("", "", B=40, C=6 * CHUNK + 5, D=D, own=0.5).tensors(torch.float32)
@@ -82,34 +72,31 @@ def test_gradients(
     assert all(map(torch.equal, again, found[1][1:]))
 
 
-def test_the_room_in_the_gradient() -> None:
-    for dtype, compute, D, fits in (
-        (torch.float32, torch.float32, 32, True),
-        (torch.float32, torch.float32, 20, False),  # the rows are padded
-        (torch.float32, torch.bfloat16, 20, True),
-        (torch.bfloat16, torch.bfloat16, 20, False),
-        (torch.float16, torch.float16, 32, True),
-    ):
-        problem = Problem(torch.empty(4, D), torch.empty(300, D), torch.zeros(4).long(), torch.tensor(1.0), True, compute, 2)
-        shard, grad = chunking.Shard.of(problem, False), torch.zeros(300, D, dtype=dtype)
-        assert not shard.room_in(grad, range(256, 300)).fill_(1).isnan().any() and not grad.any()  # one chunk: not there
-        shard.chunk, shard.spare = 256, None
-        room = shard.room_in(grad, range(256, 300))
-        assert room.shape == (44, chunking.padded(D)) and room.dtype == compute and room.is_contiguous()
-        room.fill_(1)
-        assert not grad[:256].any() and grad[256:].any() == fits
-        assert (shard.spare is None) == fits and (fits or shard.room_in(grad, range(256)).data_ptr() == room.data_ptr())
-    grad = torch.zeros(301 * 32)[1:-31].view(300, 32)  # at a multiple of 4 bytes only
-    shard.chunk, shard.spare = 256, None
-    shard.room_in(grad, range(256)).fill_(1)
-    assert not grad.any()
+@pytest.mark.parametrize("places", [2, 7])
+@pytest.mark.parametrize("options", [{}, {"scale": 1000.0}, {"interclass_filter": 0.3, "scale": 200.0}], ids=str)
+def test_chunks_share_places(
+    name: str, options: dict[str, Any], places: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, weight, labels, _ = Case("", "", B=40, C=7 * CHUNK + 5, D=8).tensors(torch.float32)
+    labels[4], features[9] = -100, 0
+    device = GPU if name == "triton" else torch.device("cpu")  # where the emulation is
+    features, weight, labels = (each.to(device) for each in (features, weight, labels))
+    exact, expected = ak.reference.am_softmax_loss(
+        features.double(), weight.double(), labels, reduction="none", return_predictions=True, **options
+    )
+    how = {"backend": name, "reduction": "none", "return_predictions": True, **options}
+    apart, likewise = ak.am_softmax_loss(features, weight, labels, **how)
+    assert relative(apart, exact) < (2e-5 if name == "triton" else 1e-3)  # in TF32
+    assert name != "triton" or torch.equal(likewise, expected)
+    monkeypatch.setattr(parts, "places_for", lambda *_: places)
+    loss, predictions = ak.am_softmax_loss(features, weight, labels, **how)
+    assert relative(loss, apart) < 1e-6 and torch.equal(predictions, likewise)
 
 
-def test_the_room_for_normalized_centres_is_bounded() -> None:
-    for batch, dim, stored in ((1, 1, 0), (256, 1, 0), (256, 17, 0), (1024, 512, 131_072), (4096, 512, 0), (70_000, 512, 0)):
-        for C in (1, 10_000, 1_000_003, 100_000_000):
-            spans = chunking.forward_spans(batch, dim, C, min(stored, C))
-            chunk = chunking.chunk_size(batch, dim)
-            assert max(map(len, spans)) <= max(chunking.CHUNK_ELEMENTS // chunking.padded(dim), chunk)
-            if stored < C:
-                assert chunking.last_span(batch, dim, C, min(stored, C)) == len(spans[-1])
+def test_memory_does_not_grow_with_the_classes() -> None:
+    for streams, batch in ((1, 65_536), (64, 32_768), (4, 4_096), (8, 1)):
+        for chunks in (1, 2, 100, 10_000, 1_000_000):
+            places = parts.places_for(chunks, streams * batch)
+            assert min(chunks, 2) <= places <= chunks
+            assert 8 * places * streams * batch <= max(parts.PART_BYTES, 16 * streams * batch)
+    assert parts.places_for(306, 4 * 4_096) == 306  # ten million classes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import math
@@ -21,10 +20,11 @@ import amsoftmax_kernels as ak
 from amsoftmax_kernels.backends import Problem, chunking, cuda, fused
 from amsoftmax_kernels.backends.cuda import build
 from amsoftmax_kernels.backends.cuda import library as cuda_library
+from amsoftmax_kernels.backends.kernels import Cosines, Rows
 
-from .cases import CASES, CHUNK, Case, relative
+from .cases import CASES, CHUNK, Case, in_turn, relative
 from .emulation import build_changed, serve
-from .reduced_loss import check_a_reduced_loss, check_labels_made_with_the_rows, check_the_margin_kernel
+from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel, on_the_device
 from .test_loss import eager, evaluate, oracle
 
 CPU = torch.device("cpu")
@@ -39,8 +39,7 @@ def ours(dtype: torch.dtype, *tensors: Tensor, **options: Any) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=["fp16", "bf16", "tf32"])
-@pytest.mark.parametrize("width", [16, 48, 160])
-@pytest.mark.parametrize(("B", "N"), [(1, 1), (127, 129), (130, 300)])
+@pytest.mark.parametrize(("B", "N", "width"), [(1, 1, 160), (127, 129, 16), (127, 129, 48), (130, 300, 48), (130, 300, 160)])
 def test_the_cosine_kernel(B: int, N: int, width: int, dtype: torch.dtype, emulated: None) -> None:
     check_the_cosine_kernel(B, N, width, dtype, 2)
 
@@ -71,8 +70,8 @@ def check_the_cosine_kernel(
         terms = x_hat.new_full((B, chunking.padded(N)), math.nan, dtype=chunking.panel_dtype(dtype))
         z, best = factor.new_full(parts, math.nan, dtype=torch.float64), factor.new_full(parts, math.nan)
         best_class = labels.new_full(parts, -7)
-        given = shift if with_shift else None
-        kernels.cosine_exp(problem, 1000, x_hat, w_hat, factor, given, terms, z, best, best_class, False)
+        rows = Rows(x_hat, factor, factor, factor, shift if with_shift else None)
+        kernels.cosine_exp(problem, 1000, rows, w_hat, Cosines(terms, z, best, best_class))
         exponent = cosine * factor.double()[:, None] - (shift.double()[:, None] if with_shift else 0)
         expected = exponent.exp2().masked_fill(target | (cosine > limit), 0)
         assert not terms[:, N:].any()
@@ -88,12 +87,13 @@ def check_the_cosine_kernel(
         assert torch.allclose(at, values[found].double(), atol=1e-6)
         # Nothing but the sums, and nothing but the maxima under the filter.
         alone = torch.full_like(z, math.nan)
-        kernels.cosine_exp(problem, 1000, x_hat, w_hat, factor, given, None, alone, None, None, False)
+        kernels.cosine_exp(problem, 1000, rows, w_hat, Cosines(z=alone))
         assert torch.equal(alone, z)
-        kernels.cosine_exp(problem, 1000, x_hat, w_hat, factor * 100, None, None, None, best, best_class, True)
+        maxima, rows = Cosines(best=best, best_class=best_class), rows._replace(shift=None)
+        kernels.cosine_exp(problem, 1000, rows._replace(factor=factor * 100), w_hat, maxima)
         allowed = negatives.masked_fill(cosine > limit, -math.inf).max(1).values
         assert torch.allclose(best.max(0).values.double(), allowed, atol=1e-6)
-        kernels.cosine_exp(problem, 1000, x_hat, w_hat, factor, None, None, None, best, best_class, True)
+        kernels.cosine_exp(problem, 1000, rows, w_hat, maxima)
         assert best.max() == -math.inf or (factor > 92.33).any()
 
 
@@ -118,8 +118,7 @@ def check(case: Case, actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> 
         assert error <= 1e-2 * max(1.0, scale / 64) * size + floor, (name, error, size)
 
 
-@pytest.mark.parametrize("save_bytes", [None, 0, CHUNK * 24 * 2], ids=["kept", "recomputed", "mixed"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "save_bytes"), in_turn(CASES, None, 0) + in_turn(CASES[1:], None, CHUNK * 24 * 2))
 def test_against_the_reference(case: Case, save_bytes: int | None, emulated: None, short_chunks: None) -> None:
     actual = ours(torch.float16, *case.tensors(torch.float32), save_bytes=save_bytes, **case.options)
     check(case, actual, oracle(case, torch.float32))
@@ -164,7 +163,7 @@ def test_operands_are_rounded_to_tf32(emulated: None) -> None:
     weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     weight[3, 4] = math.inf
     w_hat, inverse_norm = torch.empty(5, 32), torch.empty(5)
-    cuda._Kernels().prepare_centres(weight, w_hat, inverse_norm, None)
+    cuda._Kernels().prepare_centres(weight, w_hat, inverse_norm)
     rows = [0, 1, 2, 4]
     expected = weight[rows] * inverse_norm[rows, None]
     assert torch.equal(w_hat[rows], rounded_to_tf32(expected)) and not torch.equal(w_hat[rows], expected)
@@ -178,8 +177,8 @@ def test_float32_is_served_where_pytorch_allows_tf32(monkeypatch: pytest.MonkeyP
     try:
         for precision, served in (("highest", False), ("high", True)):
             torch.set_float32_matmul_precision(precision)
-            assert cuda.serves(torch.device("cuda", 0), torch.float32) == served
-            assert cuda.serves(torch.device("cuda", 0), torch.bfloat16)
+            assert (cuda.refusal(torch.device("cuda", 0), torch.float32) is None) == served
+            assert cuda.refusal(torch.device("cuda", 0), torch.bfloat16) is None
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -187,7 +186,7 @@ def test_float32_is_served_where_pytorch_allows_tf32(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
 def test_a_scale_on_the_device(save_bytes: int | None, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose value the host does not know: taken for one that needs a shift, until the kernels have read it."""
-    monkeypatch.setattr(fused, "scale_of", lambda scale, normalize: scale.detach().float() if normalize else 1.0)
+    monkeypatch.setattr(fused, "scale_of", on_the_device)
     for needed in ("weight", "all"):
         check_a_reduced_loss("cuda", needed, True, save_bytes, 5e-3, CPU)
 
@@ -267,48 +266,28 @@ def test_predictions(options: dict[str, Any], emulated: None, short_chunks: None
     assert (predictions == expected).float().mean() > 0.9 and predictions[4] == -1
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=["fp16", "bf16", "tf32"])
-@pytest.mark.parametrize("parts", [0, 1, 70])
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_the_margin_kernel(reduction: str, normalize: bool, parts: int, dtype: torch.dtype, emulated: None) -> None:
-    check_the_margin_kernel(cuda.fused.kernels, reduction, normalize, parts, dtype, CPU)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
-def test_labels(dtype: torch.dtype, emulated: None) -> None:
-    labels = torch.tensor([3, 100, 0, 5, 7, 4, 100]).to(dtype)
-    result, count = cuda.fused.labels(labels, 5, 100)
-    assert result.tolist() == [3, -1, 0, 5, 5, 4, -1] and count.item() == 5
-    check_labels_made_with_the_rows(cuda._Kernels(), labels.repeat(60), 100, CPU)
-    check_labels_made_with_the_rows(cuda._Kernels(), labels[1:2], 100, CPU)
-    check_labels_made_with_the_rows(cuda._Kernels(), torch.tensor([3, 2**40, -1, -(2**40)]), 2**40, CPU)
-
-
-def test_labels_that_are_no_integers(emulated: None) -> None:
-    floats = torch.zeros(3)
-    with pytest.raises(RuntimeError, match="not an integer"):
-        cuda.fused.labels(floats, 5, 100)
-    with pytest.raises(RuntimeError, match="not an integer"):
-        check_labels_made_with_the_rows(cuda._Kernels(), floats, 100, CPU)
+def test_the_margin_kernel(normalize: bool, emulated: None) -> None:
+    check_the_margin_kernel(cuda.fused.kernels, normalize, CPU)
 
 
 def test_errors_come_back_as_exceptions(emulated: None) -> None:
     odd = torch.empty(4, 17, dtype=torch.float16)[:, :16]
     problem = Problem(odd, odd, torch.zeros(4).long(), torch.tensor(30.0), True, torch.float16, math.inf)
     with pytest.raises(RuntimeError, match="multiples of 16 bytes"):
-        cuda._Kernels().cosine_exp(problem, 0, odd, odd, torch.ones(4), None, None, None, None, None, False)
+        rows = Rows(odd, *[torch.ones(4)] * 3, None)
+        cuda._Kernels().cosine_exp(problem, 0, rows, odd, Cosines())
     with pytest.raises(KeyError):
         cuda_library.matrix(torch.empty(4, 16, dtype=torch.float64))
     x = torch.empty(4, 16, dtype=torch.int16)
     problem = Problem(x, x, torch.zeros(4).long(), torch.tensor(30.0), True, torch.float16, math.inf)
     with pytest.raises(RuntimeError, match="ak_cosine_exp: operands must be float16, bfloat16 or, rounded to TF32, float32"):
         z = torch.empty(1, 4, dtype=torch.float64)
-        cuda._Kernels().cosine_exp(problem, 0, x, x, torch.ones(4), None, None, z, None, None, False)
+        cuda._Kernels().cosine_exp(problem, 0, Rows(x, *[torch.ones(4)] * 3, None), x, Cosines(z=z))
     x = torch.empty(4, 16)
     problem = Problem(x, x, torch.zeros(4).long(), torch.tensor(30.0), True, torch.float32, math.inf)
     with pytest.raises(RuntimeError, match="E must be bfloat16, or float32 beside TF32"):
-        cuda._Kernels().cosine_exp(problem, 0, x, x, torch.ones(4), None, x.bfloat16(), None, None, None, False)
+        cuda._Kernels().cosine_exp(problem, 0, Rows(x, *[torch.ones(4)] * 3, None), x, Cosines(x.bfloat16()))
 
 
 NVCC = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
@@ -449,7 +428,7 @@ def test_nothing_is_launched_on_another_device(device: int, hopper_library: cuda
     for name, structure in cuda_library.LAUNCHERS.items():
         if name != "ak_block":  # which asks no device
             with pytest.raises(RuntimeError, match=f"{name}: invalid device ordinal"):
-                hopper_library._launch(name, ctypes.byref(structure()), cuda_library.where(0, device))
+                hopper_library.call(name, structure(), torch.device("cpu", device))
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
         hopper_library.check(torch.device("cuda", device))
 

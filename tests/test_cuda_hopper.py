@@ -24,9 +24,10 @@ from amsoftmax_kernels import backends
 from amsoftmax_kernels.backends import Problem, chunking, cuda
 from amsoftmax_kernels.backends.cuda import build
 from amsoftmax_kernels.backends.cuda import library as cuda_library
+from amsoftmax_kernels.backends.kernels import Cosines, Rows
 from bench.library import IN_FLIGHT
 
-from .cases import CASES, CHUNK, Case
+from .cases import CASES, CHUNK, Case, in_turn
 from .test_cuda import BY_NAME, CPU, DTYPES, NVCC, check, check_the_cosine_kernel, ours
 from .test_loss import oracle
 
@@ -94,8 +95,10 @@ def test_sums_sent_to_one_place_would_be_seen(simulate: Callable[..., bytes | No
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=["fp16", "bf16", "tf32"])
-@pytest.mark.parametrize("partial_sums", [2, 4, 14])
-@pytest.mark.parametrize(("B", "N", "width"), [(1, 1, 16), (64, 64, 48), (127, 129, 16), (130, 300, 160), (257, 640, 16)])
+@pytest.mark.parametrize(
+    ("B", "N", "width", "partial_sums"),
+    [(1, 1, 16, 2), (64, 64, 48, 14), (127, 129, 16, 4), (130, 300, 160, 2), (130, 300, 160, 4), (257, 640, 16, 14)],
+)
 def test_the_epilogue(B: int, N: int, width: int, partial_sums: int, dtype: torch.dtype, hopper: None) -> None:
     """At every edge of a tile, with streams that have several tiles, one, and none."""
     check_the_cosine_kernel(B, N, width, dtype, partial_sums)
@@ -105,17 +108,16 @@ def test_the_epilogue(B: int, N: int, width: int, partial_sums: int, dtype: torc
 def test_a_wrong_epilogue_would_be_seen(wrong: str, hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right = cuda._Kernels.cosine_exp
 
-    def cosine_exp(self: Any, problem: Problem, start: int, x_hat: Tensor, w_hat: Tensor, *rest: Any) -> None:
-        factor, shift, *outputs = rest
+    def cosine_exp(self: Any, problem: Problem, start: int, rows: Rows, w_hat: Tensor, out: Cosines) -> None:
         if wrong == "mask":
             problem = problem._replace(labels=torch.full_like(problem.labels, -1))
         elif wrong == "class":
             start += 1
         elif wrong == "factor":
-            factor = factor.roll(1)
-        elif shift is not None:
-            shift = shift.roll(1)
-        right(self, problem, start, x_hat, w_hat, factor, shift, *outputs)
+            rows = rows._replace(factor=rows.factor.roll(1))
+        elif rows.shift is not None:
+            rows = rows._replace(shift=rows.shift.roll(1))
+        right(self, problem, start, rows, w_hat, out)
 
     monkeypatch.setattr(cuda._Kernels, "cosine_exp", cosine_exp)
     with pytest.raises(AssertionError):
@@ -129,7 +131,8 @@ def test_a_row_of_nan_is_its_own(hopper: None) -> None:
     problem = Problem(x_hat, w_hat, torch.arange(B), torch.tensor(30.0), True, torch.bfloat16, math.inf)
     terms, z = torch.empty(B, 208, dtype=torch.bfloat16), torch.empty(4, B, dtype=torch.float64)
     best, best_class = torch.empty(4, B), torch.empty(4, B, dtype=torch.int64)
-    cuda._Kernels().cosine_exp(problem, 0, x_hat, w_hat, torch.full((B,), 9.0), None, terms, z, best, best_class, False)
+    vectors = Rows(x_hat, *[torch.full((B,), 9.0)] * 3, None)
+    cuda._Kernels().cosine_exp(problem, 0, vectors, w_hat, Cosines(terms, z, best, best_class))
     rows = terms.isnan().any(1)
     assert rows[7] and rows.sum() == 1 and terms[7, 7] == 0 and not terms[:, N:].any()
     assert z.sum(0).isnan().tolist() == rows.tolist()
@@ -143,13 +146,12 @@ def test_terms_end_where_their_matrix_does(dtype: torch.dtype, hopper: None) -> 
     problem = Problem(x_hat, w_hat, torch.zeros(130).long(), torch.tensor(30.0), True, dtype, math.inf)
     kept = torch.full((131, 200), 7.0, dtype=chunking.panel_dtype(dtype))
     terms = kept[:130, 40 : 40 + 80]
-    cuda._Kernels().cosine_exp(problem, 0, x_hat, w_hat, torch.ones(130), None, terms, None, None, None, False)
+    cuda._Kernels().cosine_exp(problem, 0, Rows(x_hat, *[torch.ones(130)] * 3, None), w_hat, Cosines(terms))
     assert (kept[:130, :40] == 7).all() and (kept[:130, 120:] == 7).all() and (kept[130] == 7).all()
     assert terms[:, 1:72].gt(0).all() and not terms[:, 72:].any() and not terms[:, 0].any()
 
 
-@pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "save_bytes"), in_turn(CASES, None, 0))
 def test_against_the_reference(case: Case, save_bytes: int | None, hopper: None, short_chunks: None) -> None:
     actual = ours(torch.float16, *case.tensors(torch.float32), save_bytes=save_bytes, **case.options)
     check(case, actual, oracle(case, torch.float32))
@@ -355,13 +357,17 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> to
     return torch.device("cuda", 0)
 
 
+def _traits(device: torch.device, dtype: torch.dtype) -> backends.Traits:
+    return backends.Traits(device, dtype, dtype, dtype, 16, True, True, False, False)
+
+
 @pytest.mark.parametrize(("has_hopper", "headers"), [(True, True), (False, False), (False, True)])
 def test_hopper_without_its_own_kernel_says_so(has_hopper: bool, headers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     device = _pretend(monkeypatch, (9, 0))
     monkeypatch.setattr(cuda, "_builds", lambda device: True)
     monkeypatch.setattr(cuda, "_library", lambda device: type("Library", (), {"has_hopper": has_hopper}))
     monkeypatch.setattr(build, "find_cutlass", lambda: Path("include") if headers else None)
-    assert cuda.serves(device, torch.bfloat16)
+    assert cuda.refusal(device, torch.bfloat16) is None
     said = "did not compile" if headers else f"pip install {build.CUTLASS}"
     remark = cuda.remark()
     assert remark is None if has_hopper else remark is not None and said in remark
@@ -384,14 +390,16 @@ def test_hoppers_own_kernels_built_ahead_come_first(
     monkeypatch.setattr(build, "missing", lambda: None)
     triton = backends.load("triton")
     monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(triton, "serves", lambda device, dtype: True)
+    monkeypatch.setattr(triton, "refusal", lambda device, dtype: None)
     first = "cuda" if prebuilt and has_hopper and capability == (9, 0) else "triton"
-    assert backends.choose(None, device, torch.bfloat16) == ak.available_backends()[0] == first
-    assert set(ak.available_backends()[:2]) == {"cuda", "triton"} and (prebuilt or not looked)  # nothing is built for it
-    # What it does not serve, as float32 where TF32 is not allowed, goes to the next.
-    monkeypatch.setattr(cuda, "serves", lambda device, dtype: False)
-    assert backends.choose(None, device, torch.float32) == "triton"
-    assert backends.choose(None, torch.device("meta"), torch.float32) == "triton"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(None, _traits(device, torch.bfloat16)) == first
+        assert set(ak.available_backends()[:2]) == {"cuda", "triton"} and (prebuilt or not looked)  # nothing is built for it
+        # What it does not serve, as float32 where TF32 is not allowed, goes to the next.
+        monkeypatch.setattr(cuda, "refusal", lambda device, dtype: "it does not serve that")
+        assert backends.choose(None, _traits(device, torch.float32)) == "triton"
+        assert backends.choose(None, _traits(torch.device("meta"), torch.float32)) == "chunked"
 
 
 def test_an_unsupported_card_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,20 +419,22 @@ def broken_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.dev
     return _pretend(monkeypatch, (8, 0))
 
 
-@NVCC
-def test_a_failed_build_is_shown_once_and_triton_serves(
-    broken_sources: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_a_library_that_cannot_be_loaded_is_told_once_and_triton_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nothing is built in its place."""
     pytest.importorskip("triton")
-    device = broken_sources
-    monkeypatch.setattr(backends, "NAMES", ("cuda", "triton", "chunked", "reference"))
+    device = _pretend(monkeypatch, (9, 0))
+    (tmp_path / "library.so").write_text("no library")
+    monkeypatch.setenv("AMSOFTMAX_KERNELS_LIBRARY", str(tmp_path / "library.so"))
     monkeypatch.setattr(backends.load("triton"), "unavailable_reason", lambda: None)
-    monkeypatch.setattr(backends.load("triton"), "serves", lambda device, dtype: True)
-    with pytest.warns(UserWarning, match="(?s)the CUDA library cannot be had, other backends serve:.*broken.cu"):
-        assert backends.choose(None, device, torch.float16) == "triton"
+    monkeypatch.setattr(backends.load("triton"), "refusal", lambda device, dtype: None)
+    monkeypatch.setattr(build, "build", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="the CUDA library cannot be had, other backends serve:\n"):
+        assert backends.choose(None, _traits(device, torch.float16)) == "triton"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose(None, device, torch.float16) == "triton"
+        assert backends.choose(None, _traits(device, torch.bfloat16)) == "triton"
 
 
 @NVCC
@@ -439,8 +449,8 @@ def test_a_failed_build_is_the_reason_and_not_tried_again(
     assert "cuda" in ak.available_backends()  # nothing has been tried yet
     for device in (broken_sources, torch.device("cuda", 1)):
         with pytest.raises(ValueError, match=r"'cuda' cannot run here: .*broken\.cu.*error.*--arch 80 .* shows all"):
-            backends.choose("cuda", device, torch.float16)
-        assert not cuda.serves(device, torch.bfloat16)
+            backends.choose("cuda", _traits(device, torch.float16))
+        assert cuda.refusal(device, torch.bfloat16) is not None
     assert len(builds) == 1 and "cuda" not in ak.available_backends()
 
 
@@ -456,26 +466,30 @@ def test_what_ails_a_device_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(cuda_library, "library", functools.cache(lambda arch: Library()))
     with pytest.warns(UserWarning, match="does not serve cuda:0:\nout of memory"):
-        assert not cuda.serves(device, torch.float16)
+        assert cuda.refusal(device, torch.float16) is not None
     ailing[0] = False
-    assert cuda.serves(device, torch.float16)
+    assert cuda.refusal(device, torch.float16) is None
 
 
 @NVCC
 @pytest.mark.filterwarnings("ignore:amsoftmax_kernels")
-def test_the_command_fails_where_the_build_does(
+def test_the_command_builds_nothing(
     broken_sources: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It says what would."""
     monkeypatch.setattr(backends, "NAMES", ("cuda", "reference"))
+    monkeypatch.setattr(backends, "choose", lambda *_: "reference")
     monkeypatch.setattr(command, "_describe_gpu", lambda: "none")
-    assert command.main([]) == 1
-    (line,) = [each for each in capsys.readouterr().out.splitlines() if each.startswith("cuda ")]
-    assert "self-test FAILED: its library cannot be had: " in line and "broken.cu" in line
+    monkeypatch.setattr(command, "_tested", lambda name, device: (f"{name} is tested", False))
+    monkeypatch.setattr(build, "build", lambda *_: 1 / 0)
+    assert command.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "cuda       not built yet: backend='cuda' builds it" in printed and build.COMMAND in printed
 
 
 def test_a_backend_that_serves_nothing_fails_its_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.load("chunked"), "serves", lambda device, dtype: False)
-    assert command.self_test("chunked", CPU) == "it serves no dtype on cpu"
+    monkeypatch.setattr(backends.load("chunked"), "refusal", lambda device, dtype: f"it does not serve {dtype}")
+    assert command.self_test("chunked", CPU) == "it does not serve torch.float32"
 
 
 def test_a_case_by_either_kernel(hopper: None) -> None:

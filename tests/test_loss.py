@@ -96,51 +96,11 @@ def test_in_one_chunk(case: Case, dtype: torch.dtype, reduction: str) -> None:
     )
 
 
-def at_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call from here on took the short way whose gradients are made in the forward pass."""
-    taken: list[bool] = []
-    loss_at_once = chunked.loss_at_once
-
-    def spied(*arguments: Any) -> Any:
-        result = loss_at_once(*arguments)
-        taken.append(result is not None)
-        return result
-
-    monkeypatch.setattr(chunked, "loss_at_once", spied)
-    return taken
-
-
-def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = at_once(monkeypatch)
-    features, weight, labels, _ = BY_NAME["plain"].tensors()
-    ignored, zero, overflowing = labels.clone(), features.clone(), weight.clone()
-    ignored[1], zero[1], overflowing[1, 0] = -100, 0.0, 1e200
-    ak.am_softmax_loss(features, weight, labels)
-    ak.am_softmax_loss(features, weight, labels, scale=torch.tensor(64.0), return_predictions=True)
-    ak.am_softmax_loss(features, weight, ignored)
-    assert taken == [True, True, True]
-    ak.am_softmax_loss(features, weight, torch.full_like(labels, -100))
-    ak.am_softmax_loss(zero, weight, labels)
-    ak.am_softmax_loss(features, overflowing, labels)
-    ak.am_softmax_loss(features, weight, labels, scale=64.1)
-    ak.am_softmax_loss(features, weight[:1], torch.zeros_like(labels))
-    ak.am_softmax_loss(features[:0], weight, labels[:0])
-    assert taken == [True, True, True, *[False] * 6]
-    ak.am_softmax_loss(features, weight, labels, normalize_features=False)
-    ak.am_softmax_loss(features, weight, labels, interclass_filter=0.5)
-    ak.am_softmax_loss(features, weight, labels, reduction="none")
-    ak.am_softmax_loss(features, weight, labels, margin=lambda t, labels, norm: t)
-    assert taken[9:] == [False, False]
-
-
 @pytest.mark.parametrize("ignored", [[], [3], [0, 6]])
 @pytest.mark.parametrize("margin", [-2.0, 0.0, 2.0])
 @pytest.mark.parametrize("needed", ["features", "weight", "scale", "all"])
-def test_gradients_made_in_the_forward_pass(
-    needed: str, margin: float, ignored: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_gradient_of_a_reduced_loss(needed: str, margin: float, ignored: list[int]) -> None:
     """Each alone and all together, for the extreme margins at the largest scale, twice, times an upstream gradient."""
-    taken = at_once(monkeypatch)
     case = Case("", "", B=7, C=13, D=5, own=0.9)
     features, weight, labels, _ = case.tensors()
     weight[labels[1]] = -features[1]  # a target at the far side
@@ -159,7 +119,6 @@ def test_gradients_made_in_the_forward_pass(
         (2 * loss).backward()
         grads.append({name: each.grad for name, each in tensors.items() if each.requires_grad})
         assert all(each.grad is None for each in tensors.values() if not each.requires_grad)
-    assert taken == [True]
     assert torch.equal(*predictions) and (predictions[0][ignored] == -1).all() and predictions[0][1] != labels[1]
     for name, exact in grads[1].items():
         assert relative(grads[0][name], exact) < FLOAT64, name

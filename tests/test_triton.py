@@ -13,17 +13,17 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels import arguments, backends
-from amsoftmax_kernels.backends import Forward, Problem, chunking, fused
+from amsoftmax_kernels import backends
+from amsoftmax_kernels.backends import Forward, Problem, Request, chunking, fused
 
-from .cases import CASES, CHUNK, Case, relative
-from .reduced_loss import check_a_reduced_loss, check_labels_made_with_the_rows, check_the_margin_kernel
+from .cases import CASES, CHUNK, Case, in_turn, relative
+from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel, on_the_device
 from .test_loss import check, eager, evaluate, oracle
 
 pytest.importorskip("triton")
 from amsoftmax_kernels.backends import triton as backend
-from amsoftmax_kernels.backends.triton import backward as triton_gradients
-from amsoftmax_kernels.backends.triton import forward as triton_kernels
+from amsoftmax_kernels.backends.triton import backward_kernels as triton_gradients
+from amsoftmax_kernels.backends.triton import forward_kernels as triton_kernels
 from amsoftmax_kernels.backends.triton import tiles as triton_configs
 
 REASON = backend.unavailable_reason()
@@ -53,8 +53,7 @@ def ours(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(each.cpu() for each in results)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("save_bytes", [None, 0, CHUNK * 24 * 4], ids=["kept", "recomputed", "mixed"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "save_bytes"), in_turn(CASES, None, 0) + in_turn(CASES[1:], None, CHUNK * 24 * 4))
 def test_against_the_reference(case: Case, save_bytes: int | None, short_chunks: None) -> None:
     actual = ours(*case.tensors(torch.float32), save_bytes=save_bytes, **case.options)
     check(case, torch.float32, actual, oracle(case, torch.float32))
@@ -90,7 +89,7 @@ def test_what_a_reduced_loss_must_be_differentiated_by(
 @pytest.mark.parametrize("save_bytes", [None, 0], ids=["kept", "recomputed"])
 def test_a_scale_on_the_device(save_bytes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose value the host does not know: taken for one that needs a shift, until the kernels have read it."""
-    monkeypatch.setattr(fused, "scale_of", lambda scale, normalize: scale.detach().float() if normalize else 1.0)
+    monkeypatch.setattr(fused, "scale_of", on_the_device)
     for needed in ("weight", "all"):
         check_a_reduced_loss("triton", needed, True, save_bytes, 5e-6, DEVICE)
 
@@ -109,7 +108,7 @@ def test_a_wrong_result_would_be_seen() -> None:
 @pytest.mark.parametrize("D", [1, 15, 16, 17, 40])
 @pytest.mark.parametrize(("B", "C"), [(1, 2), (15, 31), (16, 32), (17, 33), (33, 65)])
 def test_around_the_tiles_edges(B: int, C: int, D: int, bulk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = dataclasses.replace(backend._INTERPRETED, bulk=bulk, split=bulk)
+    config = dataclasses.replace(backend._INTERPRETED, bulk=bulk)
     monkeypatch.setattr(backend, "_config", lambda *_: config)
     case = Case("", "", B=B, C=C, D=D)
     check(case, torch.float32, ours(*case.tensors(torch.float32)), oracle(case, torch.float32))
@@ -168,12 +167,7 @@ def test_half_inputs(dtype: torch.dtype) -> None:
     [{}, {"scale": 1000.0}, {"normalize_features": False}, {"interclass_filter": 0.3}, {"save_bytes": 0}],
     ids=["plain", "s1000", "no-fn", "filter", "recomputed"],
 )
-@pytest.mark.parametrize("masked", [True, False])
-def test_predictions(masked: bool, options: dict[str, Any], short_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(backend, "_config", lambda *_: dataclasses.replace(backend._INTERPRETED, masked=masked))
-    elif not masked:
-        pytest.skip("the table says which")
+def test_predictions(options: dict[str, Any], short_chunks: None) -> None:
     case = Case("", "", B=40, C=3 * CHUNK + 5, D=8)
     features, weight, labels, _ = case.tensors(torch.float32)
     features[:20] = weight[labels[:20]] + 0.1 * features[:20]
@@ -223,10 +217,10 @@ def test_an_ignored_row_has_no_gradient_even_beside_a_broken_centre() -> None:
 def test_tf32_operands_are_rounded_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut, each would be up to 2^-10 too small, and every cosine with it; rounded, the errors are of both signs."""
     monkeypatch.setattr(backend, "kind", lambda _: "tf32")
-    features, weight, labels, _ = (each.to(DEVICE) for each in Case("", "", C=300, D=48).tensors(torch.float32))
-    problem = Problem(features, weight, labels, torch.tensor(30.0), True, torch.float32, math.inf)
-    shard, inverse_norm = chunking.Shard.of(problem, False), torch.empty(300, device=DEVICE)
-    w_hat = shard.prepare(backend._Kernels(), range(300), shard.room(300), inverse_norm).cpu()
+    weight = Case("", "", C=300, D=48).tensors(torch.float32)[1].to(DEVICE)
+    w_hat, inverse_norm = torch.empty(300, 48, device=DEVICE), torch.empty(300, device=DEVICE)
+    backend._Kernels().prepare_centres(weight, w_hat, inverse_norm)
+    w_hat = w_hat.cpu()
     exact = torch.nn.functional.normalize(weight.cpu().double())
     assert not (w_hat.view(torch.int32) & 0x1FFF).any()
     error = (w_hat - exact) / exact
@@ -300,7 +294,7 @@ def test_a_scale_that_only_the_device_knows(monkeypatch: pytest.MonkeyPatch) -> 
     """As a learned scale on a GPU is given: a pointer, whose value decides in the kernel whether a shift is needed."""
     for scale in (30.0, 300.0):
         tensor = torch.tensor(scale, device=DEVICE)
-        monkeypatch.setattr(fused, "scale_of", lambda scale, normalize, tensor=tensor: tensor)
+        monkeypatch.setattr(fused, "scale_of", lambda problem, tensor=tensor: tensor)
         case = Case("", "", wrong=0.9, options={"scale": scale})
         check(case, torch.float32, ours(*case.tensors(torch.float32), scale=scale), oracle(case, torch.float32))
 
@@ -318,7 +312,7 @@ def test_frozen_inputs(frozen: str, save_bytes: int | None, short_chunks: None) 
 def test_no_grad_keeps_nothing() -> None:
     features, weight, labels, _ = (each.to(DEVICE) for each in PLAIN.tensors(torch.float32))
     problem = Problem(features, weight, labels, torch.tensor(30.0), True, torch.float32, math.inf)
-    out = backend.forward(problem, 0, False, False, False)
+    out = backend.forward(problem, Request(0, False, False))
     assert out.kept.numel() == out.rows.numel() == out.best.numel() == 0
 
 
@@ -329,25 +323,9 @@ def test_kept_bytes_stay_within_the_budget() -> None:
         assert count == classes or batch * chunking.padded(classes) * 2 > budget
 
 
-def test_labels_as_the_operator_makes_them() -> None:
-    labels = torch.tensor([3, -100, 0, 5, -1, 4, -100, 2**40])
-    cases = [(labels, -100), (labels[:7].int(), -1), (labels[:1], 3), (labels[:0], 0), (labels, 2**40), (labels, -(2**40))]
-    for each, ignore in (*cases, (labels[:7].to(torch.int16).repeat(150), 4)):  # past a program's 1,024
-        result, count = backend.fused.labels(each.to(DEVICE), 5, ignore)
-        ignored = each == ignore
-        expected = each.long().masked_fill((each < 0) | (each >= 5), 5).masked_fill(ignored, -1)
-        assert torch.equal(result.cpu(), expected) and count.item() == max((~ignored).sum().item(), 1)
-        if len(each):
-            check_labels_made_with_the_rows(backend._Kernels(), each, ignore, DEVICE)
-    with pytest.raises(ValueError, match="labels"):
-        arguments.canonical_labels(labels[3:4], 5, -100)
-
-
-@pytest.mark.parametrize("parts", [0, 1, 70])
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_the_margin_kernel(reduction: str, normalize: bool, parts: int) -> None:
-    check_the_margin_kernel(backend.fused.kernels, reduction, normalize, parts, torch.float32, DEVICE)
+def test_the_margin_kernel(normalize: bool) -> None:
+    check_the_margin_kernel(backend.fused.kernels, normalize, DEVICE)
 
 
 def test_same_inputs_same_bits(short_chunks: None) -> None:
@@ -366,33 +344,14 @@ def test_opcheck(normalize: bool, predict: bool, save_bytes: int, short_chunks: 
     scale = torch.tensor(30.0, dtype=torch.float64)
     problem = (features, weight, labels, scale, normalize, torch.float32, math.inf)
     ops = torch.ops.amsoftmax_kernels
-    for need_weight in (False, True):
-        torch.library.opcheck(ops.triton_forward, (*problem, save_bytes, predict, True, need_weight))
-    grad = upstream.float()
-    for needs in ((True, True, True), (True, False, False), (False, True, False)):
-        out = Forward(*ops.triton_forward(*problem, save_bytes, predict, *needs[:2]))
-        saved = (out.shift, out.cosine, out.norm, out.inverse_norm, out.kept, out.rows)
-        torch.library.opcheck(
-            ops.triton_backward, (*problem, *saved, grad / out.z, grad, None if normalize else grad, *needs)
-        )
-    out = Forward(*ops.triton_forward(*problem, save_bytes, predict, True, True))
+    torch.library.opcheck(ops.triton_forward, (*problem, save_bytes, predict, True))
+    out = Forward(*ops.triton_forward(*problem, save_bytes, predict, True))
     saved = (out.shift, out.cosine, out.norm, out.inverse_norm, out.kept, out.rows)
-    if not save_bytes:
-        with pytest.raises(RuntimeError, match="centres' gradient would be asked for"):
-            ops.triton_backward(*problem, *saved, grad / out.z, grad, None if normalize else grad, True, False, False)
-    for reduction, need_weight, kind in (
-        ("none", True, torch.int64),
-        ("mean", False, torch.int32),
-        ("mean", True, torch.uint8),
-    ):
-        raw = (*problem[:2], labels.to(kind), *problem[3:])
-        how = (*raw, save_bytes, predict, True, need_weight, -100, 0.35, reduction, normalize)
-        torch.library.opcheck(ops.triton_forward_loss, how)
+    grad = upstream.float()
+    grads = grad / out.z, grad, None if normalize else grad
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
-        results = ops.triton_forward_loss(*problem, save_bytes, predict, *needs[:2], -100, 0.35, "mean", True)
-        torch.library.opcheck(ops.triton_backward_loss, (*problem, *results[3:], grad[0], *needs))
-    results = ops.triton_forward_loss(*problem, save_bytes, predict, True, True, -100, 0.35, "none", True)
-    torch.library.opcheck(ops.triton_backward_loss, (*problem, *results[3:], grad, True, True, True))
+        torch.library.opcheck(ops.triton_backward, (*problem, *saved, *grads, *needs))
+    torch.library.opcheck(ops.triton_additive_margin, (*problem, *out[:4], 0.35))
 
 
 def test_compile_takes_the_whole_module() -> None:
@@ -426,13 +385,17 @@ def test_batches_of_any_size_share_a_compiled_graph(save_bytes: int | None) -> N
 
 def test_the_choice() -> None:
     assert "triton" in ak.available_backends()
-    assert backends.choose(None, DEVICE, torch.float32) == ("triton" if DEVICE.type == "cuda" else "chunked")
+    single, double = (
+        backends.Traits(DEVICE, dtype, dtype, dtype, 16, True, True, False, False)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert backends.choose(None, single) == ("triton" if DEVICE.type == "cuda" else "chunked")
     with pytest.raises(ValueError, match=r"does not serve torch\.float64"):
-        backends.choose("triton", DEVICE, torch.float64)
+        backends.choose("triton", double)
 
 
 def test_a_newer_architecture_takes_the_newest_entry() -> None:
-    for capability, expected in (((8, 0), 8), ((8, 9), 8), ((9, 0), 9), ((10, 0), 10), ((11, 0), 10), ((12, 0), 8)):
+    for capability, expected in (((8, 0), 8), ((8, 9), 8), ((9, 0), 9), ((10, 0), 10), ((11, 0), 10), ((12, 0), 12)):
         assert triton_configs.config(capability, "half") == triton_configs.TABLE[expected, "half"]
 
 

@@ -46,82 +46,61 @@ def gradient_error(grad: Tensor, exact: Tensor) -> float:
     return float(error.max()) / max(float(exact.abs().max()), 1e-30)
 
 
+def exact_gradient(terms: Tensor, x_factored: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    g, unit = terms.double().T @ x_factored.double(), weight.double() * inverse.double()[:, None]
+    return (g - (g * unit).sum(1, keepdim=True) * unit) * inverse.double()[:, None]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("upstream", [None, -3.0])
 @pytest.mark.parametrize(
     ("B", "C", "D"), [(1, 1, 16), (16, 16, 32), (17, 33, 48), (40, 300, 128), (15, 100, 96), (70, 129, 112), (200, 400, 64)]
 )
-def test_the_gradient_kernel(
-    B: int, C: int, D: int, upstream: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Around its tiles' edges; several tiles of columns, and of classes a program."""
-    monkeypatch.setattr(triton_configs.GradientConfig, "serves", lambda *_: True)
-    terms, x_factored, weight, inverse, grad = gradient_operands(B, C, D, dtype)
-    factor = None if upstream is None else torch.tensor(upstream, device=DEVICE)
-    done = backend._Kernels().grad_centres(terms, x_factored, weight, inverse, grad, factor)
+def test_the_gradient_kernel(B: int, C: int, D: int, dtype: torch.dtype) -> None:
+    """Around its tiles' edges."""
+    operands = gradient_operands(B, C, D, dtype)
+    done = backend._Kernels().grad_centres(*operands)
     assert done == (backend._gradient_config(DEVICE) is not None)
     if not done:
         pytest.skip("there is no such kernel for this GPU")
-    g, unit = terms.double().T @ x_factored.double(), weight.double() * inverse.double()[:, None]
-    exact = (
-        (g - (g * unit).sum(1, keepdim=True) * unit) * inverse.double()[:, None] * (1.0 if upstream is None else upstream)
-    )
-    assert gradient_error(grad, exact) < (2e-6 if DEVICE.type == "cpu" else 1e-5) and not grad[C // 2].any()
+    grad = operands[-1]
+    assert gradient_error(grad, exact_gradient(*operands[:4])) < (2e-6 if DEVICE.type == "cpu" else 1e-5)
+    assert not grad[C // 2].any()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("B", "C", "D"),
-    [
-        (256, 10_516, 512),
-        (1024, 70_000, 512),
-        (1024, 40_000, 256),
-        (2000, 20_001, 1024),
-        (1, 40_000, 512),
-        (64, 300, 272),
-        (70, 20_000, 1024),
-        (130, 20_001, 528),
-    ],
+    [(256, 10_516, 512), (1024, 70_000, 512), (4096, 40_000, 256), (1, 40_000, 512), (64, 300, 272)],
 )
-def test_the_gradient_kernel_at_its_sizes(
-    B: int, C: int, D: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several tiles of classes a program, one step a tile or many, and hundreds of times the same bits."""
-    monkeypatch.setattr(triton_configs.GradientConfig, "serves", lambda *_: True)
+def test_the_gradient_kernel_at_its_sizes(B: int, C: int, D: int, dtype: torch.dtype) -> None:
+    """One step a tile or many, and hundreds of times the same bits."""
     operands = gradient_operands(B, C, D, dtype)
-    terms, x_factored, weight, inverse, grad = operands
-    if not backend._Kernels().grad_centres(*operands, None):
+    if not backend._Kernels().grad_centres(*operands):
         pytest.skip("there is no such kernel for this GPU")
-    g, unit = terms.float().T @ x_factored.float(), weight.float() * inverse[:, None]
-    exact = (g - (g * unit).sum(1, keepdim=True) * unit) * inverse[:, None]
-    assert gradient_error(grad, exact.double()) < 1e-5
+    assert gradient_error(operands[-1], exact_gradient(*operands[:4])) < 1e-5
     for _ in range(300):
-        again = torch.full_like(grad, math.nan)
-        assert backend._Kernels().grad_centres(*operands[:4], again, None)
-        assert torch.equal(again, grad)
+        again = torch.full_like(operands[-1], math.nan)
+        assert backend._Kernels().grad_centres(*operands[:4], again)
+        assert torch.equal(again, operands[-1])
 
 
 def test_what_the_gradient_kernel_leaves_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     terms, x_factored, weight, inverse, grad = gradient_operands(40, 50, 64)
     monkeypatch.setattr(backend, "_gradient_config", lambda _: triton_configs.GRADIENT[9])
     shifted = torch.zeros(50 * 64 + 1, device=DEVICE)[1:].view(50, 64)
-    many, wide = torch.zeros(300, 64, device=DEVICE).bfloat16(), torch.zeros(40, 528, device=DEVICE).bfloat16()
-    apart = weight[:1].as_strided((1, 64), (1 << 31, 1))
+    wide = torch.zeros(40, 528, device=DEVICE).bfloat16()
     for left in (
         (terms, x_factored.float(), weight, inverse, grad),
         (terms, x_factored, weight.bfloat16(), inverse, grad),
         (terms, x_factored, weight[:, :56].bfloat16(), inverse, grad[:, :56].bfloat16()),
         (terms, x_factored, shifted, inverse, grad),
         (terms, x_factored, weight, inverse, shifted),
-        (terms[:, :1], x_factored, apart, inverse[:1], grad[:1]),
         (terms, x_factored, weight.T.contiguous().T, inverse, grad),
         (terms, x_factored, weight[:, :60], inverse, grad[:, :60].contiguous()),
-        (many[:, :50], many, weight, inverse, grad),
         (terms, wide, weight.repeat(1, 9)[:, :528], inverse, grad.repeat(1, 9)[:, :528].contiguous()),
-        (terms, wide[:, :80], weight.repeat(1, 2)[:, :80], inverse, grad.repeat(1, 2)[:, :80].contiguous()),
     ):
-        assert not backend._Kernels().grad_centres(*left, None)
+        assert not backend._Kernels().grad_centres(*left)
     assert grad.isnan().all()
 
 
@@ -130,16 +109,16 @@ def test_what_the_gradient_kernel_leaves_to_others(monkeypatch: pytest.MonkeyPat
     ("rows", "classes", "width", "dtype"),
     [
         (1, 1, 32, torch.float32),
-        (70, 130, 240, torch.float32),
-        (130, 257, 512, torch.float32),
-        (70, 130, 512, torch.float16),
-        (64, 128, 256, torch.float32),
+        (33, 65, 240, torch.float32),
+        (65, 129, 512, torch.float32),
+        (33, 65, 512, torch.float16),
+        (32, 64, 256, torch.float32),
     ],
 )
 def test_the_gradient_tables_tiles(
     rows: int, classes: int, width: int, dtype: torch.dtype, entry: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tile that is used on a GPU, in two tiles of columns too, one element past it."""
+    """The tile that is used on a GPU, one element past it."""
     if DEVICE.type == "cuda" and entry != torch.cuda.get_device_capability()[0]:
         pytest.skip("another architecture's")
     monkeypatch.setattr(backend, "_gradient_config", lambda _: triton_configs.GRADIENT[entry])
@@ -148,7 +127,6 @@ def test_the_gradient_tables_tiles(
     x_factored = torch.randn(rows, width, generator=generator).bfloat16().to(DEVICE)
     weight = torch.randn(classes, width, generator=generator).to(DEVICE, dtype)
     inverse, grad = 1 / weight.float().norm(dim=1), torch.full_like(weight, math.nan)
-    assert backend._Kernels().grad_centres(terms, x_factored, weight, inverse, grad, None)
-    g, unit = terms.double().T @ x_factored.double(), weight.double() * inverse.double()[:, None]
-    exact = (g - (g * unit).sum(1, keepdim=True) * unit) * inverse.double()[:, None]
+    assert backend._Kernels().grad_centres(terms, x_factored, weight, inverse, grad)
+    exact = exact_gradient(terms, x_factored, weight, inverse)
     assert gradient_error(grad, exact) < (2e-6 if DEVICE.type == "cpu" else 1e-5)

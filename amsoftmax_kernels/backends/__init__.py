@@ -1,26 +1,27 @@
 """The contract of a backend, and the choice of one.
 
-A backend does the B×C work over one shard of classes and knows neither the margin nor the loss. It is a module of this
-package, imported when first asked for, with ``unavailable_reason``, ``serves``, ``forward`` and ``backward`` as in
-:class:`Backend`. ``reference`` is none of these: it is the formula, and is called by the public function itself.
+A backend does the B×C work over one shard of classes. It is a module of this package, imported when first asked for, with
+the functions of :class:`Backend`; its two passes know neither the margin nor the loss, which are vectors of length B.
+``reference`` is none of these: it is the formula, and is called by the public function itself.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Hashable
-from typing import NamedTuple, Protocol, cast
+import warnings
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-# By preference where nothing else is known (:func:`_ordered`): kernels before plain PyTorch, and Triton's, which need no
-# nvcc, before those in C++. "reference" is always there.
+from .chunking import kind
+
+# Kernels before plain PyTorch, and Triton's, which need no nvcc, before those in C++. "reference" is always there.
 NAMES: tuple[str, ...] = ("triton", "cuda", "chunked", "reference")
 
 
 class Problem(NamedTuple):
-    """One shard of classes and the rows against it: what both passes are given, checked."""
+    """One shard of classes and the rows against it, checked: what both passes are given."""
 
     features: Tensor  # [B, D]
     weight: Tensor  # [C, D]
@@ -29,6 +30,14 @@ class Problem(NamedTuple):
     normalize_features: bool
     compute_dtype: torch.dtype
     interclass_filter: float  # negatives of a larger cosine are left out of z; infinity leaves none out
+
+
+class Request(NamedTuple):
+    """What the forward pass is asked for."""
+
+    save_bytes: int  # of the terms of z that may be kept for the backward pass
+    predict: bool  # find each row's best negative
+    need_rows: bool  # a gradient of features or scale will be asked for
 
 
 class Forward(NamedTuple):
@@ -41,93 +50,60 @@ class Forward(NamedTuple):
     inverse_norm: Tensor  # [C] 1/‖w‖, 0 for a zero row
     kept: Tensor  # the terms of z that fit save_bytes, laid out as the backend likes
     kept_shift: Tensor  # the shift of each part of them, when it was kept
-    rows: Tensor  # [B, D] Σ_j term·ŵ_j, if the backend makes it in the forward pass; else of size 0
+    rows: Tensor  # [B, D] Σ_j term·ŵ_j over the kept terms, if the backend makes it in the forward pass; else of size 0
     best: Tensor  # [B] the largest cosine of a negative; of size 0 if no prediction was asked for
     best_class: Tensor  # [B] int64, the class it belongs to
 
 
-class LossForward(NamedTuple):
-    """The loss for a constant margin, and what its gradients take beside the problem."""
+class Upstream(NamedTuple):
+    """The gradients that the loss hands to the backward pass, ``[B]`` each."""
 
-    loss: Tensor
-    predictions: Tensor | None  # [B] int64, if asked for
-    labels: Tensor  # those of the problem, as ``canonical_labels`` makes them
-    saved: tuple[Tensor, ...]  # a backend's own
-    layout: Hashable  # what else it has to know of them: equal for equal calls, as another's ``saved`` may be read by it
+    row_factor: Tensor  # with respect to log z, divided by z
+    cosine: Tensor  # with respect to t
+    norm: Tensor | None  # with respect to ‖x‖; None stands for 0
 
 
-class LossAtOnce(NamedTuple):
-    """The whole loss for a constant margin, with its gradients for an upstream gradient of 1, in the accumulate dtype."""
+class Needs(NamedTuple):
+    """Whose gradients are asked for."""
 
-    loss: Tensor
-    predictions: Tensor | None  # [B] int64, if asked for
-    grad_features: Tensor | None  # [B, D], and the others, where they will be needed
-    grad_weight: Tensor | None  # [C, D]
-    grad_scale: Tensor | None
+    features: bool
+    weight: bool
+    scale: bool
+
+
+class Traits(NamedTuple):
+    """What decides which kernels serve a call, beside the number of rows and classes."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    features_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    width: int  # D
+    normalize_features: bool
+    bounded: bool  # the scale is a number that needs no shift
+    filtered: bool
+    predict: bool
 
 
 class Backend(Protocol):
     def unavailable_reason(self) -> str | None:
         """Why this backend cannot run on this machine; None if it can."""
 
-    def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether tensors on this device, computed in this dtype, can be given to it."""
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it does not serve tensors on this device that are computed in this dtype; None if it does."""
 
-    def canonical_labels(self, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """As :func:`amsoftmax_kernels.arguments.canonical_labels`."""
+    def forward(self, problem: Problem, request: Request) -> Forward: ...
 
-    def forward(self, problem: Problem, save_bytes: int, predict: bool, need_rows: bool, need_weight: bool) -> Forward:
-        """``predict``: find the best negative. ``need_rows``: the gradient of features or scale will be asked for;
-        ``need_weight``: that of weight will."""
+    def backward(self, problem: Problem, saved: Forward, upstream: Upstream, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of features, weight and scale (through z), each of size 0 where it is not needed."""
 
-    def loss_at_once(
-        self, problem: Problem, ignore_index: int, margin: float, mean: bool, predict: bool
-    ) -> LossAtOnce | None:
-        """The sum or mean of the loss where it is quicker in one go; else None. Labels as in :meth:`forward_loss`."""
-
-    def forward_loss(
-        self,
-        problem: Problem,
-        save_bytes: int,
-        predict: bool,
-        need_rows: bool,
-        need_weight: bool,
-        ignore_index: int,
-        margin: float,
-        reduction: str,
-        need_scale: bool,
-    ) -> LossForward:
-        """:meth:`forward`, and the loss for one margin with its derivatives, as in :mod:`.margin`.
-
-        The problem's labels are those that :meth:`canonical_labels` is given, and come back as it makes them.
-        """
-
-    def backward_loss(
-        self,
-        problem: Problem,
-        saved: tuple[Tensor, ...],
-        layout: Hashable,
-        upstream: Tensor,
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of :meth:`forward_loss`, as :meth:`backward` returns them, the scale's whole."""
-
-    def backward(
-        self,
-        problem: Problem,
-        saved: Forward,
-        row_factor: Tensor,  # [B] gradient with respect to log z, over z
-        grad_cosine: Tensor,  # [B]
-        grad_norm: Tensor | None,  # [B]
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of features, weight and scale (through z), each of size 0 where it is not needed.
-
-        ``needs`` as :meth:`forward` was told, unless it kept all terms: then in any parts.
-        """
+    def additive_margin(self, problem: Problem, saved: Forward, margin: float) -> tuple[Tensor, Tensor]:
+        """:func:`amsoftmax_kernels.backends.margin.additive_margin`, or one kernel that does the same."""
 
 
 _loaded: dict[str, Backend] = {}
+_warned: set[str] = set()
+_choices: dict[tuple[Any, ...], str] = {}  # made in this process: a step looks one up
 
 
 def load(name: str) -> Backend:
@@ -137,23 +113,24 @@ def load(name: str) -> Backend:
     return _loaded[name]
 
 
-def _ordered(device: torch.device | None = None) -> tuple[str, ...]:
-    """:data:`NAMES`, fastest first by the estimates (bench/): none has been timed on a GPU yet."""
-    if "cuda" in NAMES and load("cuda").comes_first(device):  # type: ignore[attr-defined]
-        return ("cuda", *(name for name in NAMES if name != "cuda"))
-    return NAMES
-
-
 def unavailable_reason(name: str) -> str | None:
     """Why a backend cannot run here, None if it can."""
-    if name == "reference":
-        return None
-    return load(name).unavailable_reason()
+    return None if name == "reference" else load(name).unavailable_reason()
+
+
+def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend that can run here does not serve such tensors, None if it does."""
+    return None if name == "reference" else load(name).refusal(device, dtype)
+
+
+def serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend that can run here serves such tensors."""
+    return refusal(name, device, dtype) is None
 
 
 def available_backends() -> list[str]:
-    """Names of the backends that can run on this machine, fastest first."""
-    return [name for name in _ordered() if unavailable_reason(name) is None]
+    """Names of the backends that can run on this machine, fastest first. None has been timed on a GPU yet."""
+    return [name for name in NAMES if unavailable_reason(name) is None]
 
 
 def check_available(name: str | None) -> None:
@@ -174,25 +151,91 @@ def check_available(name: str | None) -> None:
         raise ValueError(f"backend {name!r} cannot run here: {reason}; available: {', '.join(available_backends())}")
 
 
-# torch.compile does not trace imports: it takes the choice as a constant, after which the backend is loaded.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend to use: ``name`` if it can serve these tensors, the fastest that can if it is None.
+def choose(name: str | None, traits: Traits) -> str:
+    """The backend to use: ``name`` if it can serve such tensors, the fastest that can if it is None.
 
     Raises:
         TypeError, ValueError: as :func:`check_available`, and where it cannot serve tensors of this device and dtype.
+        RuntimeError: it failed its proof on this device; or it has none yet, and a CUDA graph is being captured.
     """
+    chosen: str = _chosen(name, *traits)
+    return chosen
+
+
+# torch.compile takes the choice as a constant: it traces neither imports nor proofs. Of a tuple it would make an empty one.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _chosen(name: str | None, device: torch.device, compute_dtype: torch.dtype, *values: Any) -> str:
+    # As which float32 is multiplied is PyTorch's setting, read for a GPU alone: a step asks.
+    how = kind(compute_dtype) if device.type == "cuda" else None
+    key = (name, device, compute_dtype, how, *values)
+    found = _choices.get(key)
+    if found is None:
+        traits = Traits(device, compute_dtype, *values)
+        found = _choices[key] = _fastest(traits) if name is None else _named(name, traits)
+    return found
+
+
+def _named(name: str, traits: Traits) -> str:
     check_available(name)
-    if name is None and device.type == "cpu":
-        load("chunked")
-        return "chunked"  # another that serves CPU tensors only emulates a GPU
-    if name is None:
-        return next(each for each in _ordered(device) if unavailable_reason(each) is None and _serves(each, device, dtype))
-    if not _serves(name, device, dtype):
+    reason = refusal(name, traits.device, traits.compute_dtype)
+    if reason is not None:
         check_available(name)  # a build that was tried just now has failed
-        raise ValueError(f"backend {name!r} does not serve {dtype} on {device}")
+        raise ValueError(f"backend {name!r} does not serve {traits.compute_dtype} on {traits.device}: {reason}")
+    cause = _unproven(name, traits)
+    if cause is not None:
+        raise RuntimeError(f"backend {name!r} failed its proof on {_card(traits.device)}: {cause}")
     return name
 
 
-def _serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:
-    return name == "reference" or load(name).serves(device, dtype)
+def _fastest(traits: Traits) -> str:
+    """The first candidate that serves such tensors. What stands in for a GPU's kernels says so, once."""
+    failed: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    for name in _candidates(traits.device):
+        reason = unavailable_reason(name) or refusal(name, traits.device, traits.compute_dtype)
+        cause = None if reason is not None else _unproven(name, traits)
+        if reason is None and cause is None:
+            break
+        failed |= {} if cause is None else {name: cause}
+        refused |= {} if reason is None else {name: reason}
+    for other, cause in failed.items():
+        _warn(f"backend {other!r} failed its proof on {_card(traits.device)}: {cause}; {name!r} serves instead")
+    if refused and name in ("chunked", "reference"):
+        reasons = "; ".join(f"{other!r}: {reason}" for other, reason in refused.items())
+        _warn(f"tensors on {_card(traits.device)} are served by {name!r}, without fused kernels, as no other can: {reasons}")
+    return name
+
+
+def _candidates(device: torch.device) -> tuple[str, ...]:
+    """The backends to choose from, fastest first. Nothing is built that was not asked for: C++ is one where it is named."""
+    if device.type != "cuda":  # another that serves CPU tensors only emulates a GPU
+        return ("chunked", "reference")
+    names = [name for name in NAMES if name != "cuda"]
+    if "cuda" in NAMES and (where := load("cuda").place(device)) is not None:  # type: ignore[attr-defined]
+        names.insert(where, "cuda")
+    return tuple(names)
+
+
+def _unproven(name: str, traits: Traits) -> str | None:
+    """Why this backend has not proven itself on such tensors; None if it has, or need not."""
+    if name not in ("triton", "cuda") or not _proves(traits.device):
+        return None
+    from . import proof
+
+    return proof.failure(name, traits)
+
+
+def _proves(device: torch.device) -> bool:
+    return device.type == "cuda"  # on a CPU kernels are emulated
+
+
+def _card(device: torch.device) -> str:
+    from . import proof
+
+    return proof.describe(device)
+
+
+def _warn(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"amsoftmax_kernels: {message}", RuntimeWarning, stacklevel=2)

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from ..arguments import accumulate_dtype, no_autocast
-from ..arguments import canonical_labels as canonical_labels
 from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced, register
-from . import Forward, LossAtOnce, LossForward, Problem, one_chunk
-from . import margin as constant_margin
+from . import Forward, Needs, Problem, Request, Upstream, one_chunk
 from .budget import BOUNDED_SCALE, kept_classes
 from .host_memory import advise_huge_pages
+from .margin import additive_margin as additive_margin
 from .norms import row_norms
 from .products import product_nt
+from .targets import TargetPair, Targets
 
 # Elements of a chunk of classes and its panel, chunk·(B + D): what two cores' L2 holds on a CPU (times measured at B from
 # 64 to 4096 and D of 64 and 512 are flat within a factor of two of it); enough to fill a GPU elsewhere.
@@ -40,66 +40,19 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type != "mps"  # no float64 there
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    return "it takes float64, which this device has not" if device.type == "mps" else None
 
 
-def loss_at_once(problem: Problem, ignore_index: int, margin: float, mean: bool, predict: bool) -> LossAtOnce | None:
-    """Small and plain problems on a CPU: see :mod:`.one_chunk`."""
-    features, weight, labels, scale = problem[:4]
-    (B, D), C, device = features.shape, weight.shape[0], features.device
-    if device.type != "cpu" or is_traced(features) or B == 0 or not 1 < C <= _chunk_size(B, D, device):
-        return None
-    s = scale.item()
-    if not problem.normalize_features or math.isfinite(problem.interclass_filter) or s > BOUNDED_SCALE:
-        return None
-    enabled = torch.is_grad_enabled()
-    needs = (enabled and features.requires_grad, enabled and weight.requires_grad, enabled and scale.requires_grad)
-    dtype = accumulate_dtype(problem.compute_dtype)
-    labels, num_rows = canonical_labels(labels, C, ignore_index)
-    with torch.no_grad(), no_autocast(device):
-        # The number of rows is at least 1, whatever becomes of a single one.
-        if num_rows.item() == B and (B > 1 or labels.item() >= 0):
-            return one_chunk.loss(features, weight, labels, s, margin, mean, dtype, predict, needs)
-        rows = (labels >= 0).nonzero()[:, 0]  # the others are ignored, whatever they hold
-        if rows.shape[0] == 0:
-            return None
-        features, labels = features.index_select(0, rows), labels.index_select(0, rows)
-        result = one_chunk.loss(features, weight, labels, s, margin, mean, dtype, predict, needs)
-        if result is None:
-            return None
-        loss, predictions, grad_features, *grads = result
-        if predictions is not None:
-            predictions = predictions.new_full((B,), -1).index_copy_(0, rows, predictions)
-        if grad_features is not None:
-            grad_features = grad_features.new_zeros(B, D).index_copy_(0, rows, grad_features)
-        return LossAtOnce(loss, predictions, grad_features, *grads)
-
-
-def forward(problem: Problem, save_bytes: int, predict: bool, need_rows: bool, need_weight: bool) -> Forward:
+def forward(problem: Problem, request: Request) -> Forward:
     op = torch.ops.amsoftmax_kernels.chunked_forward if is_traced(problem.features) else _forward
-    return Forward(*op(*problem, save_bytes, predict))
+    return Forward(*op(*problem, request.save_bytes, request.predict))
 
 
-def backward(
-    problem: Problem,
-    saved: Forward,
-    row_factor: Tensor,
-    grad_cosine: Tensor,
-    grad_norm: Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(problem: Problem, saved: Forward, upstream: Upstream, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
     op: Any = torch.ops.amsoftmax_kernels.chunked_backward if is_traced(problem.features) else _backward
-    grads: tuple[Tensor, Tensor, Tensor] = op(*problem, *saved[1:7], row_factor, grad_cosine, grad_norm, *needs)
+    grads: tuple[Tensor, Tensor, Tensor] = op(*problem, *saved[1:7], *upstream, *needs)
     return grads
-
-
-def forward_loss(problem: Problem, *how: Any) -> LossForward:
-    return constant_margin.forward_loss(forward, problem, *how)
-
-
-def backward_loss(problem: Problem, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return constant_margin.backward_loss(backward, problem, *rest)
 
 
 @dataclass
@@ -117,7 +70,7 @@ class _Shard:
     chunk: int  # classes a chunk
 
     @classmethod
-    def of(cls, pair: _TargetPair, problem: Problem) -> _Shard:
+    def of(cls, pair: TargetPair, problem: Problem) -> _Shard:
         weight, scale, normalize, compute_dtype = problem.weight, *problem[3:6]
         dtype, device = accumulate_dtype(compute_dtype), weight.device
         half = compute_dtype != dtype and device.type != "cpu"
@@ -179,9 +132,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
             kept_shift = kept.new_zeros(min(len(kept), 1), len(z))
             none, no_class = z.new_empty(0), labels.new_empty(0)
             return z, torch.zeros_like(z), cosine, norm, inverse_norm, kept, kept_shift, none, none.clone(), no_class
-        pair = _TargetPair.of(features, weight, labels)
+        pair = TargetPair.of(features, weight, labels)
         shard = _Shard.of(pair, problem)
-        targets = _Targets(labels, weight.shape[0], shard.chunk)
+        targets = Targets(labels, weight.shape[0], shard.chunk)
         B, C = features.shape[0], weight.shape[0]
         K = kept_classes(B, C, shard.panel_dtype, save_bytes, shard.chunk)
         kept = advise_huge_pages(weight.new_empty(K, B, dtype=shard.panel_dtype))
@@ -238,17 +191,16 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     need_features, need_weight, need_scale = needs
     with no_autocast(features.device):
         if _is_one_chunk(problem) and one_chunk.regular(norm, inverse_norm):
-            results = one_chunk.backward(
-                features, weight, labels, scale.item(), norm, inverse_norm, cosine, kept,
-                row_factor, grad_cosine, grad_norm, need_scale,
-            )  # fmt: skip
+            unused = norm.new_empty(0)
+            known = Forward(unused, shift, cosine, norm, inverse_norm, kept, kept_shift, unused, unused, unused)
+            results = one_chunk.backward(problem, known, Upstream(*grads), need_scale)
             return tuple(
                 grad.to(tensor.dtype) if need else tensor.new_empty(0)
                 for grad, tensor, need in zip(results, (features, weight, scale), needs, strict=True)
             )
-        pair = _TargetPair.of(features, weight, labels)
+        pair = TargetPair.of(features, weight, labels)
         shard = _Shard.of(pair, problem)
-        targets = _Targets(labels, weight.shape[0], shard.chunk)
+        targets = Targets(labels, weight.shape[0], shard.chunk)
         need_rows = need_features or (need_scale and normalize_features)
         B, D, C = *features.shape, weight.shape[0]
         x = shard.x.to(shard.operand_dtype)
@@ -309,94 +261,6 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
             if need_features:
                 grad_features = pair.grad_features(grad_cosine, rows64, row_coefficient, x_coefficient).to(features.dtype)
         return grad_features, grad_weight, grad_scale
-
-
-@dataclass
-class _TargetPair:
-    """Each row's feature and its own centre in float64, for an exact target."""
-
-    x: Tensor  # [B, D], zero where the row is ignored
-    x_norm: Tensor  # [B] ‖x‖
-    x_inverse: Tensor  # [B] 1/‖x‖
-    w: Tensor  # [B, D] w_y; another class's where the target is absent
-    w_inverse: Tensor  # [B] 1/‖w_y‖
-    cosine: Tensor  # [B] t, 0 where the target is absent
-    absent: Tensor  # [B] bool: no target in this shard
-
-    @classmethod
-    def of(cls, features: Tensor, weight: Tensor, labels: Tensor) -> _TargetPair:
-        ignored = labels < 0
-        absent = ignored | (labels >= weight.shape[0])
-        x = features.to(torch.float64, copy=True).masked_fill_(ignored[:, None], 0)
-        w = weight.index_select(0, labels.clamp(0, weight.shape[0] - 1)).double()
-        x_norm, x_inverse = row_norms(x)
-        w_inverse = row_norms(w)[1]
-        cosine = ((x * w).sum(1) * (x_inverse * w_inverse)).masked_fill_(absent, 0)
-        return cls(x, x_norm, x_inverse, w, w_inverse, cosine, absent)
-
-    def grad_features(self, grad_cosine: Tensor, rows: Tensor, row_coefficient: Tensor, x_coefficient: Tensor) -> Tensor:
-        """``rows`` and x̂ by their coefficients, plus ∂t/∂x = (ŵ − t x̂)/‖x‖ by the gradient of t: ``[B, D]``, in ``rows``."""
-        g = self._of_targets(grad_cosine) * self.x_inverse
-        rows *= row_coefficient[:, None]
-        rows.addcmul_(self.w, (g * self.w_inverse)[:, None])
-        return rows.addcmul_(self.x, ((x_coefficient - g * self.cosine) * self.x_inverse)[:, None])
-
-    def grad_weight(self, grad_cosine: Tensor) -> Tensor:
-        """∂t/∂w_y = (x̂ − t ŵ_y)/‖w_y‖ times the gradient of t: ``[B, D]``."""
-        g = self._of_targets(grad_cosine) * self.w_inverse
-        rows = self.x * (g * self.x_inverse)[:, None]
-        return rows.addcmul_(self.w, (g * self.cosine * self.w_inverse)[:, None], value=-1)
-
-    def _of_targets(self, grad_cosine: Tensor) -> Tensor:
-        return grad_cosine.double().masked_fill(self.absent, 0)
-
-
-class _Targets:
-    """Where the targets fall in each chunk's panel. Sums in the order of the rows, so the same bits each time."""
-
-    def __init__(self, labels: Tensor, num_classes: int, chunk: int) -> None:
-        self.labels, self.chunk = labels, chunk
-        self.on_cpu = labels.device.type == "cpu"
-        self.bounds: list[int] = []
-        if not self.on_cpu:
-            return
-        if num_classes <= chunk:
-            self.order = ((labels >= 0) & (labels < num_classes)).nonzero()[:, 0]
-            self.bounds = [0, len(self.order)]
-        else:
-            ordered, self.order = labels.sort(stable=True)
-            starts = torch.arange(0, num_classes + chunk, chunk, device=labels.device).clamp(max=num_classes)
-            self.bounds = torch.searchsorted(ordered, starts).tolist()
-
-    def mask_(self, panel: Tensor, start: int, value: float) -> None:
-        """Set each target's entry of a panel ``[chunk, B]``."""
-        if self.on_cpu:
-            rows, classes = self._in_chunk(start)
-            panel[classes, rows] = value
-            return
-        # Without reading the labels back: every column writes one entry, itself where its target is elsewhere.
-        inside, classes = self._inside(panel, start)
-        current = panel.gather(0, classes[None])
-        panel.scatter_(0, classes[None], torch.where(inside, value, current))
-
-    def add_(self, grad: Tensor, start: int, target_rows: Tensor) -> None:
-        """Add each row of ``target_rows [B, D]`` to its class in ``grad [chunk, D]``."""
-        if self.on_cpu:
-            rows, classes = self._in_chunk(start)
-            grad.index_add_(0, classes, target_rows[rows])
-            return
-        inside, classes = self._inside(grad, start)
-        # index_put_ sorts on a GPU; index_add_ would add in no fixed order.
-        grad.index_put_((classes,), target_rows.masked_fill(~inside[:, None], 0), accumulate=True)
-
-    def _in_chunk(self, start: int) -> tuple[Tensor, Tensor]:
-        first = start // self.chunk
-        rows = self.order[self.bounds[first] : self.bounds[first + 1]]
-        return rows, self.labels[rows] - start
-
-    def _inside(self, panel: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        local = self.labels - start
-        return (local >= 0) & (local < panel.shape[0]), local.clamp(0, panel.shape[0] - 1)
 
 
 def _panel_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -6,49 +6,65 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from . import Forward, Problem
+from . import Forward, Problem, Upstream
 
 
-class RawLabels(NamedTuple):
-    """Labels as they were given, of which a kernel makes those that :class:`.Problem` has."""
+class Rows(NamedTuple):
+    """What the kernels are given of each row of the batch."""
 
-    labels: Tensor  # [B] of any integer dtype, contiguous
-    ignore_index: int
-    num_rows: Tensor  # 0-d int64, to be written: those not ignored, at least 1
+    x_hat: Tensor  # [B, width] in the compute dtype
+    factor: Tensor  # [B] log2(e)·s, or log2(e)·‖x‖ without normalize_features
+    cosine: Tensor  # [B] t, exact
+    norm: Tensor  # [B]
+    shift: Tensor | None  # [B] taken off log2(e)·logit; None: no row needs one
+
+
+class Cosines(NamedTuple):
+    """What the cosine kernel makes of a chunk of classes; None leaves it out."""
+
+    terms: Tensor | None = None  # [B, chunk] E
+    z: Tensor | None = None  # [streams, B] float64, parts of its row sums
+    best: Tensor | None = None  # [streams, B] float32, the largest cosines of a negative
+    best_class: Tensor | None = None  # [streams, B] int64
+
+
+class Factored(NamedTuple):
+    """What the backward pass's products take of each row."""
+
+    x_factored: Tensor  # [B, width] a∘x̂ in the dtype of E
+    x_hat: Tensor | None  # [B, width] and
+    factor: Tensor | None  # [B] as in Rows, where E is computed again
+
+
+class Grads(NamedTuple):
+    """Where the backward pass puts its results; None where one is not needed."""
+
+    features: Tensor | None  # [B, D]
+    weight: Tensor | None  # [C, D], complete but for the targets' part
+    scale: Tensor | None  # [B] float64, parts of the scale's gradient
 
 
 class Kernels(Protocol):
     """What a backend launches, on tensors of one device: each call is one kernel, on the current stream.
 
     ``s`` is the scale: a number, or a 0-d float32 tensor on the device; ‖x‖ takes its place without normalize_features.
-    Widths are those of the padded rows of operands. x̂, ŵ are in the compute dtype, E and a∘x̂ in the panel's. ``upstream``,
-    the gradient of a reduced loss, is a 0-d float32 tensor on the device; None stands for 1.
+    Operands have D padded to ``width``. x̂ and ŵ are in the compute dtype, E and a∘x̂ in the panel's.
     """
 
     def streams(self, problem: Problem, classes: int) -> int:
-        """Partial sums of a row that :meth:`cosine_exp` leaves: one or more of each program that shares its classes."""
+        """Parts of a row's sum that :meth:`cosine_exp` leaves: one of each program that shares the row's classes."""
 
-    def canonical_labels(
-        self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor
-    ) -> None: ...
+    def prepare_rows(self, problem: Problem, s: float | Tensor, rows: Rows) -> None:
+        """Write all of ``rows``, the shift as 0."""
 
-    def prepare_rows(
-        self, problem: Problem, raw: RawLabels | None, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor,
-        factor: Tensor, shift: Tensor, w_hat: Tensor | None, inverse_norm: Tensor,
-    ) -> None:  # fmt: skip
-        """x̂, the target's exact cosine, ‖x‖, log2(e)·s, and a shift of 0; and, with ``w_hat``, all centres as below.
+    def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor) -> None:
+        """Write ŵ and 1/‖w‖ of a chunk's centres ``weight [N, D]``."""
 
-        With ``raw`` the problem's labels, and their number, are written, as by :meth:`canonical_labels`.
+    def cosine_exp(self, problem: Problem, start: int, rows: Rows, w_hat: Tensor, out: Cosines) -> None:
+        """Piece 2 of a step on the classes from ``start``, of which ``w_hat`` has the normalized centres.
+
+        With ``best`` alone it serves for the rows' shifts: rows whose scale needs none are skipped, classes may be left out.
         """
-
-    def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None) -> None:
-        """ŵ and 1/‖w‖ of a chunk; nothing if ``unless_bounded``, the scale on the device, needs no shift."""
-
-    def cosine_exp(
-        self, problem: Problem, start: int, x_hat: Tensor, w_hat: Tensor, factor: Tensor, shift: Tensor | None,
-        terms: Tensor | None, z: Tensor | None, best: Tensor | None, best_class: Tensor | None, only_unbounded: bool,
-    ) -> None:  # fmt: skip
-        """Piece 2 on the chunk of classes from ``start``, into whichever of ``terms``, ``z`` and ``best`` are given."""
 
     def reduce_sums(self, z_parts: Tensor, labels: Tensor, z: Tensor) -> None: ...
 
@@ -56,44 +72,17 @@ class Kernels(Protocol):
 
     def reduce_shift(self, best_parts: Tensor, class_parts: Tensor, factor: Tensor, shift: Tensor) -> None: ...
 
-    def constant_margin(
-        self, problem: Problem, saved: Forward, z_parts: Tensor | None, num_rows: Tensor, s: float | Tensor, margin: float,
-        reduction: str, loss: Tensor, derivatives: Tensor, x_factored: Tensor | None,
-    ) -> None:  # fmt: skip
-        """The loss, its derivatives and a∘x̂; given parts of z it also sums them into z."""
+    def additive_margin(self, problem: Problem, saved: Forward, s: float | Tensor, margin: float) -> tuple[Tensor, Tensor]:
+        """As :func:`amsoftmax_kernels.backends.margin.additive_margin`."""
 
-    def factor_rows(
-        self, problem: Problem, norm: Tensor, row_factor: Tensor, s: float | Tensor, x_factored: Tensor,
-        x_hat: Tensor | None, factor: Tensor | None,
-    ) -> None:  # fmt: skip
-        """a∘x̂; x̂ and its factor again where E is recomputed."""
+    def factor_rows(self, problem: Problem, norm: Tensor, row_factor: Tensor, s: float | Tensor, out: Factored) -> None: ...
 
-    def grad_centres(
-        self, terms: Tensor, x_factored: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
-    ) -> bool:
+    def grad_centres(self, terms: Tensor, x_factored: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor) -> bool:
         """The gradient of a chunk's centres at once, Eᵀ(a∘x̂) through the normalization, if there is a kernel for it here;
         else False, and nothing is done."""
 
-    def parts_beside(self, problem: Problem) -> int:
-        """Parts in which :meth:`grad_both` can make E·ŵ, known from dtypes and layouts alone; 0 where it would not pay."""
+    def finish_centres(self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor) -> None:
+        """From the gradient by ŵ to that of the centres; ``grad`` may be ``grad_unit``."""
 
-    def grad_both(
-        self, terms: Tensor, x_factored: Tensor, w_hat: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor,
-        upstream: Tensor | None, parts: Tensor,
-    ) -> bool:  # fmt: skip
-        """:meth:`grad_centres` of all classes, and beside it E·ŵ into ``parts`` ``[n, B, width]``, still to be summed."""
-
-    def finish_centres(
-        self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
-    ) -> None:
-        """The gradient through the normalization, times ``upstream``; ``grad`` may be ``grad_unit``."""
-
-    def finish_rows(
-        self, problem: Problem, saved: Forward, s: float | Tensor, row_factor: Tensor, grad_cosine: Tensor,
-        grad_norm: Tensor | None, upstream: Tensor | None,
-        grad_features: Tensor | None, grad_weight: Tensor | None, grad_scale: Tensor | None,
-    ) -> None:  # fmt: skip
-        """dx, the targets' part of dw, and parts of the scale's gradient; the vectors are still to be times ``upstream``.
-
-        E·ŵ, the rows saved, may still be in parts.
-        """
+    def finish_rows(self, problem: Problem, saved: Forward, s: float | Tensor, upstream: Upstream, grads: Grads) -> None:
+        """dx, the targets' part of dw, and the parts of the scale's gradient."""

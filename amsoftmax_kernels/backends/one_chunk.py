@@ -5,9 +5,6 @@ maximum, no ignored row, no filter, no row without a direction. PyTorch's weight
 derivative) is one operation each way where norms, their inverses and the Jacobian are a dozen. The targets' gradient is put
 into the panel, so that the two products carry it; its projections then round as float32 does, where the general path has
 them in float64.
-
-With a constant margin and a loss that is one number, the upstream gradient is one number too: :func:`loss` makes the
-gradients in the forward pass, while everything is at hand. :func:`forward` and :func:`backward` serve any margin.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from . import LossAtOnce
+from . import Forward, Problem, Upstream
 from .norms import EPS
 from .products import product_nt
 
@@ -63,46 +60,6 @@ class _Terms(NamedTuple):
         return cls(x, x_norm, x_hat, one, w, w_norm, w_scaled, length, dots, terms, terms.sum(0), predictions)
 
 
-def loss(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: float,
-    margin: float,
-    mean: bool,
-    dtype: torch.dtype,
-    predict: bool,
-    needs: tuple[bool, bool, bool],
-) -> LossAtOnce | None:
-    """Σ softplus(log z − s(t − m)) over at least two classes, or its mean, and its gradients; None as in ``_Terms.of``."""
-    first = _Terms.of(features, weight, labels, scale, dtype, predict)
-    if first is None:
-        return None
-    x, x_norm, x_hat, one, w, w_norm, w_scaled, length, dots, terms, z, predictions = first
-    # With u = s(t − m): softplus(log z − u) = log(1 + z e^−u), whose derivative by log z is p = z e^−u/(1 + z e^−u).
-    # float64 holds e^|u|, |u| ≤ 64·3, and p/z fits float32, as no cosine is below −1.
-    inverse = torch.rsub(dots, scale * _LOG2E * margin).exp2_()
-    ratio = inverse * z
-    rows = ratio.log1p()
-    value = (rows.mean() if mean else rows.sum()).to(dtype)
-    if True not in needs:
-        return LossAtOnce(value, predictions, None, None, None)
-
-    per_row = math.log(2) / len(labels) if mean else math.log(2)
-    factor = inverse.div_(ratio.add_(1)).mul_(per_row).to(dtype)[:, None]  # p/z, over log2(e) as ŵ is times that
-    terms.scatter_(0, labels[None], z.neg_()[None])  # the target's gradient −p, over p/z
-    grad_x = grad_w = grad_scale = None
-    if needs[0] or needs[2]:
-        grad_x_hat = product_nt(terms.T, w_scaled.T).mul_(factor)
-        if needs[0]:
-            grad_x = _jacobian(grad_x_hat, x, one, x_norm)
-        if needs[2]:
-            grad_scale = (vecdot(grad_x_hat, x_hat) / scale - z * factor[:, 0] * (margin * _LOG2E)).sum()
-    if needs[1]:
-        grad_w = _jacobian(product_nt(terms, x_hat.mul_(factor).T), w, length, w_norm)
-    return LossAtOnce(value, predictions, grad_x, grad_w, grad_scale)
-
-
 def forward(
     features: Tensor, weight: Tensor, labels: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
@@ -119,24 +76,13 @@ def regular(norm: Tensor, w_inverse: Tensor) -> bool:
     return _have_directions(norm) and _have_directions(w_inverse)
 
 
-def backward(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: float,
-    norm: Tensor,
-    w_inverse: Tensor,
-    cosine: Tensor,
-    kept: Tensor,
-    row_factor: Tensor,
-    grad_cosine: Tensor,
-    grad_norm: Tensor | None,
-    need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(problem: Problem, saved: Forward, upstream: Upstream, need_scale: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of features and weight in the accumulate dtype, and of scale; E is computed again where none was kept."""
-    dtype = kept.dtype
-    x, w = features.to(dtype).contiguous(), weight.to(dtype).contiguous()
-    norm, w_norm = norm[:, None], w_inverse.reciprocal()[:, None]
+    labels, scale, cosine, w_inverse = problem.labels, problem.scale.item(), saved.cosine, saved.inverse_norm
+    row_factor, grad_cosine, grad_norm = upstream
+    kept, dtype = saved.kept, saved.kept.dtype
+    x, w = problem.features.to(dtype).contiguous(), problem.weight.to(dtype).contiguous()
+    norm, w_norm = saved.norm[:, None], w_inverse.reciprocal()[:, None]
     x_hat = x / norm
     if not len(kept):
         kept = product_nt(w, x_hat).mul_((w_inverse * (scale * _LOG2E))[:, None]).exp2_()

@@ -1,7 +1,7 @@
-"""What is left of each row, chunk by chunk of the classes: the fused kernels' sums and maxima, and the products E·ŵ.
+"""Parts of each row's sum and maximum that the cosine kernel leaves, chunk by chunk of the classes.
 
-A place a chunk, as long as that is little; else all are added up into the first whenever they are full, so that memory does
-not grow with rows times classes. In a fixed order, as everything here.
+Each chunk has a place of its own while that takes little memory. Where there are more chunks, full places are added up into
+the first, in a fixed order, so that memory does not grow with rows times classes.
 """
 
 from __future__ import annotations
@@ -66,29 +66,3 @@ class Maxima:
     @property
     def parts(self) -> tuple[Tensor, Tensor]:
         return self._best[: self._used], self._classes[: self._used]
-
-    def restart(self) -> None:
-        self._used = 0
-
-
-class Products:
-    """Float32 ``[B, width]`` a chunk."""
-
-    def __init__(self, like: Tensor, chunks: int, batch: int, width: int) -> None:
-        places = places_for(chunks, batch * width, 4)
-        self._parts = like.new_empty((places, batch, width), dtype=torch.float32)
-        self._used = 0
-
-    def next(self) -> Tensor:
-        """The next chunk's, to be written whole."""
-        if self._used == self._parts.shape[0]:
-            self._parts[0] = self._parts.sum(0)
-            self._used = 1
-        self._used += 1
-        return self._parts[self._used - 1]
-
-    def total(self) -> Tensor:
-        """Their sum, ``[B, width]``; of size 0 if there were none."""
-        if self._parts.shape[0] == 0:
-            return self._parts.new_empty(0)
-        return self._parts[0] if self._used <= 1 else self._parts[: self._used].sum(0)

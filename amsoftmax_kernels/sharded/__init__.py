@@ -1,5 +1,1 @@
-"""The head sharded over the classes: the module, its autograd function, and who holds which classes."""
-
-from .module import ShardedAMSoftmaxLoss
-
-__all__ = ["ShardedAMSoftmaxLoss"]
+"""The head sharded over the classes: its module, its autograd function, who holds which classes, and which are drawn."""

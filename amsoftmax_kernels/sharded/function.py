@@ -83,11 +83,10 @@ class ShardedFunction(torch.autograd.Function):
         all_labels = shards.gather_replicas(labels[None], plan.rows)[0]
         panels = _panels(shards.local_labels(labels), shards.local_labels(all_labels), weight, plan)
         need_rows = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
-        need_weight = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
         left = plan.save_bytes
         for panel in panels:
             problem = plan.problem(x, panel.weight, panel.labels, scale)
-            panel.out = backends.load(plan.backend).forward(problem, left, plan.predict, need_rows, need_weight)
+            panel.out = backends.load(plan.backend).forward(problem, backends.Request(left, plan.predict, need_rows))
             left -= panel.out.kept.numel() * panel.out.kept.element_size()
 
         z, t = x.new_zeros(2, len(x), dtype=dtype)
@@ -146,24 +145,25 @@ class ShardedFunction(torch.autograd.Function):
         apart = need_features and need_weight and shards.shards > 1 and all(_has_terms(*call[:2]) for call in calls)
         backend = backends.load(plan.backend)
 
-        def run(needs: tuple[bool, bool, bool]) -> None:
+        def run(needs: backends.Needs) -> None:
             nonlocal grad_scale
             for problem, forward, factor, _, of_norm in calls:
-                of_x, of_weight, of_scale = backend.backward(problem, forward, factor, grad_cosine, of_norm, needs)
-                if needs[0]:
+                upstream = backends.Upstream(factor, grad_cosine, of_norm)
+                of_x, of_weight, of_scale = backend.backward(problem, forward, upstream, needs)
+                if needs.features:
                     grads_x.append(of_x)
-                if needs[1]:
+                if needs.weight:
                     grads_weight.append(of_weight)
-                if needs[2]:
+                if needs.scale:
                     grad_scale = grad_scale + of_scale
 
-        run((need_features, need_weight and not apart, need_scale))
+        run(backends.Needs(need_features, need_weight and not apart, need_scale))
         scattered = None
         if need_features:
             grad_x = sum(grads_x[1:], grads_x[0]) if grads_x else torch.zeros_like(x)
             scattered = shards.scatter_rows(grad_x, plan.rows)
         if apart:
-            run((False, True, False))
+            run(backends.Needs(False, True, False))
         grad_weight = _grad_weight(plan, weight, [call[3] for call in calls], grads_weight) if need_weight else None
         plan.differentiated()
         if need_scale:

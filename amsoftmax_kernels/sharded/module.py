@@ -13,11 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import backends, reference
 from ..arguments import canonical_labels, check_arguments, check_features, check_flag, compute_dtype
-from ..functional import DEFAULT_SAVE_BYTES, loss_rows, scale_tensor
-from ..margins import Margin, as_margin
+from ..functional import DEFAULT_SAVE_BYTES, loss_rows, scale_tensor, traits_of
+from ..margins import Margin, as_margin, reduce_rows
 from ..modules import AMSoftmaxLoss
 from ..optim import accumulate_rows
-from ..reduction import reduce_rows
 from ..values import is_int, is_number, plain, type_name
 from . import shards as sharding
 from .function import LocalRows, Plan, Sampling, ShardedFunction
@@ -218,7 +217,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         each = loss_rows(
             log_z, cosine, norm, everyone, self.num_classes, s if self.normalize_features else norm, as_margin(self.margin)
         )
-        loss = reduce_rows(each, everyone, (everyone >= 0).sum().clamp_(min=1), self.reduction)
+        loss = reduce_rows(each, (everyone >= 0).sum().clamp_(min=1), self.reduction)
         if self.reduction == "none":
             loss = LocalRows.apply(loss, shards, rows)  # type: ignore[no-untyped-call]
         if not return_predictions:
@@ -237,7 +236,9 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             scale=self.scale, margin=self.margin, normalize_features=self.normalize_features, reduction=self.reduction,
             ignore_index=self.ignore_index, interclass_filter=self.interclass_filter, save_bytes=self.save_bytes,
         )  # fmt: skip
-        backend = backends.choose(self.backend, features.device, compute_dtype(features, self.weight))
+        filtered = self.interclass_filter is not None
+        traits = traits_of(features, self.weight, self.scale, self.normalize_features, filtered, return_predictions)
+        backend = backends.choose(self.backend, traits)
         if backend == "reference":
             raise ValueError("backend 'reference' is the formula in one process: it cannot be sharded")
         return backend, canonical_labels(labels, self.num_classes, self.ignore_index)[0]

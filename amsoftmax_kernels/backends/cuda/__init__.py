@@ -3,10 +3,8 @@ which is float32 where PyTorch's setting allows it.
 
 There are two fused kernels: Hopper's own (wgmma, bulk copies and clusters, under CUTLASS's pipeline), which is built where
 CUTLASS's headers are, and the portable one (mma.sync, cp.async) for the rest. Beside the first there is one that makes the
-gradient of the centres at once, in half precision to a width of 512. nvcc builds the library when it is first needed; where
-that fails this backend says so once, and serves nothing. None of it has been timed on a GPU; by estimate
-(bench/estimate_hopper.py) Hopper's own kernels are faster than Triton's: they come first where a library with them was built
-ahead of time.
+gradient of the centres at once, in half precision to a width of 512. ``backend="cuda"`` has nvcc build the library when it
+is first needed; one that was built ahead of time and is named is a candidate by itself (:func:`place`).
 """
 
 from __future__ import annotations
@@ -18,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import Forward, Problem
+from .. import Forward, Problem, Upstream
 from ..chunking import kind, padded
 from ..fused import Fused, streams_for
-from ..kernels import RawLabels
+from ..kernels import Cosines, Factored, Grads, Rows
 from . import build
 from . import library as c
 
@@ -42,21 +40,32 @@ def unavailable_reason() -> str | None:
     return None if c.library.cache_info().currsize else build.missing()
 
 
-def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16, torch.float32) or kind(dtype) == "float32":
-        return False
-    return torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY and _builds(device)
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The library is built here where it is not there yet."""
+    if device.type != "cuda":
+        return f"it does not serve tensors on {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it does not serve {dtype}"
+    if kind(dtype) == "float32":
+        return "it multiplies float32 as TF32 only, which PyTorch's setting does not allow"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _MIN_CAPABILITY:
+        return f"needs compute capability 8.0 or newer, but this GPU has {capability[0]}.{capability[1]}"
+    if _builds(device):
+        return None
+    return _failed.get(_architecture(device), "its library does not serve this device")
 
 
-def comes_first(device: torch.device | None = None) -> bool:
-    """Whether this backend comes before Triton's: on Hopper, where a library built ahead of time has Hopper's own kernels.
+def place(device: torch.device) -> int | None:
+    """Where it stands among the candidates for a device: nowhere, unless a library built ahead of time is named.
 
-    One that the cache holds from a first use decides nothing: what is chosen must not depend on what ran before, or where.
+    On Hopper one with Hopper's own kernels comes before Triton's, any other after. A library that the cache holds from an
+    earlier use decides nothing: what is chosen must not depend on what ran before, or where.
     """
     named = build.prebuilt_name()
-    if not named or not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
-        return False
-    return _has_hopper(torch.device("cuda", torch.cuda.current_device()) if device is None else device, named)
+    if not named or device.type != "cuda":
+        return None
+    return 0 if _has_hopper(device, named) else 1
 
 
 @functools.cache  # asked in each step, of each library that is named
@@ -64,6 +73,11 @@ def _has_hopper(device: torch.device, library: str) -> bool:
     if torch.cuda.get_device_capability(device)[0] != 9 or unavailable_reason() is not None:
         return False
     return _builds(device) and bool(_library(device).has_hopper)
+
+
+def built(device: torch.device) -> bool:
+    """Whether its library is there: built ahead of time and named, or in the cache."""
+    return build.prebuilt() is not None or build.path_of(_architecture(device)).exists()
 
 
 def remark() -> str | None:
@@ -128,13 +142,6 @@ def _in_sixteens(tensor: Tensor) -> bool:
     return aligned and tensor.stride(1) == 1 and tensor.shape[1] % 8 == 0
 
 
-def _labels(labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor) -> Any:
-    return c.Labels(
-        c.pointer(labels), c.pointer(result), c.pointer(count), labels.shape[0], num_classes, ignore_index,
-        c.integer_type(labels), 0,
-    )  # fmt: skip
-
-
 class _Kernels:
     """:class:`.fused.Kernels` through the library."""
 
@@ -144,38 +151,28 @@ class _Kernels:
         blocks, tiles = -(-batch // tiling.rows), -(-classes // tiling.classes)
         return int(tiling.parts) * streams_for(max(tiling.blocks, 1), blocks, tiles)
 
-    def canonical_labels(self, labels: Tensor, ignore_index: int, num_classes: int, result: Tensor, count: Tensor) -> None:
-        parameters = _labels(labels, ignore_index, num_classes, result, count)
-        _library(labels.device).call("ak_canonical_labels", parameters, labels.device)
-
-    def prepare_rows(
-        self, problem: Problem, raw: RawLabels | None, s: float | Tensor, x_hat: Tensor, cosine: Tensor, norm: Tensor,
-        factor: Tensor, shift: Tensor, w_hat: Tensor | None, inverse_norm: Tensor,
-    ) -> None:  # fmt: skip
+    def prepare_rows(self, problem: Problem, s: float | Tensor, rows: Rows) -> None:
         parameters = c.Rows(
-            c.matrix(problem.features), c.matrix(problem.weight), c.operand(x_hat), c.pointer(problem.labels),
-            c.pointer(cosine), c.pointer(norm), c.pointer(factor), c.pointer(shift),
-            c.scale(s, problem.normalize_features), c.operand(w_hat), c.pointer(inverse_norm),
+            c.matrix(problem.features), c.matrix(problem.weight), c.operand(rows.x_hat), c.pointer(problem.labels),
+            c.pointer(rows.cosine), c.pointer(rows.norm), c.pointer(rows.factor), c.pointer(rows.shift),
+            c.scale(s, problem.normalize_features),
         )  # fmt: skip
-        if raw is not None:
-            parameters.raw = _labels(raw.labels, raw.ignore_index, problem.weight.shape[0], problem.labels, raw.num_rows)
-        _library(x_hat.device).call("ak_prepare_rows", parameters, x_hat.device)
+        self._call("ak_prepare_rows", parameters, rows.norm)
 
-    def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor, unless_bounded: Tensor | None) -> None:
-        parameters = c.Centres(c.matrix(weight), c.operand(w_hat), c.pointer(inverse_norm), c.pointer(unless_bounded))
-        _library(w_hat.device).call("ak_prepare_centres", parameters, w_hat.device)
+    def prepare_centres(self, weight: Tensor, w_hat: Tensor, inverse_norm: Tensor) -> None:
+        parameters = c.Centres(c.matrix(weight), c.operand(w_hat), c.pointer(inverse_norm))
+        self._call("ak_prepare_centres", parameters, w_hat)
 
-    def cosine_exp(
-        self, problem: Problem, start: int, x_hat: Tensor, w_hat: Tensor, factor: Tensor, shift: Tensor | None,
-        terms: Tensor | None, z: Tensor | None, best: Tensor | None, best_class: Tensor | None, only_unbounded: bool,
-    ) -> None:  # fmt: skip
-        parts = z if z is not None else best
+    def cosine_exp(self, problem: Problem, start: int, rows: Rows, w_hat: Tensor, out: Cosines) -> None:
+        parts = out.best if out.z is None else out.z
+        streams = self.streams(problem, w_hat.shape[0]) if parts is None else parts.shape[0]
+        for_shift = out.z is None and out.best is not None
         parameters = c.Cosine(
-            c.operand(x_hat), c.operand(w_hat), c.matrix(terms), c.pointer(problem.labels), c.pointer(factor),
-            c.pointer(shift), c.pointer(z), c.pointer(best), c.pointer(best_class), start, problem.interclass_filter,
-            self.streams(problem, w_hat.shape[0]) if parts is None else parts.shape[0], int(only_unbounded), 0,
+            c.operand(rows.x_hat), c.operand(w_hat), c.matrix(out.terms), c.pointer(problem.labels), c.pointer(rows.factor),
+            c.pointer(rows.shift), c.pointer(out.z), c.pointer(out.best), c.pointer(out.best_class), start,
+            problem.interclass_filter, streams, int(for_shift), 0,
         )  # fmt: skip
-        _library(x_hat.device).call("ak_cosine_exp", parameters, x_hat.device)
+        self._call("ak_cosine_exp", parameters, w_hat)
 
     def reduce_sums(self, z_parts: Tensor, labels: Tensor, z: Tensor) -> None:
         self._reduce(z_parts, z_parts=z_parts, labels=labels, z=z)
@@ -189,80 +186,66 @@ class _Kernels:
     def _reduce(self, parts: Tensor, **tensors: Tensor) -> None:
         chunks, streams, batch = parts.shape
         pointers = {name: c.pointer(tensor) for name, tensor in tensors.items()}
-        _library(parts.device).call("ak_reduce", c.Reduce(batch=batch, parts=chunks * streams, **pointers), parts.device)
+        self._call("ak_reduce", c.Reduce(batch=batch, parts=chunks * streams, **pointers), parts)
 
-    def constant_margin(
-        self, problem: Problem, saved: Forward, z_parts: Tensor | None, num_rows: Tensor, s: float | Tensor, margin: float,
-        reduction: str, loss: Tensor, derivatives: Tensor, x_factored: Tensor | None,
-    ) -> None:  # fmt: skip
-        parts = 0 if z_parts is None else z_parts.shape[0] * z_parts.shape[1]
+    def additive_margin(self, problem: Problem, saved: Forward, s: float | Tensor, margin: float) -> tuple[Tensor, Tensor]:
+        B = saved.z.shape[0]
+        loss, derivatives = torch.empty_like(saved.z), saved.z.new_empty(3, B)
         parameters = c.Margin(
-            c.matrix(problem.features), c.operand(x_factored), c.pointer(z_parts),
-            c.pointer(saved.z), c.pointer(saved.shift), c.pointer(saved.cosine), c.pointer(saved.norm),
-            c.pointer(problem.labels), c.pointer(num_rows), c.pointer(loss), c.pointer(derivatives), margin,
-            saved.z.shape[0], problem.weight.shape[0], parts, c.scale(s, problem.normalize_features),
-            int(reduction != "none"), int(reduction == "mean"), int(derivatives.shape[0] == 3), 0,
+            z=c.pointer(saved.z), shift=c.pointer(saved.shift), cosine=c.pointer(saved.cosine), norm=c.pointer(saved.norm),
+            labels=c.pointer(problem.labels), loss=c.pointer(loss), derivatives=c.pointer(derivatives), margin=margin,
+            batch=B, classes=problem.weight.shape[0], scale=c.scale(s, problem.normalize_features), need_scale=1,
+            features=c.matrix(problem.features),
         )  # fmt: skip
-        _library(loss.device).call("ak_constant_margin", parameters, loss.device)
+        self._call("ak_constant_margin", parameters, loss)
+        return loss, derivatives
 
-    def factor_rows(
-        self, problem: Problem, norm: Tensor, row_factor: Tensor, s: float | Tensor, x_factored: Tensor,
-        x_hat: Tensor | None, factor: Tensor | None,
-    ) -> None:  # fmt: skip
-        unused = c.operand(x_factored) if x_hat is None else c.operand(x_hat)
-        if x_hat is None:
-            unused.data = None
+    def factor_rows(self, problem: Problem, norm: Tensor, row_factor: Tensor, s: float | Tensor, out: Factored) -> None:
+        x_hat = c.operand(out.x_factored) if out.x_hat is None else c.operand(out.x_hat)
+        if out.x_hat is None:
+            x_hat.data = None
         parameters = c.Factor(
-            c.matrix(problem.features), c.operand(x_factored), unused, c.pointer(problem.labels), c.pointer(norm),
-            c.pointer(row_factor), c.pointer(factor), c.scale(s, problem.normalize_features),
+            c.matrix(problem.features), c.operand(out.x_factored), x_hat, c.pointer(problem.labels), c.pointer(norm),
+            c.pointer(row_factor), c.pointer(out.factor), c.scale(s, problem.normalize_features),
         )  # fmt: skip
-        _library(norm.device).call("ak_factor_rows", parameters, norm.device)
+        self._call("ak_factor_rows", parameters, norm)
 
-    def finish_centres(
-        self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
-    ) -> None:
-        parameters = c.FinishCentres(
-            c.matrix(grad_unit), c.matrix(weight), c.matrix(grad), c.pointer(inverse_norm), c.pointer(upstream)
-        )
-        _library(grad.device).call("ak_finish_centres", parameters, grad.device)
-
-    def grad_centres(
-        self, terms: Tensor, x_factored: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor, upstream: Tensor | None
-    ) -> bool:
+    def grad_centres(self, terms: Tensor, x_factored: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor) -> bool:
         if x_factored.dtype != torch.bfloat16 or not (_in_sixteens(weight) and _in_sixteens(grad)):
             return False
         clusters = _grad_clusters(weight.device, x_factored.shape[1], weight.dtype)
         if clusters == 0:
             return False
         parameters = c.GradCentres(
-            c.matrix(terms), c.matrix(x_factored), c.matrix(weight), c.matrix(grad), c.pointer(inverse_norm),
-            c.pointer(upstream), clusters, 0,
-        )  # fmt: skip
-        _library(grad.device).call("ak_grad_centres", parameters, grad.device)
+            c.matrix(terms),
+            c.matrix(x_factored),
+            c.matrix(weight),
+            c.matrix(grad),
+            c.pointer(inverse_norm),
+            None,
+            clusters,
+            0,
+        )
+        self._call("ak_grad_centres", parameters, grad)
         return True
 
-    def parts_beside(self, problem: Problem) -> int:
-        return 0
+    def finish_centres(self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor) -> None:
+        parameters = c.FinishCentres(c.matrix(grad_unit), c.matrix(weight), c.matrix(grad), c.pointer(inverse_norm))
+        self._call("ak_finish_centres", parameters, grad)
 
-    def grad_both(self, *unused: Any) -> bool:
-        return False
-
-    def finish_rows(
-        self, problem: Problem, saved: Forward, s: float | Tensor, row_factor: Tensor, grad_cosine: Tensor,
-        grad_norm: Tensor | None, upstream: Tensor | None,
-        grad_features: Tensor | None, grad_weight: Tensor | None, grad_scale: Tensor | None,
-    ) -> None:  # fmt: skip
+    def finish_rows(self, problem: Problem, saved: Forward, s: float | Tensor, upstream: Upstream, grads: Grads) -> None:
         rows = saved.rows if saved.rows.dim() == 2 else None
         parameters = c.FinishRows(
-            c.matrix(problem.features), c.matrix(problem.weight), c.matrix(rows), c.matrix(grad_features),
-            c.matrix(grad_weight), c.pointer(problem.labels), c.pointer(saved.norm), c.pointer(saved.cosine),
-            c.pointer(row_factor), c.pointer(grad_cosine), c.pointer(grad_norm), c.pointer(grad_scale),
-            c.pointer(upstream), c.scale(s, problem.normalize_features),
+            c.matrix(problem.features), c.matrix(problem.weight), c.matrix(rows), c.matrix(grads.features),
+            c.matrix(grads.weight), c.pointer(problem.labels), c.pointer(saved.norm), c.pointer(saved.cosine),
+            c.pointer(upstream.row_factor), c.pointer(upstream.cosine), c.pointer(upstream.norm), c.pointer(grads.scale),
+            None, c.scale(s, problem.normalize_features),
         )  # fmt: skip
-        _library(row_factor.device).call("ak_finish_rows", parameters, row_factor.device)
+        self._call("ak_finish_rows", parameters, upstream.row_factor)
+
+    def _call(self, name: str, parameters: Any, tensor: Tensor) -> None:
+        _library(tensor.device).call(name, parameters, tensor.device)
 
 
 fused = Fused("cuda", _Kernels())
-canonical_labels, loss_at_once = fused.canonical_labels, fused.loss_at_once
-forward, backward = fused.forward, fused.backward
-forward_loss, backward_loss = fused.forward_loss, fused.backward_loss
+forward, backward, additive_margin = fused.forward, fused.backward, fused.additive_margin

@@ -128,6 +128,11 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amsoftmax_kernels"
 
 
+def path_of(arch: str, strict: bool = False) -> Path:
+    """Where the library for one architecture is kept, whether or not it is there yet."""
+    return cache() / f"{key(arch, strict)}.so"
+
+
 def cached(arch: str, strict: bool = False, broken: int | None = None) -> Path:
     """The library for one architecture, built now if the sources, the flags or nvcc have changed. Safe in many processes.
 
@@ -138,11 +143,10 @@ def cached(arch: str, strict: bool = False, broken: int | None = None) -> Path:
     """
     import fcntl  # not on Windows
 
-    folder = cache()
-    path = folder / f"{key(arch, strict)}.so"
+    path = path_of(arch, strict)
     if path.exists() and written(path) != broken:
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first to come builds, the others find it built
         if not path.exists() or written(path) == broken:

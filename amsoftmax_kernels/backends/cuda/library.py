@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from array import array
 from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import replay
 from . import build
 
 VERSION = 5  # of the contract: ak_version()
@@ -136,32 +134,10 @@ class Library:
 
     def call(self, name: str, parameters: ctypes.Structure, device: torch.device) -> None:
         """Launch; RuntimeError with the library's own words if it cannot."""
-        self._launch(name, ctypes.byref(parameters), where(replay.current_stream(device), device.index or 0))
-        recorder = replay.recorder()
-        if recorder is not None:
-            recorder.add(self._relaunch(recorder, name, parameters, device.index or 0))
-
-    def _launch(self, name: str, parameters: Any, where: ctypes.Structure) -> None:
-        error = self._functions[name](parameters, ctypes.byref(where))
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        error = self._functions[name](ctypes.byref(parameters), ctypes.byref(Where(stream, device.index or 0, 0)))
         if error is not None:
             raise RuntimeError(f"{name}: {error.decode()}")
-
-    def _relaunch(self, recorder: replay.Recorder, name: str, parameters: ctypes.Structure, device: int) -> replay.Step:
-        """The call again, with its structure as words of which the pointers are new."""
-        words = array("Q", bytes(parameters))
-        moving: list[tuple[int, int, int]] = []
-        for word in _pointers(type(parameters)):
-            place = recorder.address(words[word])
-            if place is not None:
-                moving.append((word, *place))
-
-        def step(tensors: list[Tensor], addresses: list[int], stream: int) -> None:
-            values = words[:]
-            for word, place, offset in moving:
-                values[word] = addresses[place] + offset
-            self._launch(name, values.buffer_info()[0], where(stream, device))
-
-        return step
 
     def check(self, device: torch.device) -> None:
         """RuntimeError if the kernels do not run on this device."""
@@ -186,24 +162,6 @@ class Library:
         block = Block(width, _OPERANDS[dtype], kernel)
         self.call("ak_block", block, torch.device("cpu"))
         return block.threads, block.bytes
-
-
-@functools.lru_cache(64)
-def where(stream: int, device: int) -> ctypes.Structure:
-    return Where(stream, device, 0)
-
-
-@functools.cache
-def _pointers(structure: type[ctypes.Structure]) -> list[int]:
-    """The places of a structure's pointers, in words of 8 bytes."""
-    found: list[int] = []
-    for name, ctype in structure._fields_:  # type: ignore[misc]
-        first = getattr(structure, name).offset // 8
-        if ctype is c_void_p:
-            found.append(first)
-        elif issubclass(ctype, ctypes.Structure):
-            found += [first + each for each in _pointers(ctype)]
-    return found
 
 
 @functools.cache
@@ -244,7 +202,3 @@ def scale(s: float | Tensor, normalize: bool) -> ctypes.Structure:
     if isinstance(s, Tensor):
         return Scale(s.data_ptr(), 0.0, int(normalize))
     return Scale(None, s, int(normalize))
-
-
-def integer_type(tensor: Tensor) -> int:
-    return _TYPES[tensor.dtype]

@@ -1,0 +1,98 @@
+"""The targets' exact part in plain PyTorch: each row beside its own centre, and where the targets fall in a chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .norms import row_norms
+
+
+@dataclass
+class TargetPair:
+    """Each row's feature and its own centre in float64, for an exact target."""
+
+    x: Tensor  # [B, D], zero where the row is ignored
+    x_norm: Tensor  # [B] ‖x‖
+    x_inverse: Tensor  # [B] 1/‖x‖
+    w: Tensor  # [B, D] w_y; another class's where the target is absent
+    w_inverse: Tensor  # [B] 1/‖w_y‖
+    cosine: Tensor  # [B] t, 0 where the target is absent
+    absent: Tensor  # [B] bool: no target in this shard
+
+    @classmethod
+    def of(cls, features: Tensor, weight: Tensor, labels: Tensor) -> TargetPair:
+        ignored = labels < 0
+        absent = ignored | (labels >= weight.shape[0])
+        x = features.to(torch.float64, copy=True).masked_fill_(ignored[:, None], 0)
+        w = weight.index_select(0, labels.clamp(0, weight.shape[0] - 1)).double()
+        x_norm, x_inverse = row_norms(x)
+        w_inverse = row_norms(w)[1]
+        cosine = ((x * w).sum(1) * (x_inverse * w_inverse)).masked_fill_(absent, 0)
+        return cls(x, x_norm, x_inverse, w, w_inverse, cosine, absent)
+
+    def grad_features(self, grad_cosine: Tensor, rows: Tensor, row_coefficient: Tensor, x_coefficient: Tensor) -> Tensor:
+        """``rows`` and x̂ by their coefficients, plus ∂t/∂x = (ŵ − t x̂)/‖x‖ by the gradient of t: ``[B, D]``, in ``rows``."""
+        g = self._of_targets(grad_cosine) * self.x_inverse
+        rows *= row_coefficient[:, None]
+        rows.addcmul_(self.w, (g * self.w_inverse)[:, None])
+        return rows.addcmul_(self.x, ((x_coefficient - g * self.cosine) * self.x_inverse)[:, None])
+
+    def grad_weight(self, grad_cosine: Tensor) -> Tensor:
+        """∂t/∂w_y = (x̂ − t ŵ_y)/‖w_y‖ times the gradient of t: ``[B, D]``."""
+        g = self._of_targets(grad_cosine) * self.w_inverse
+        rows = self.x * (g * self.x_inverse)[:, None]
+        return rows.addcmul_(self.w, (g * self.cosine * self.w_inverse)[:, None], value=-1)
+
+    def _of_targets(self, grad_cosine: Tensor) -> Tensor:
+        return grad_cosine.double().masked_fill(self.absent, 0)
+
+
+class Targets:
+    """Where the targets fall in each chunk's panel. Sums in the order of the rows, so the same bits each time."""
+
+    def __init__(self, labels: Tensor, num_classes: int, chunk: int) -> None:
+        self.labels, self.chunk = labels, chunk
+        self.on_cpu = labels.device.type == "cpu"
+        self.bounds: list[int] = []
+        if not self.on_cpu:
+            return
+        if num_classes <= chunk:
+            self.order = ((labels >= 0) & (labels < num_classes)).nonzero()[:, 0]
+            self.bounds = [0, len(self.order)]
+        else:
+            ordered, self.order = labels.sort(stable=True)
+            starts = torch.arange(0, num_classes + chunk, chunk, device=labels.device).clamp(max=num_classes)
+            self.bounds = torch.searchsorted(ordered, starts).tolist()
+
+    def mask_(self, panel: Tensor, start: int, value: float) -> None:
+        """Set each target's entry of a panel ``[chunk, B]``."""
+        if self.on_cpu:
+            rows, classes = self._in_chunk(start)
+            panel[classes, rows] = value
+            return
+        # Without reading the labels back: every column writes one entry, itself where its target is elsewhere.
+        inside, classes = self._inside(panel, start)
+        current = panel.gather(0, classes[None])
+        panel.scatter_(0, classes[None], torch.where(inside, value, current))
+
+    def add_(self, grad: Tensor, start: int, target_rows: Tensor) -> None:
+        """Add each row of ``target_rows [B, D]`` to its class in ``grad [chunk, D]``."""
+        if self.on_cpu:
+            rows, classes = self._in_chunk(start)
+            grad.index_add_(0, classes, target_rows[rows])
+            return
+        inside, classes = self._inside(grad, start)
+        # index_put_ sorts on a GPU; index_add_ would add in no fixed order.
+        grad.index_put_((classes,), target_rows.masked_fill(~inside[:, None], 0), accumulate=True)
+
+    def _in_chunk(self, start: int) -> tuple[Tensor, Tensor]:
+        first = start // self.chunk
+        rows = self.order[self.bounds[first] : self.bounds[first + 1]]
+        return rows, self.labels[rows] - start
+
+    def _inside(self, panel: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        local = self.labels - start
+        return (local >= 0) & (local < panel.shape[0]), local.clamp(0, panel.shape[0] - 1)
