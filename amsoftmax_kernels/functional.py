@@ -21,7 +21,7 @@ from .backends import Forward, Needs, Problem, Request, Upstream
 from .backends.budget import BOUNDED_SCALE
 from .backends.margin import predictions
 from .margins import AdditiveMargin, Margin, as_margin, reduce_rows, target_psi
-from .values import plain, type_name
+from .values import is_number, plain, type_name
 
 DEFAULT_SAVE_BYTES = 1 << 30
 
@@ -282,7 +282,7 @@ class AMSoftmaxFunction(torch.autograd.Function):
         problem = options.problem(features, weight, labels, scale_tensor(scale, features.device)[0])
         backend = backends.load(options.backend)
         out = backend.forward(problem, options.request(_needs(ctx)))
-        rows, derivatives = backend.additive_margin(problem, out, margin)
+        rows, derivatives = backend.additive_margin(problem, out, float(margin))
         ctx.save_for_backward(*problem[:4], num_rows, derivatives, *out)
         ctx.options, ctx.mean, ctx.scale_device = options, reduction == "mean", device
         ctx.set_materialize_grads(False)
@@ -316,7 +316,7 @@ def _checked(
     features: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor, margin: Any, reduction: str
 ) -> Options:
     """The options of a call that has not been through :func:`am_softmax_loss`, its arguments checked."""
-    if not isinstance(margin, float):
+    if not is_number(margin):
         raise TypeError(f"margin must be a float, but it is {type_name(margin)}: am_softmax_loss takes any margin")
     check_arguments(features, weight, labels, scale=scale, margin=margin, normalize_features=True, reduction=reduction,
                     ignore_index=-100)  # fmt: skip

@@ -21,7 +21,7 @@ def gradients(loss: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor) -> tup
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("arguments", [(), (64.0,), (64.0, 0.4), (20.0, 0.1, "none"), (30.0, 0.35, "sum")], ids=str)
+@pytest.mark.parametrize("arguments", [(), (64,), (64.0, 0.4), (30.0, 0), (20.0, 0.1, "none"), (30.0, 0.35, "sum")], ids=str)
 def test_it_is_the_loss(arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
     features, weight, labels, upstream = CASE.tensors(dtype)
     labels[3] = -100

@@ -120,18 +120,15 @@ class _Shard:
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     problem, (save_bytes, predict) = Problem(*arguments[:7]), arguments[7:]
-    features, weight, labels, scale = problem[:4]
+    features, weight, labels = problem[:3]
     with no_autocast(features.device):
         short = None
-        if not predict and _is_one_chunk(problem):
-            short = one_chunk.forward(features, weight, labels, scale.item(), accumulate_dtype(problem.compute_dtype))
+        if _is_one_chunk(problem):
+            short = one_chunk.forward(problem, accumulate_dtype(problem.compute_dtype), predict)
         if short is not None:
-            z, cosine, norm, inverse_norm, kept = short
-            if kept.numel() * kept.element_size() > save_bytes:
-                kept = kept.new_empty(0, len(z))
-            kept_shift = kept.new_zeros(min(len(kept), 1), len(z))
-            none, no_class = z.new_empty(0), labels.new_empty(0)
-            return z, torch.zeros_like(z), cosine, norm, inverse_norm, kept, kept_shift, none, none.clone(), no_class
+            if short.kept.numel() * short.kept.element_size() > save_bytes:
+                short = short._replace(kept=short.kept.new_empty(0, len(labels)), kept_shift=short.kept_shift[:0])
+            return short
         pair = TargetPair.of(features, weight, labels)
         shard = _Shard.of(pair, problem)
         targets = Targets(labels, weight.shape[0], shard.chunk)

@@ -10,7 +10,6 @@ them in float64.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,52 +22,28 @@ from .products import product_nt
 _LOG2E = math.log2(math.e)
 
 
-class _Terms(NamedTuple):
-    """What both ways begin with, in the accumulate dtype but for the dot products."""
-
-    x: Tensor  # [B, D]
-    x_norm: Tensor  # [B, 1]
-    x_hat: Tensor  # [B, D]
-    one: Tensor  # [B, 1] its length
-    w: Tensor  # [C, D]
-    w_norm: Tensor  # [C, 1]
-    w_scaled: Tensor  # [C, D] ŵ times ``length``
-    length: Tensor  # [C, 1] log2(e)·s, which makes a dot product a logit to the base 2
-    dots: Tensor  # [B] float64, log2(e)·s·t
-    terms: Tensor  # [C, B] E, the targets masked
-    z: Tensor  # [B]
-    predictions: Tensor | None  # [B], if asked for
-
-    @classmethod
-    def of(
-        cls, features: Tensor, weight: Tensor, labels: Tensor, scale: float, dtype: torch.dtype, predict: bool = False
-    ) -> _Terms | None:
-        """None if a row has no direction."""
-        x, w = features.to(dtype).contiguous(), weight.to(dtype).contiguous()
-        one, length = x.new_ones(len(x), 1), w.new_full((len(w), 1), scale * _LOG2E)
-        x_hat, x_norm = torch._weight_norm_interface(x, one, 0)
-        w_scaled, w_norm = torch._weight_norm_interface(w, length, 0)
-        if not (_have_directions(x_norm) and _have_directions(w_norm)):
-            return None
-        # The target apart from the product, summed in float64: its rounding would be multiplied by the scale.
-        dots = w_scaled.index_select(0, labels).mul_(x_hat).sum(1, dtype=torch.float64)
-        panel, predictions = product_nt(w_scaled, x_hat), None
-        if predict:  # from the logits: their exponentials tell less of them apart
-            best, best_class = panel.scatter_(0, labels[None], -math.inf).max(0)
-            predictions = torch.where(dots.to(dtype) >= best, labels, best_class)
-        terms = panel.exp2_().scatter_(0, labels[None], 0.0)
-        return cls(x, x_norm, x_hat, one, w, w_norm, w_scaled, length, dots, terms, terms.sum(0), predictions)
-
-
-def forward(
-    features: Tensor, weight: Tensor, labels: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """z, the targets' cosines, ‖x‖, 1/‖w‖ and E ``[C, B]`` with the targets masked; None if a row has no direction."""
-    first = _Terms.of(features, weight, labels, scale, dtype)
-    if first is None:
+def forward(problem: Problem, dtype: torch.dtype, predict: bool) -> Forward | None:
+    """In the accumulate dtype, with all of E; None if a row has no direction."""
+    labels = problem.labels
+    x, w = problem.features.to(dtype).contiguous(), problem.weight.to(dtype).contiguous()
+    length = problem.scale.item() * _LOG2E  # of ŵ: it makes a dot product a logit to the base 2
+    x_hat, x_norm = torch._weight_norm_interface(x, x.new_ones(len(x), 1), 0)
+    w_scaled, w_norm = torch._weight_norm_interface(w, w.new_full((len(w), 1), length), 0)
+    if not (_have_directions(x_norm) and _have_directions(w_norm)):
         return None
-    cosine = first.dots.mul_(1 / (scale * _LOG2E)).to(dtype)
-    return first.z, cosine, first.x_norm[:, 0], first.w_norm.reciprocal_()[:, 0], first.terms
+    # The target apart from the product, summed in float64: its rounding would be multiplied by the scale.
+    dots = w_scaled.index_select(0, labels).mul_(x_hat).sum(1, dtype=torch.float64)
+    panel = product_nt(w_scaled, x_hat)
+    best, best_class = x.new_empty(0), labels.new_empty(0)
+    if predict:  # from the logits: their exponentials tell less of them apart
+        best, best_class = panel.scatter_(0, labels[None], -math.inf).max(0)
+        best /= length
+    terms = panel.exp2_().scatter_(0, labels[None], 0.0)
+    z, cosine = terms.sum(0), dots.mul_(1 / length).to(dtype)
+    shift, rows = torch.zeros_like(z), x.new_empty(0)
+    return Forward(
+        z, shift, cosine, x_norm[:, 0], w_norm.reciprocal_()[:, 0], terms, shift[None].clone(), rows, best, best_class
+    )
 
 
 def regular(norm: Tensor, w_inverse: Tensor) -> bool:

@@ -15,9 +15,9 @@ from .kernels import Kernels
 PART_BYTES = 1 << 26
 
 
-def places_for(chunks: int, elements: int, size: int = 8) -> int:
-    """Chunks whose parts, of so many elements of ``size`` bytes, stand beside one another."""
-    return min(chunks, max(PART_BYTES // max(elements * size, 1), 2))
+def places_for(chunks: int, elements: int) -> int:
+    """Chunks whose parts, of so many elements of 8 bytes, stand beside one another."""
+    return min(chunks, max(PART_BYTES // max(elements * 8, 1), 2))
 
 
 class Sums:
