@@ -146,9 +146,9 @@ def am_softmax_loss(
         result = AMSoftmaxFunction.apply(features, weight, labels, scale, float(constant), reduction, options)  # type: ignore[no-untyped-call]
         return result
     labels, num_rows = canonical_labels(labels, weight.shape[0], ignore_index)
-    scale, s = scale_tensor(scale, features.device)
+    scale = beside(scale, features.device)
     log_z, cosine, norm, best, best_class = NegativesFunction.apply(features, weight, labels, scale, options)  # type: ignore[no-untyped-call]
-    rows = loss_rows(log_z, cosine, norm, labels, weight.shape[0], s if normalize_features else norm, as_margin(margin))
+    rows = loss_rows(log_z, cosine, norm, labels, weight.shape[0], scale if normalize_features else norm, as_margin(margin))
     loss = reduce_rows(rows, num_rows, reduction)
     if not return_predictions:
         return loss
@@ -167,8 +167,10 @@ class Options(NamedTuple):
     predict: bool
     grad: bool  # whether autograd records the call
 
-    def problem(self, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> Problem:
-        return Problem(features, weight, labels, scale, self.normalize_features, self.compute_dtype, self.interclass_filter)
+    def problem(self, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None, fixed: float) -> Problem:
+        return Problem(
+            features, weight, labels, scale, fixed, self.normalize_features, self.compute_dtype, self.interclass_filter
+        )
 
     def request(self, needs: Needs) -> Request:
         return Request(self.save_bytes, self.predict, self.grad and (needs.features or needs.scale))
@@ -202,13 +204,9 @@ def _kept_bytes(save_bytes: int | None, *inputs: Any) -> int:
     return DEFAULT_SAVE_BYTES if save_bytes is None else min(save_bytes, (1 << 63) - 1)
 
 
-def scale_tensor(scale: float | Tensor, device: torch.device) -> tuple[Tensor, float | Tensor]:
-    """s as backends take it and as the loss does: a number lies on the CPU, where reading it does not synchronize."""
-    if not isinstance(scale, Tensor):
-        return torch.scalar_tensor(scale, dtype=torch.float64, device="cpu"), scale
-    if scale.requires_grad:
-        scale = scale.to(device)
-    return scale, scale
+def beside(scale: float | Tensor, device: torch.device) -> float | Tensor:
+    """s on the features' device if it is learned; if not it stays where it is, as on the CPU its value can be read."""
+    return scale.to(device) if isinstance(scale, Tensor) and scale.requires_grad else scale
 
 
 def loss_rows(
@@ -279,12 +277,12 @@ class AMSoftmaxFunction(torch.autograd.Function):
             options = _checked(features, weight, labels, scale, margin, reduction)
         labels, num_rows = canonical_labels(labels, weight.shape[0], options.ignore_index)
         device = scale.device if isinstance(scale, Tensor) else None
-        problem = options.problem(features, weight, labels, scale_tensor(scale, features.device)[0])
+        problem = options.problem(features, weight, labels, *backends.scale_fields(beside(scale, features.device)))
         backend = backends.load(options.backend)
         out = backend.forward(problem, options.request(_needs(ctx)))
         rows, derivatives = backend.additive_margin(problem, out, float(margin))
         ctx.save_for_backward(*problem[:4], num_rows, derivatives, *out)
-        ctx.options, ctx.mean, ctx.scale_device = options, reduction == "mean", device
+        ctx.options, ctx.mean, ctx.fixed_scale, ctx.scale_device = options, reduction == "mean", problem.fixed_scale, device
         ctx.set_materialize_grads(False)
         loss = reduce_rows(rows, num_rows, reduction)
         if not options.predict:
@@ -299,7 +297,7 @@ class AMSoftmaxFunction(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         *inputs, num_rows, derivatives = ctx.saved_tensors[:6]
-        problem, saved = ctx.options.problem(*inputs), Forward(*ctx.saved_tensors[6:])
+        problem, saved = ctx.options.problem(*inputs, ctx.fixed_scale), Forward(*ctx.saved_tensors[6:])
         row_factor, by_cosine, by_scale = (derivatives * (grad / num_rows if ctx.mean else grad)).unbind()
         normalize = problem.normalize_features
         needs = _needs(ctx)
@@ -341,12 +339,12 @@ class NegativesFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, options: Options
+        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor, options: Options
     ) -> tuple[Tensor, ...]:
-        problem = options.problem(features, weight, labels, scale)
+        problem = options.problem(features, weight, labels, *backends.scale_fields(scale))
         out = backends.load(options.backend).forward(problem, options.request(_needs(ctx)))
         ctx.save_for_backward(*problem[:4], *out)
-        ctx.options = options
+        ctx.options, ctx.fixed_scale = options, problem.fixed_scale
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(out.best, out.best_class)
         return torch.add(out.z.log(), out.shift, alpha=math.log(2)), out.cosine, out.norm, out.best, out.best_class
@@ -356,7 +354,8 @@ class NegativesFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_z: Tensor | None, grad_cosine: Tensor | None, grad_norm: Tensor | None, *unused: None
     ) -> tuple[Tensor | None, ...]:
-        problem, saved = ctx.options.problem(*ctx.saved_tensors[:4]), Forward(*ctx.saved_tensors[4:])
+        problem = ctx.options.problem(*ctx.saved_tensors[:4], ctx.fixed_scale)
+        saved = Forward(*ctx.saved_tensors[4:])
         zero = torch.zeros_like(saved.z)
         # z = 0 where there is no negative (one class) or all vanish beside the target: nothing flows to them.
         row_factor = zero if grad_log_z is None else (grad_log_z / saved.z).masked_fill_(saved.z == 0, 0)

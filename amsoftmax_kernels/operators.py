@@ -10,8 +10,8 @@ from torch import Tensor
 
 # The arguments that every backend's operators share: backends.Problem, and what the backward pass is given.
 PROBLEM_SCHEMA = (
-    "Tensor features, Tensor weight, Tensor labels, Tensor scale, bool normalize_features, ScalarType compute_dtype, "
-    "float interclass_filter"
+    "Tensor features, Tensor weight, Tensor labels, Tensor? scale, float fixed_scale, bool normalize_features, "
+    "ScalarType compute_dtype, float interclass_filter"
 )
 LABELS_SCHEMA = "(Tensor labels, SymInt num_classes, int ignore_index) -> (Tensor, Tensor)"
 GRADS_SCHEMA = (
@@ -33,14 +33,14 @@ def register(
 
 
 def gradients_fake(
-    features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, *rest: Any
+    features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fake of every backend's backward operator: gradients of features, weight and scale, of size 0 if not needed."""
     need_features, need_weight, need_scale = rest[-3:]
     return (
         features.new_empty(features.shape if need_features else 0),
         weight.new_empty(weight.shape if need_weight else 0),
-        scale.new_empty(() if need_scale else 0),
+        (features if scale is None else scale).new_empty(() if need_scale else 0),
     )
 
 

@@ -88,7 +88,7 @@ def _gradients(name: str, B: int, D: int, C: int, device: torch.device) -> Ways:
     """One kernel against a library's product and the pass after it."""
     backend: Any = load(name)
     features, weight, labels = (each.detach() for each in problem(B, D, C, device))
-    given = Problem(features, weight, labels, torch.tensor(30.0), True, torch.bfloat16, float("inf"))
+    given = Problem(features, weight, labels, None, 30.0, True, torch.bfloat16, float("inf"))
     terms, x_factored = torch.rand(B, padded(C), device=device).bfloat16(), features.bfloat16()
     inverse, width = 1 / weight.norm(dim=1), x_factored.shape[1]
     assert width == padded(D), "this D takes columns beside it"

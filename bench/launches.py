@@ -89,9 +89,8 @@ _real_scale_of = fused.scale_of
 
 
 def _scale_of(problem: Problem) -> float | Tensor:
-    """A float32 scale stands for one on the device; a number comes as float64."""
-    on_device = problem.normalize_features and problem.scale.dtype == torch.float32
-    return problem.scale if on_device else _real_scale_of(problem)
+    """A tensor stands for one on the device."""
+    return problem.scale if problem.normalize_features and problem.scale is not None else _real_scale_of(problem)
 
 
 @contextlib.contextmanager
@@ -144,8 +143,8 @@ def of_a_step(
 def _step(B: int, D: int, C: int, how: Options) -> None:
     features, weight = torch.empty(B, D, dtype=how.features_dtype), torch.empty(C, D, dtype=how.weight_dtype)
     labels, needs = torch.zeros(B, dtype=torch.int64), Needs(*how.needs)
-    scale = torch.tensor(30.0) if how.scale is None else torch.tensor(how.scale, dtype=torch.float64)
-    problem = Problem(features, weight, labels, scale, how.normalize, how.compute_dtype, how.interclass_filter)
+    scale, number = (torch.tensor(30.0), 0.0) if how.scale is None else (None, how.scale)
+    problem = Problem(features, weight, labels, scale, number, how.normalize, how.compute_dtype, how.interclass_filter)
     save_bytes = how.save_bytes if any(needs) else 0
     out = backend.forward(problem, Request(save_bytes, how.predict, needs.features or needs.scale))
     if how.constant_margin:

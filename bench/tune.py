@@ -141,7 +141,7 @@ def _score(config: Config, how: str, device: torch.device, sums: list[Tensor]) -
 def _cosine_seconds(B: int, D: int, C: int, dtype: torch.dtype, device: torch.device) -> tuple[float, Tensor]:
     """Seconds of a launch, and the row sums."""
     features, weight, labels = (each.detach() for each in problem(B, D, C, device))
-    given = Problem(features, weight, labels, torch.tensor(30.0), True, dtype, math.inf)
+    given = Problem(features, weight, labels, None, 30.0, True, dtype, math.inf)
     kernels, width = backend._Kernels(), chunking.padded(D)
     cosine, norm, shift, factor = features.new_empty(4, B).unbind()
     rows = Rows(features.new_empty(B, width, dtype=dtype), factor, cosine, norm, shift)

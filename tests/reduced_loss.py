@@ -26,9 +26,8 @@ def check_the_margin_kernel(kernels: Kernels, normalize: bool, device: torch.dev
 
     def on(where: torch.device, dtype: torch.dtype) -> tuple[Problem, Forward]:
         vectors = Forward(*(each.to(where, dtype) for each in (z, shift, cosine, norm, *[empty] * 6)))
-        scale, weight = torch.tensor(60.0, dtype=torch.float64), torch.empty(9, 20, device=where)
-        features = torch.empty(len(z), 20, device=where)
-        return Problem(features, weight, labels.to(where), scale, normalize, torch.float32, math.inf), vectors
+        weight, features = torch.empty(9, 20, device=where), torch.empty(len(z), 20, device=where)
+        return Problem(features, weight, labels.to(where), None, 60.0, normalize, torch.float32, math.inf), vectors
 
     expected = margin.additive_margin(*on(torch.device("cpu"), torch.float64), 0.35)
     problem, saved = on(device, torch.float32)
@@ -45,7 +44,10 @@ def check_the_margin_kernel(kernels: Kernels, normalize: bool, device: torch.dev
 
 def on_the_device(problem: Problem) -> float | Tensor:
     """In the place of ``fused.scale_of``: a scale whose value the host does not know."""
-    return problem.scale.detach().float() if problem.normalize_features else 1.0
+    if not problem.normalize_features:
+        return 1.0
+    scale = problem.fixed_scale if problem.scale is None else problem.scale.item()
+    return torch.tensor(scale, device=problem.features.device)
 
 
 def curved(cosine: Tensor, labels: Tensor, feature_norm: Tensor) -> Tensor:

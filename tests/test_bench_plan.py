@@ -163,7 +163,7 @@ def test_memory_on_a_gpu_is_what_the_kernels_are_given(options: dict[str, Any], 
     run = Run(20_000, batch=256, ranks=1, device="cuda", **given)
     features, weight = torch.empty(run.rows, run.dim), torch.empty(run.classes, run.dim, dtype=run.dtype)
     labels, vector = torch.zeros(run.rows, dtype=torch.int64), torch.zeros(run.rows)
-    problem = Problem(features, weight, labels, torch.tensor(30.0, dtype=torch.float64), True, run.compute_dtype, math.inf)
+    problem = Problem(features, weight, labels, None, 30.0, True, run.compute_dtype, math.inf)
     with recording((9, 0), 132), Allocated(features, weight, labels, vector) as allocated:
         saved = backend.forward(problem, Request(run.save_bytes, False, True))
         allocated.peak = allocated.bytes

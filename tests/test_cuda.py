@@ -65,7 +65,7 @@ def check_the_cosine_kernel(
     kernels = cuda._Kernels()
     for with_shift, limit in itertools.product((True, False), (math.inf, 0.1)):
         weight = torch.empty(N, width, dtype=dtype, device=device)
-        problem = Problem(x_hat, weight, labels, torch.tensor(30.0), True, dtype, limit)
+        problem = Problem(x_hat, weight, labels, None, 30.0, True, dtype, limit)
         parts = (partial_sums or kernels.streams(problem, N), B)
         terms = x_hat.new_full((B, chunking.padded(N)), math.nan, dtype=chunking.panel_dtype(dtype))
         z, best = factor.new_full(parts, math.nan, dtype=torch.float64), factor.new_full(parts, math.nan)
@@ -273,19 +273,19 @@ def test_the_margin_kernel(normalize: bool, emulated: None) -> None:
 
 def test_errors_come_back_as_exceptions(emulated: None) -> None:
     odd = torch.empty(4, 17, dtype=torch.float16)[:, :16]
-    problem = Problem(odd, odd, torch.zeros(4).long(), torch.tensor(30.0), True, torch.float16, math.inf)
+    problem = Problem(odd, odd, torch.zeros(4).long(), None, 30.0, True, torch.float16, math.inf)
     with pytest.raises(RuntimeError, match="multiples of 16 bytes"):
         rows = Rows(odd, *[torch.ones(4)] * 3, None)
         cuda._Kernels().cosine_exp(problem, 0, rows, odd, Cosines())
     with pytest.raises(KeyError):
         cuda_library.matrix(torch.empty(4, 16, dtype=torch.float64))
     x = torch.empty(4, 16, dtype=torch.int16)
-    problem = Problem(x, x, torch.zeros(4).long(), torch.tensor(30.0), True, torch.float16, math.inf)
+    problem = Problem(x, x, torch.zeros(4).long(), None, 30.0, True, torch.float16, math.inf)
     with pytest.raises(RuntimeError, match="ak_cosine_exp: operands must be float16, bfloat16 or, rounded to TF32, float32"):
         z = torch.empty(1, 4, dtype=torch.float64)
         cuda._Kernels().cosine_exp(problem, 0, Rows(x, *[torch.ones(4)] * 3, None), x, Cosines(z=z))
     x = torch.empty(4, 16)
-    problem = Problem(x, x, torch.zeros(4).long(), torch.tensor(30.0), True, torch.float32, math.inf)
+    problem = Problem(x, x, torch.zeros(4).long(), None, 30.0, True, torch.float32, math.inf)
     with pytest.raises(RuntimeError, match="E must be bfloat16, or float32 beside TF32"):
         cuda._Kernels().cosine_exp(problem, 0, Rows(x, *[torch.ones(4)] * 3, None), x, Cosines(x.bfloat16()))
 

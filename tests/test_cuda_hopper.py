@@ -128,7 +128,7 @@ def test_a_row_of_nan_is_its_own(hopper: None) -> None:
     B, N, width = 140, 200, 16
     x_hat, w_hat = (torch.randn(n, width).div(4).bfloat16() for n in (B, N))
     x_hat[7] = math.nan
-    problem = Problem(x_hat, w_hat, torch.arange(B), torch.tensor(30.0), True, torch.bfloat16, math.inf)
+    problem = Problem(x_hat, w_hat, torch.arange(B), None, 30.0, True, torch.bfloat16, math.inf)
     terms, z = torch.empty(B, 208, dtype=torch.bfloat16), torch.empty(4, B, dtype=torch.float64)
     best, best_class = torch.empty(4, B), torch.empty(4, B, dtype=torch.int64)
     vectors = Rows(x_hat, *[torch.full((B,), 9.0)] * 3, None)
@@ -143,7 +143,7 @@ def test_a_row_of_nan_is_its_own(hopper: None) -> None:
 def test_terms_end_where_their_matrix_does(dtype: torch.dtype, hopper: None) -> None:
     """Rows of E are written into a wider matrix, whose other columns are another chunk's."""
     x_hat, w_hat = (torch.randn(n, 16).to(dtype) for n in (130, 72))
-    problem = Problem(x_hat, w_hat, torch.zeros(130).long(), torch.tensor(30.0), True, dtype, math.inf)
+    problem = Problem(x_hat, w_hat, torch.zeros(130).long(), None, 30.0, True, dtype, math.inf)
     kept = torch.full((131, 200), 7.0, dtype=chunking.panel_dtype(dtype))
     terms = kept[:130, 40 : 40 + 80]
     cuda._Kernels().cosine_exp(problem, 0, Rows(x_hat, *[torch.ones(130)] * 3, None), w_hat, Cosines(terms))

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import amsoftmax_kernels as ak
 from amsoftmax_kernels.margins import AnnealedAdditiveMargin
@@ -38,8 +40,7 @@ def test_opcheck(
 ) -> None:
     features, weight, labels, upstream = PLAIN.tensors(dtype)
     labels[0] = -1
-    scale_tensor = torch.tensor(scale, dtype=torch.float64)
-    problem = (features, weight, labels, scale_tensor, normalize, dtype, interclass_filter)
+    problem = (features, weight, labels, torch.tensor(scale, dtype=torch.float64), 0.0, normalize, dtype, interclass_filter)
     ops = torch.ops.amsoftmax_kernels
     out = ops.chunked_forward(*problem, save_bytes, predict)
     torch.library.opcheck(ops.chunked_forward, (*problem, save_bytes, predict))
@@ -58,7 +59,7 @@ def test_the_operators_alone_have_no_gradient() -> None:
     features, weight, labels, _ = PLAIN.tensors()
     scale = torch.tensor(30.0, dtype=torch.float64)
     z = torch.ops.amsoftmax_kernels.chunked_forward(
-        features.clone().requires_grad_(), weight, labels, scale, True, torch.float64, math.inf, 1 << 30, False
+        features.clone().requires_grad_(), weight, labels, scale, 0.0, True, torch.float64, math.inf, 1 << 30, False
     )[0]
     with pytest.raises(RuntimeError, match="differentiate through am_softmax_loss"):
         z.sum().backward()
@@ -112,6 +113,28 @@ assert x.grad.any()
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_compiled_step_makes_no_tensor_of_its_scale() -> None:
+    """One on the CPU would keep ``torch.compile(mode="reduce-overhead")`` from capturing a CUDA graph."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, example: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    head = ak.AMSoftmaxLoss(PLAIN.D, PLAIN.C)
+    features, _, labels, _ = PLAIN.tensors(torch.float32)
+    torch._dynamo.reset()
+    learnt(torch.compile(head, fullgraph=True, backend=aot_autograd(fw_compiler=compiler)), features, labels)
+    assert len(graphs) == 2
+    assert not {"scalar_tensor", "full", "_tensor_constant0"} & {
+        str(node.target).split(".")[-2:][0] for graph in graphs for node in graph.graph.nodes if node.op != "placeholder"
+    }
+    small = [
+        node for graph in graphs for node in graph.graph.nodes if node.op == "placeholder" and not node.meta["val"].dim()
+    ]
+    assert len(small) <= 2, small  # the number of rows, and the upstream gradient
 
 
 def test_compile_with_predictions() -> None:

@@ -311,7 +311,7 @@ def test_frozen_inputs(frozen: str, save_bytes: int | None, short_chunks: None) 
 
 def test_no_grad_keeps_nothing() -> None:
     features, weight, labels, _ = (each.to(DEVICE) for each in PLAIN.tensors(torch.float32))
-    problem = Problem(features, weight, labels, torch.tensor(30.0), True, torch.float32, math.inf)
+    problem = Problem(features, weight, labels, None, 30.0, True, torch.float32, math.inf)
     out = backend.forward(problem, Request(0, False, False))
     assert out.kept.numel() == out.rows.numel() == out.best.numel() == 0
 
@@ -341,8 +341,7 @@ def test_same_inputs_same_bits(short_chunks: None) -> None:
 )
 def test_opcheck(normalize: bool, predict: bool, save_bytes: int, short_chunks: None, large_tiles: None) -> None:
     features, weight, labels, upstream = (each.to(DEVICE) for each in PLAIN.tensors(torch.float32))
-    scale = torch.tensor(30.0, dtype=torch.float64)
-    problem = (features, weight, labels, scale, normalize, torch.float32, math.inf)
+    problem = (features, weight, labels, None, 30.0, normalize, torch.float32, math.inf)
     ops = torch.ops.amsoftmax_kernels
     torch.library.opcheck(ops.triton_forward, (*problem, save_bytes, predict, True))
     out = Forward(*ops.triton_forward(*problem, save_bytes, predict, True))

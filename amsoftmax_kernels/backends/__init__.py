@@ -26,10 +26,28 @@ class Problem(NamedTuple):
     features: Tensor  # [B, D]
     weight: Tensor  # [C, D]
     labels: Tensor  # [B] int64: negative where ignored, C or more where the class is not in this shard
-    scale: Tensor  # 0-d, on the CPU or on the tensors' device; ‖x‖ takes its place without normalize_features
-    normalize_features: bool
+    scale: Tensor | None  # 0-d, on the CPU or on the tensors' device; None where s is a number
+    fixed_scale: float  # that number
+    normalize_features: bool  # if not, ‖x‖ takes the place of s
     compute_dtype: torch.dtype
     interclass_filter: float  # negatives of a larger cosine are left out of z; infinity leaves none out
+
+
+def scale_fields(scale: float | Tensor) -> tuple[Tensor | None, float]:
+    """A problem's ``scale`` and ``fixed_scale``. A number stays one: a CUDA graph cannot hold a tensor on the CPU."""
+    return (scale, 0.0) if isinstance(scale, Tensor) else (None, float(scale))
+
+
+def host_scale(problem: Problem) -> float | None:
+    """s where the host knows it, which takes no synchronization: as a number, or as a tensor on the CPU."""
+    if problem.scale is None:
+        return problem.fixed_scale
+    if problem.scale.device.type != "cpu":
+        return None
+    s: float = problem.scale.item()
+    if not s > 0:
+        raise ValueError(f"scale must be positive and finite, but it is {s}")
+    return s
 
 
 class Request(NamedTuple):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..arguments import accumulate_dtype, no_autocast
 from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced, register
-from . import Forward, Needs, Problem, Request, Upstream, one_chunk
+from . import Forward, Needs, Problem, Request, Upstream, host_scale, one_chunk
 from .budget import BOUNDED_SCALE, kept_classes
 from .host_memory import advise_huge_pages
 from .margin import additive_margin as additive_margin
@@ -71,23 +71,20 @@ class _Shard:
 
     @classmethod
     def of(cls, pair: TargetPair, problem: Problem) -> _Shard:
-        weight, scale, normalize, compute_dtype = problem.weight, *problem[3:6]
+        weight, normalize, compute_dtype = problem.weight, problem.normalize_features, problem.compute_dtype
         dtype, device = accumulate_dtype(compute_dtype), weight.device
         half = compute_dtype != dtype and device.type != "cpu"
-        # The value of a scale on a GPU is not read: it may be large.
-        known = scale.device.type == "cpu"
+        known = host_scale(problem)  # that of a scale on a GPU is not read: it may be large
         norm = pair.x_norm.to(dtype)
         s: float | Tensor = norm + (norm - norm)  # NaN where it overflows
         if normalize:
-            s = scale.item() if known else scale.to(dtype)
-        if isinstance(s, float) and not s > 0:
-            raise ValueError(f"scale must be positive and finite, but it is {s}")
+            s = problem.scale.to(dtype) if known is None and problem.scale is not None else known or 0.0
         x = pair.x * pair.x_inverse[:, None]
         return cls(
             weight, x.to(dtype), s, dtype,
             operand_dtype=compute_dtype if half else dtype,
             panel_dtype=_panel_dtype(compute_dtype, device),
-            bounded=normalize and known and scale.item() <= BOUNDED_SCALE,
+            bounded=normalize and known is not None and known <= BOUNDED_SCALE,
             interclass_filter=problem.interclass_filter,
             chunk=_chunk_size(x.shape[0], x.shape[1], device),
         )  # fmt: skip
@@ -119,7 +116,7 @@ class _Shard:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, (save_bytes, predict) = Problem(*arguments[:7]), arguments[7:]
+    problem, (save_bytes, predict) = Problem(*arguments[:8]), arguments[8:]
     features, weight, labels = problem[:3]
     with no_autocast(features.device):
         short = None
@@ -181,8 +178,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, saved, grads, needs = Problem(*arguments[:7]), arguments[7:13], arguments[13:16], arguments[16:]
-    features, weight, labels, scale, normalize_features = problem[:5]
+    problem, saved, grads, needs = Problem(*arguments[:8]), arguments[8:14], arguments[14:17], arguments[17:]
+    features, weight, labels, scale, _, normalize_features = problem[:6]
+    scale = features if scale is None else scale
     shift, cosine, norm, inverse_norm, kept, kept_shift = saved
     row_factor, grad_cosine, grad_norm = grads
     need_features, need_weight, need_scale = needs
@@ -274,9 +272,9 @@ def _chunk_size(batch: int, dim: int, device: torch.device) -> int:
 
 def _is_one_chunk(problem: Problem) -> bool:
     """Whether both passes can take the short way: see :mod:`.one_chunk`."""
-    features, weight, labels, scale = problem[:4]
+    features, weight, labels = problem[:3]
     device, (B, D), C = features.device, features.shape, weight.shape[0]
-    if device.type != "cpu" or scale.device.type != "cpu" or not problem.normalize_features or scale.item() > BOUNDED_SCALE:
+    if device.type != "cpu" or not problem.normalize_features or (host_scale(problem) or math.inf) > BOUNDED_SCALE:
         return False
     if B == 0 or _chunk_size(B, D, device) < C or math.isfinite(problem.interclass_filter):
         return False
@@ -285,7 +283,7 @@ def _is_one_chunk(problem: Problem) -> bool:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, (save_bytes, predict) = Problem(*arguments[:7]), arguments[7:]
+    problem, (save_bytes, predict) = Problem(*arguments[:8]), arguments[8:]
     features, weight, labels = problem[:3]
     dtype, panel_dtype = accumulate_dtype(problem.compute_dtype), _panel_dtype(problem.compute_dtype, features.device)
     batch, num_classes = features.shape[0], weight.shape[0]

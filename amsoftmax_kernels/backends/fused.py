@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced, register
-from . import Forward, Needs, Problem, Request, Upstream, chunking
+from . import Forward, Needs, Problem, Request, Upstream, chunking, host_scale
 from .budget import BOUNDED_SCALE
 from .chunking import padded, panel_dtype
 from .kernels import Cosines, Factored, Grads, Kernels, Rows
@@ -53,7 +53,7 @@ class Fused:
             f"{name}_additive_margin",
             f"({PROBLEM_SCHEMA}, Tensor z, Tensor shift, Tensor cosine, Tensor norm, float margin) -> (Tensor, Tensor)",
             self._additive_margin,
-            lambda *arguments: (torch.empty_like(arguments[7]), arguments[7].new_empty(3, arguments[7].shape[0])),
+            lambda *arguments: (torch.empty_like(arguments[8]), arguments[8].new_empty(3, arguments[8].shape[0])),
         )
 
     def forward(self, problem: Problem, request: Request) -> Forward:
@@ -75,7 +75,7 @@ class Fused:
         return getattr(self, f"_{name}")
 
     def _additive_margin(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        problem, vectors, margin = Problem(*arguments[:7]), arguments[7:11], arguments[11]
+        problem, vectors, margin = Problem(*arguments[:8]), arguments[8:12], arguments[12]
         empty = vectors[0].new_empty(0)
         saved = Forward(*vectors, *[empty] * 6)
         if len(saved.z) == 0:
@@ -84,7 +84,7 @@ class Fused:
             return self.kernels.additive_margin(problem, saved, scale_of(problem), margin)
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, request = Problem(*arguments[:7]), Request(*arguments[7:])
+        problem, request = Problem(*arguments[:8]), Request(*arguments[8:])
         features, weight, labels = problem[:3]
         (B, D), C = features.shape, weight.shape[0]
         with on_device(features.device):
@@ -128,16 +128,16 @@ class Fused:
         self.kernels.reduce_shift(*maxima.parts, rows.factor, rows.shift)
 
     def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, vectors = Problem(*arguments[:7]), arguments[7:13]
-        row_factor, grad_cosine, grad_norm = arguments[13:16]
+        problem, vectors = Problem(*arguments[:8]), arguments[8:14]
+        row_factor, grad_cosine, grad_norm = arguments[14:17]
         grad_norm = None if grad_norm is None else grad_norm.contiguous()
-        upstream, needs = Upstream(row_factor.contiguous(), grad_cosine.contiguous(), grad_norm), Needs(*arguments[16:])
-        features, weight, scale, normalize = problem.features, problem.weight, problem.scale, problem.normalize_features
+        upstream, needs = Upstream(row_factor.contiguous(), grad_cosine.contiguous(), grad_norm), Needs(*arguments[17:])
+        features, weight, normalize = problem.features, problem.weight, problem.normalize_features
         shift, cosine, norm, inverse_norm, kept, unit_rows = vectors
         with on_device(features.device):
             grad_features = features.new_empty(features.shape if needs.features else 0)
             grad_weight = weight.new_empty(weight.shape if needs.weight else 0)
-            grad_scale = scale.new_zeros(() if needs.scale else 0)
+            grad_scale = (features if problem.scale is None else problem.scale).new_zeros(() if needs.scale else 0)
             if features.shape[0] == 0:
                 return grad_features, grad_weight.zero_(), grad_scale
             s = scale_of(problem)
@@ -154,7 +154,7 @@ class Fused:
             saved = Forward(unused, shift, cosine, norm, inverse_norm, kept, unused, unit_rows, unused, unused)
             self.kernels.finish_rows(problem, saved, s, upstream, grads)
             if parts is not None:
-                grad_scale = parts.sum().to(scale.device, scale.dtype)
+                grad_scale = parts.sum().to(grad_scale.device, grad_scale.dtype)
             return grad_features, grad_weight, grad_scale
 
     def _chunks(
@@ -255,7 +255,7 @@ def _buffers(problem: Problem, request: Request) -> Forward:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return _buffers(Problem(*arguments[:7]), Request(*arguments[7:]))
+    return _buffers(Problem(*arguments[:8]), Request(*arguments[8:]))
 
 
 def _kept_terms(kept: Tensor, span: range) -> Tensor | None:
@@ -284,14 +284,12 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def scale_of(problem: Problem) -> float | Tensor:
     """s as kernels take it: a number, or a tensor on the device; 1 where ‖x‖ takes its place."""
-    scale = problem.scale
     if not problem.normalize_features:
         return 1.0
-    if scale.device.type != "cpu":
-        return scale.to(torch.float32)
-    s = scale.item()
-    if not s > 0:
-        raise ValueError(f"scale must be positive and finite, but it is {s}")
+    s = host_scale(problem)
+    if s is None:
+        assert problem.scale is not None
+        return problem.scale.to(torch.float32)
     return s
 
 

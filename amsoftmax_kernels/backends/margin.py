@@ -21,7 +21,9 @@ def additive_margin(problem: Problem, saved: Forward, margin: float) -> tuple[Te
     and −p(t − m) (to s, or to ‖x‖ in its place). An ignored row has zeros; one whose label is out of range has NaN.
     """
     labels, cosine = problem.labels, saved.cosine
-    s = problem.scale.to(cosine.device, cosine.dtype) if problem.normalize_features else saved.norm
+    s: float | Tensor = saved.norm
+    if problem.normalize_features:
+        s = problem.fixed_scale if problem.scale is None else problem.scale.to(cosine.device, cosine.dtype)
     if cosine.device.type != "cpu":  # on the CPU such a label was an error
         cosine = cosine.masked_fill(labels >= problem.weight.shape[0], math.nan)
     above = cosine - margin

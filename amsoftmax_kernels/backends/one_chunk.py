@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from . import Forward, Problem, Upstream
+from . import Forward, Problem, Upstream, host_scale
 from .norms import EPS
 from .products import product_nt
 
@@ -26,7 +26,9 @@ def forward(problem: Problem, dtype: torch.dtype, predict: bool) -> Forward | No
     """In the accumulate dtype, with all of E; None if a row has no direction."""
     labels = problem.labels
     x, w = problem.features.to(dtype).contiguous(), problem.weight.to(dtype).contiguous()
-    length = problem.scale.item() * _LOG2E  # of ŵ: it makes a dot product a logit to the base 2
+    scale = host_scale(problem)
+    assert scale is not None
+    length = scale * _LOG2E  # of ŵ: it makes a dot product a logit to the base 2
     x_hat, x_norm = torch._weight_norm_interface(x, x.new_ones(len(x), 1), 0)
     w_scaled, w_norm = torch._weight_norm_interface(w, w.new_full((len(w), 1), length), 0)
     if not (_have_directions(x_norm) and _have_directions(w_norm)):
@@ -53,7 +55,8 @@ def regular(norm: Tensor, w_inverse: Tensor) -> bool:
 
 def backward(problem: Problem, saved: Forward, upstream: Upstream, need_scale: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of features and weight in the accumulate dtype, and of scale; E is computed again where none was kept."""
-    labels, scale, cosine, w_inverse = problem.labels, problem.scale.item(), saved.cosine, saved.inverse_norm
+    labels, scale, cosine, w_inverse = problem.labels, host_scale(problem), saved.cosine, saved.inverse_norm
+    assert scale is not None
     row_factor, grad_cosine, grad_norm = upstream
     kept, dtype = saved.kept, saved.kept.dtype
     x, w = problem.features.to(dtype).contiguous(), problem.weight.to(dtype).contiguous()

@@ -45,9 +45,15 @@ class Plan:
     sampling: Sampling | None
     differentiated: Callable[[], None]  # called by the backward pass
 
-    def problem(self, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> backends.Problem:
+    def problem(self, features: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor) -> backends.Problem:
         return backends.Problem(
-            features, weight, labels, scale, self.normalize_features, self.compute_dtype, self.interclass_filter
+            features,
+            weight,
+            labels,
+            *backends.scale_fields(scale),
+            self.normalize_features,
+            self.compute_dtype,
+            self.interclass_filter,
         )
 
 
@@ -76,7 +82,7 @@ class ShardedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, labels: Tensor, weight: Tensor, scale: Tensor, anchor: Tensor | None, plan: Plan
+        ctx: Any, features: Tensor, labels: Tensor, weight: Tensor, scale: float | Tensor, anchor: Tensor | None, plan: Plan
     ) -> tuple[Tensor, ...]:
         shards, dtype = plan.shards, accumulate_dtype(plan.compute_dtype)
         x, labels = _gather(features, labels, plan, dtype)
@@ -110,7 +116,8 @@ class ShardedFunction(torch.autograd.Function):
         ctx.plan, ctx.panels = plan, [(panel.classes is None, panel.factor) for panel in panels]
         saved = [each for panel, factor in zip(panels, factors, strict=True)
                  for each in (panel.weight, panel.labels, panel.classes, factor, *_out(panel))]  # fmt: skip
-        ctx.save_for_backward(features, x, weight, scale, z, *saved)
+        ctx.save_for_backward(features, x, weight, scale if isinstance(scale, Tensor) else None, z, *saved)
+        ctx.scale = None if isinstance(scale, Tensor) else scale
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(all_labels, best, best_class)
         return *vectors.unbind(), all_labels, best, best_class
@@ -123,6 +130,7 @@ class ShardedFunction(torch.autograd.Function):
         plan: Plan = ctx.plan
         shards = plan.shards
         features, x, weight, scale, z, *saved = ctx.saved_tensors
+        scale = ctx.scale if scale is None else scale
         mine = plan.rows.replica_slice
         row_factor, grad_cosine = (torch.zeros_like(z) if grad is None else grad[mine] for grad in grads[:2])
         row_factor = (row_factor / z).masked_fill_(z == 0, 0)
@@ -139,7 +147,7 @@ class ShardedFunction(torch.autograd.Function):
             calls.append((problem, forward, row_factor * factor, classes, grad_norm if i == 0 else None))
 
         grads_x: list[Tensor] = []
-        grad_scale = scale.new_zeros(())
+        grad_scale = x.new_zeros(()) if ctx.scale is not None else scale.new_zeros(())
         grads_weight: list[Tensor] = []
         # The features' gradient first, and on its way while the centres' is made: where E need not be made twice for it.
         apart = need_features and need_weight and shards.shards > 1 and all(_has_terms(*call[:2]) for call in calls)
@@ -266,10 +274,11 @@ def _best(panels: list[_Panel], plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
     return everywhere, torch.where(found == 1 << 62, -1, found)
 
 
-def _bounded(plan: Plan, scale: Tensor) -> bool:
+def _bounded(plan: Plan, scale: float | Tensor) -> bool:
     """Whether no rank can have a shift: decided by what is alike on all of them."""
-    known = scale.device.type == "cpu" and not scale.requires_grad
-    return plan.normalize_features and known and scale.item() <= BOUNDED_SCALE
+    if isinstance(scale, Tensor):
+        scale = math.inf if scale.device.type != "cpu" or scale.requires_grad else scale.item()
+    return plan.normalize_features and scale <= BOUNDED_SCALE
 
 
 def _has_terms(problem: backends.Problem, out: backends.Forward) -> bool:

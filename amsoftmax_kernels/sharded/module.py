@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import backends, reference
 from ..arguments import canonical_labels, check_arguments, check_features, check_flag, compute_dtype
-from ..functional import DEFAULT_SAVE_BYTES, loss_rows, scale_tensor, traits_of
+from ..functional import DEFAULT_SAVE_BYTES, beside, loss_rows, traits_of
 from ..margins import Margin, as_margin, reduce_rows
 from ..modules import AMSoftmaxLoss
 from ..optim import accumulate_rows
@@ -192,10 +192,10 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         if self.equal_batches:
             rows = shards.equal_rows(batch)
 
-        scale, s = scale_tensor(self.scale, features.device)
+        scale = beside(self.scale, features.device)
         local = sharding.local_part(self.weight)
         grad = torch.is_grad_enabled()
-        differentiated = grad and (features.requires_grad or local.requires_grad or scale.requires_grad)
+        differentiated = grad and (features.requires_grad or local.requires_grad or getattr(scale, "requires_grad", False))
         sampling = self._sampling(rows)
         anchor = None
         if sampling is not None and self.rowwise_gradient and grad and local.requires_grad:
@@ -215,7 +215,13 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             features, canonical, local, scale, anchor, plan
         )
         each = loss_rows(
-            log_z, cosine, norm, everyone, self.num_classes, s if self.normalize_features else norm, as_margin(self.margin)
+            log_z,
+            cosine,
+            norm,
+            everyone,
+            self.num_classes,
+            scale if self.normalize_features else norm,
+            as_margin(self.margin),
         )
         loss = reduce_rows(each, (everyone >= 0).sum().clamp_(min=1), self.reduction)
         if self.reduction == "none":
