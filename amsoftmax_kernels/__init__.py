@@ -7,6 +7,7 @@ from . import margins, reference
 from .backends import available_backends
 from .functional import AMSoftmaxFunction, am_softmax_loss
 from .modules import AMSoftmaxLoss
+from .resizing import resize_classes
 
 if TYPE_CHECKING:
     from . import insightface, optim
@@ -24,6 +25,7 @@ __all__ = [
     "margins",
     "optim",
     "reference",
+    "resize_classes",
 ]
 
 

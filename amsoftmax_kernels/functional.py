@@ -133,7 +133,7 @@ def am_softmax_loss(
         loss = reduce_rows(rows, num_rows, reduction)
         return (loss, predictions) if return_predictions else loss
 
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if _transformed():
         raise RuntimeError(f"torch.func's transforms take backend='reference', but backend is {backend!r}")
     options = Options(
         backend, dtype, normalize_features, ignore_index,
@@ -153,6 +153,15 @@ def am_softmax_loss(
     if not return_predictions:
         return loss
     return loss, torch.where(cosine.detach() >= best, labels, best_class)
+
+
+def _transformed() -> bool:
+    """Whether one of ``torch.func``'s transforms is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+# What torch.compile finds when it traces, as torch.compiler.assume_constant_result has it, which would import Dynamo.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Options(NamedTuple):

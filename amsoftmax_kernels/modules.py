@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -11,7 +12,7 @@ from . import backends, reference
 from .arguments import FLOATS, check_features, check_margin, check_options, check_scale, check_size
 from .functional import am_softmax_loss
 from .margins import Margin
-from .values import plain
+from .values import is_number, plain, type_name
 
 
 class AMSoftmaxLoss(nn.Module):
@@ -25,10 +26,11 @@ class AMSoftmaxLoss(nn.Module):
             here, and so moved, saved and trained with the head. A smaller margin always lowers the loss: one that is
             learned needs a term in the loss that holds it up.
         normalize_features, reduction, ignore_index, interclass_filter, backend, save_bytes: as in :func:`am_softmax_loss`.
+        std: standard deviation of the centres' first values; None: 1/√D, for norms near 1.
         device, dtype: of the centres.
 
     Attributes:
-        weight: Parameter ``[C, D]``, drawn from a normal distribution of standard deviation 1/√D (norms near 1).
+        weight: Parameter ``[C, D]``, drawn from a normal distribution.
 
     Raises:
         TypeError, ValueError: as :func:`am_softmax_loss`, at construction where the argument is given here.
@@ -47,6 +49,7 @@ class AMSoftmaxLoss(nn.Module):
         interclass_filter: float | None = None,
         backend: str | None = None,
         save_bytes: int | None = None,
+        std: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -62,7 +65,10 @@ class AMSoftmaxLoss(nn.Module):
             normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
             interclass_filter=interclass_filter, save_bytes=save_bytes,
         )  # fmt: skip
+        if std is not None and not (is_number(std := plain(std)) and 0 < std < math.inf):
+            raise ValueError(f"std must be None or a positive float, but it is {std!r}")
         backends.check_available(backend)
+        self.std: float = embedding_dim**-0.5 if std is None else float(std)
         self.embedding_dim, self.num_classes = embedding_dim, num_classes
         self.normalize_features, self.reduction, self.ignore_index = normalize_features, reduction, ignore_index
         self.interclass_filter, self.backend, self.save_bytes = interclass_filter, backend, save_bytes
@@ -85,8 +91,29 @@ class AMSoftmaxLoss(nn.Module):
         return torch.empty(self.num_classes, self.embedding_dim, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Draw the centres anew: isotropic directions, norms near 1."""
-        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+        """Draw the centres anew, from a normal distribution of standard deviation ``std``."""
+        nn.init.normal_(self.weight, std=self.std)
+
+    @torch.no_grad()
+    def set_centres(self, centres: Tensor) -> None:
+        """Copy ``centres [C, D]`` into ``weight``; every rank of a sharded head is given all of them, and keeps its own.
+
+        Raises:
+            TypeError: ``centres`` is no floating-point tensor.
+            ValueError: its shape is not ``[C, D]``.
+        """
+        if not isinstance(centres, Tensor) or not centres.is_floating_point():
+            raise TypeError(f"centres must be a floating-point Tensor, but it is {type_name(centres)}")
+        if centres.shape != (self.num_classes, self.embedding_dim):
+            expected = [self.num_classes, self.embedding_dim]
+            raise ValueError(f"centres must have shape [C, D] = {expected}, but it has {list(centres.shape)}")
+        own = self._own_rows(centres)
+        weight: Tensor = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight  # of a DTensor
+        weight.copy_(own)
+
+    def _own_rows(self, centres: Tensor) -> Tensor:
+        """Those of ``centres [C, D]`` that this process holds."""
+        return centres
 
     @overload
     def forward(self, features: Tensor, labels: Tensor, return_predictions: Literal[False] = False) -> Tensor: ...

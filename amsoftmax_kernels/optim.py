@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharded.mixed import mixed_parameters as mixed_parameters
 from .sharded.shards import local_part
 
 _ROWS = "amsoftmax_kernels_rows"  # on a parameter: its gradient, and the rows of it that were written

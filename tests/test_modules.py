@@ -46,6 +46,41 @@ def test_centres_start_isotropic_with_norms_near_one() -> None:
     assert abs(norms.mean().item() - 1) < 0.01 and norms.std() < 0.05
 
 
+def test_centres_of_a_given_spread() -> None:
+    for make in (ak.AMSoftmaxLoss, ak.ShardedAMSoftmaxLoss):
+        head = make(64, 1000, std=0.01)
+        first = head.weight.detach().clone()
+        assert abs(first.std().item() / 0.01 - 1) < 0.02
+        head.reset_parameters()
+        assert not torch.equal(first, head.weight) and abs(head.weight.std().item() / 0.01 - 1) < 0.02
+    for wrong in (0.0, -1.0, float("inf"), float("nan"), "0.1", True):
+        with pytest.raises(ValueError, match="std"):
+            ak.AMSoftmaxLoss(64, 1000, std=wrong)  # type: ignore[arg-type]
+
+
+def test_centres_are_drawn_alike_from_a_seed() -> None:
+    def drawn(times: int) -> torch.Tensor:
+        head = ak.ShardedAMSoftmaxLoss(8, 50, seed=7)
+        for _ in range(times):
+            head.reset_parameters()
+        return head.weight.detach()
+
+    assert torch.equal(drawn(0), drawn(0)) and torch.equal(drawn(2), drawn(2)) and not torch.equal(drawn(1), drawn(2))
+
+
+def test_set_centres() -> None:
+    centres = torch.randn(50, 8, dtype=torch.float64)
+    for make in (ak.AMSoftmaxLoss, ak.ShardedAMSoftmaxLoss):
+        head = make(8, 50)
+        weight = head.weight
+        head.set_centres(centres)
+        assert head.weight is weight and torch.equal(weight, centres.float())
+        with pytest.raises(ValueError, match=r"centres must have shape \[C, D\] = \[50, 8\]"):
+            head.set_centres(centres[:8])
+        with pytest.raises(TypeError, match="centres"):
+            head.set_centres(centres.long())
+
+
 def test_device_and_dtype_are_passed_on() -> None:
     head = ak.AMSoftmaxLoss(8, 10, dtype=torch.bfloat16, device="meta")
     assert head.weight.dtype == torch.bfloat16 and head.weight.device.type == "meta"

@@ -137,6 +137,26 @@ def test_a_compiled_step_makes_no_tensor_of_its_scale() -> None:
     assert len(small) <= 2, small  # the number of rows, and the upstream gradient
 
 
+@pytest.mark.parametrize("transform", ["grad", "jvp", "jacfwd", "vmap"])
+def test_compiled_transforms_are_the_error_that_eager_gives(transform: str) -> None:
+    features, weight, labels, _ = PLAIN.tensors(torch.float32)
+
+    def loss(x: Tensor) -> Tensor:
+        return ak.am_softmax_loss(x, weight, labels)
+
+    def program(x: Tensor) -> Any:
+        if transform == "jvp":
+            return torch.func.jvp(loss, (x,), (x,))
+        if transform == "vmap":
+            return torch.func.vmap(loss)(x[None])
+        return getattr(torch.func, transform)(loss)(x)
+
+    torch._dynamo.reset()
+    for call in (program, torch.compile(program, backend="aot_eager")):
+        with pytest.raises(RuntimeError, match="backend='reference'"):
+            call(features)
+
+
 def test_compile_with_predictions() -> None:
     head = ak.AMSoftmaxLoss(PLAIN.D, PLAIN.C)
     features, _, labels, _ = PLAIN.tensors(torch.float32)

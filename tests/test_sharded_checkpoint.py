@@ -68,6 +68,26 @@ def state(head: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in result.items() if isinstance(value, Tensor)}
 
 
+def set_whole(centres: Tensor) -> list[Tensor]:
+    """Centres of one process, and of a head like this one, set in a head of this rank."""
+    head, other = (ak.ShardedAMSoftmaxLoss(D, C, seed=seed, device=device()) for seed in (1, 2))
+    head.set_centres(centres.to(device()))
+    other.set_centres(head.weight.detach())
+    first = other.weight.to_local().clone()
+    other.reset_parameters()
+    assert not len(first) or not torch.equal(other.weight.to_local(), first)
+    return [whole(head.weight).detach(), first, whole(other.weight).detach()]
+
+
+def test_centres_are_set_on_every_rank(ranks: Ranks) -> None:
+    centres = torch.randn(C, D)
+    alone = ak.ShardedAMSoftmaxLoss(D, C, seed=2)
+    alone.reset_parameters()
+    found = ranks.run(3, set_whole, centres)
+    assert all(torch.equal(each[0], centres) and torch.equal(each[2], alone.weight) for each in found)
+    assert torch.equal(torch.cat([each[1] for each in found]), centres)
+
+
 def load_whole(centres: dict[str, Tensor]) -> list[Tensor]:
     """Centres of one process into a head of this rank, in three ways; and into one beside other modules."""
     head, assigned = (ak.ShardedAMSoftmaxLoss(D, C, device=device()) for _ in range(2))

@@ -196,6 +196,7 @@ class LocalRows(torch.autograd.Function):
         return vector[rows.local_slice].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.shards.gather_local(grad, ctx.rows) / ctx.shards.world_size, None, None
 

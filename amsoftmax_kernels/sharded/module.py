@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from .. import backends, reference
 from ..arguments import canonical_labels, check_arguments, check_features, check_flag, compute_dtype
@@ -40,8 +41,8 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
 
     Args:
         embedding_dim, num_classes, scale, margin, normalize_features, reduction, ignore_index, interclass_filter, backend,
-            save_bytes: as in :class:`AMSoftmaxLoss`; ``save_bytes`` a rank. A margin's or a scale's parameters are whole on
-            every rank, and so is their gradient.
+            save_bytes, std: as in :class:`AMSoftmaxLoss`; ``save_bytes`` a rank. A margin's or a scale's parameters are
+            whole on every rank, and so is their gradient.
         mesh: a DeviceMesh: 1-d, the ranks to shard over; or 2-d, replicas × shards: the classes are sharded along the second
             dimension and the rows spread over both. None: all ranks of the default group; where there is none, one process
             has all classes, as in :class:`AMSoftmaxLoss`.
@@ -62,13 +63,16 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
 
     Attributes:
         weight: DTensor Parameter ``[C, D]``, ``Shard(0)``: only this rank's classes are held. Without a process group a
-            plain Parameter.
+            plain Parameter. Initialize it with ``std`` or :meth:`set_centres`: ``torch.nn.init`` draws the same on each
+            rank of a CPU mesh. For one optimizer of these and plain parameters see
+            :func:`amsoftmax_kernels.optim.mixed_parameters`.
 
     Raises:
         TypeError, ValueError: as :class:`AMSoftmaxLoss`. An argument that is wrong on one rank, or an option that is not
             alike on all, raises on all of them in a call, with ``equal_batches`` in the first one; in a later one, and
             at construction, it raises on that rank alone, and the others wait.
-        RuntimeError: in a collective operation, when another rank has died or is late.
+        RuntimeError: in a collective operation, when another rank has died or is late; in the first call, where the head
+            was made before the process group.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         interclass_filter: float | None = None,
         backend: str | None = None,
         save_bytes: int | None = None,
+        std: float | None = None,
         mesh: DeviceMesh | None = None,
         sample_rate: float = 1.0,
         sampling_correction: bool = False,
@@ -99,12 +104,13 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         for name, flag in (*flags.items(), ("equal_batches", equal_batches)):
             check_flag(name, flag)
         self._mesh, self._seed, self._agreed_once = mesh, seed, False
+        self._draws = 0  # how often the centres were drawn from the seed
         self._counted_in = -1  # the backward pass in which the last step was counted
         self.sample_rate = sample_rate
         super().__init__(
             embedding_dim, num_classes, scale, margin,
             normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
-            interclass_filter=interclass_filter, backend=backend, save_bytes=save_bytes,
+            interclass_filter=interclass_filter, backend=backend, save_bytes=save_bytes, std=std,
             device=device if mesh is None or device is not None else mesh.device_type, dtype=dtype,
         )  # fmt: skip
         self.sampling_correction = sampling_correction
@@ -136,9 +142,15 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             state_dict[f"{prefix}weight"] = self.shards.distribute(local)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
+    def _own_rows(self, centres: Tensor) -> Tensor:
+        if isinstance(centres, DTensor):
+            centres = centres.redistribute(self.shards.mesh, self.shards.placements)
+            return sharding.local_part(centres)
+        return centres[self.shards.start : self.shards.stop]
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the centres anew: isotropic directions, norms near 1, the same whatever the number of ranks."""
+        """Draw the centres anew, the same whatever the number of ranks. Every rank must call it."""
         local = sharding.local_part(self.weight)
         if self._seed is None:
             seed = int(torch.randint(1 << 62, (), device="cpu"))
@@ -147,9 +159,11 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             return
         if self.sample_rate < 1:
             self.sampling_state.copy_(torch.tensor([self._seed, 0]))
+        draw = f" {self._draws}" if self._draws else ""
+        self._draws += 1
         generator = torch.Generator(local.device)
         for first in range(self.shards.start // _BLOCK * _BLOCK, self.shards.stop, _BLOCK):
-            digest = hashlib.blake2b(f"{self._seed} {first}".encode(), digest_size=7).digest()
+            digest = hashlib.blake2b(f"{self._seed} {first}{draw}".encode(), digest_size=7).digest()
             generator.manual_seed(int.from_bytes(digest, "big"))
             block = torch.randn(
                 min(_BLOCK, self.num_classes - first), self.embedding_dim,
@@ -157,7 +171,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             )  # fmt: skip
             begin, end = max(first, self.shards.start), min(first + len(block), self.shards.stop)
             torch.mul(
-                block[begin - first : end - first], self.embedding_dim**-0.5,
+                block[begin - first : end - first], self.std,
                 out=local[begin - self.shards.start : end - self.shards.start],
             )  # fmt: skip
 
@@ -166,6 +180,8 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
 
         With ``return_predictions`` also the predicted classes of this rank's rows, of those drawn where they are drawn.
         """
+        if self.shards.mesh is None:
+            sharding.check_alone()
         if self.shards.mesh is None and (self.sample_rate == 1 or not self.training):
             return super().forward(features, labels, return_predictions)  # type: ignore[call-overload]
         return self._sharded(features, labels, return_predictions)

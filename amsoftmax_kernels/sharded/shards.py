@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -22,6 +24,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 # A batch's size says in the exchange of sizes that its rank was given wrong arguments.
 _REFUSED = -1
 
+_PIECE_ELEMENTS = 1 << 22  # of rows that are shared out anew, at a time
+
 # PyTorch 2.13 names them anew and warns of the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -30,6 +34,36 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def is_initialized() -> bool:
     """Whether there is a process group to shard over."""
     return dist.is_available() and dist.is_initialized()
+
+
+def check_alone() -> None:
+    """That a head without a mesh is meant to be one: it was made while there was no process group.
+
+    Raises:
+        RuntimeError: there is one now, of several ranks.
+    """
+    if is_initialized():
+        if dist.get_world_size() > 1:
+            raise RuntimeError(
+                "ShardedAMSoftmaxLoss was made before torch.distributed.init_process_group, so that each of the "
+                f"{dist.get_world_size()} ranks has a head of its own: make the head after the process group"
+            )
+    elif _launched() > 1:
+        warnings.warn(
+            f"ShardedAMSoftmaxLoss has all classes in this process, one of {_launched()} (WORLD_SIZE), as there is no "
+            "process group: call torch.distributed.init_process_group before the head is made",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+check_alone._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it once, as it traces
+
+
+def _launched() -> int:
+    """Processes that a launcher like torchrun has started."""
+    value = os.environ.get("WORLD_SIZE", "")
+    return int(value) if value.isdigit() else 1
 
 
 @dataclass(frozen=True)
@@ -217,6 +251,28 @@ class ClassShards:
         with _explained("scattering the features' gradient"):
             work = _reduce_scatter(result, tensor.contiguous(), group=self._group, async_op=True)
         return Scattered(result[: sizes[self.shard]], work, tensor)
+
+    def take_rows(self, local: Tensor, wanted: Tensor) -> Tensor:
+        """Rows of a ``[C, ...]`` tensor of which ``local`` is this rank's part: those of classes ``wanted [n]``.
+
+        Zeros where ``wanted`` is -1. Every rank must call it; all rows pass by, in pieces of a few MB.
+        """
+        result = local.new_zeros(len(wanted), *local.shape[1:])
+        piece = max(_PIECE_ELEMENTS // max(local[:1].numel(), 1), 1)
+        for shard in range(self.shards):
+            start, stop = self.bounds(shard)
+            for first in range(start, stop, piece):
+                last = min(first + piece, stop)
+                if shard == self.shard:
+                    rows = local[first - start : last - start].contiguous()
+                else:
+                    rows = local.new_empty(last - first, *local.shape[1:])
+                if self._group is not None and self.shards > 1:
+                    with _explained("sharing out rows anew"):
+                        dist.broadcast(rows, group=self._group, group_src=shard)
+                here = ((wanted >= first) & (wanted < last)).nonzero()[:, 0]
+                result[here] = rows[wanted[here] - first]
+        return result
 
     def _host_device(self, device: torch.device) -> torch.device:
         """Where numbers of the host travel: on the CPU if the groups serve it, so that no GPU is waited for."""

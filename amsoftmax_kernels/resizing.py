@@ -1,0 +1,115 @@
+"""More or fewer classes in a run that goes on: centres and the optimizer's state of the classes that stay are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import check_size
+from .modules import AMSoftmaxLoss
+from .values import type_name
+
+
+@torch.no_grad()
+def resize_classes(
+    head: AMSoftmaxLoss,
+    num_classes: int,
+    *,
+    keep: Tensor | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Give a head ``num_classes`` classes, in place; centres of classes that are new are drawn.
+
+    Resume a run with other classes by loading its checkpoint into a head and an optimizer of the old size, then calling
+    this. ``head.weight`` is another Parameter afterwards: hand the optimizer over, or make it after this call.
+
+    Example::
+
+        resize_classes(head, 12_000, optimizer=optimizer)  # 2,000 classes more than before, at the end
+        resize_classes(head, 3, keep=torch.tensor([4, 0, 9]))  # classes 4, 0 and 9 become 0, 1 and 2
+
+    Args:
+        head: either head. Every rank of a sharded one must call this with the same arguments; all centres pass by on each
+            rank, a few MB at a time.
+        num_classes: the new C.
+        keep: ``[n]`` old classes, distinct, n at most ``num_classes``: they become classes 0 to n − 1. None keeps as many as
+            there is room for, in their order.
+        optimizer: of which the state of kept rows is kept (momentum, Adam's moments), zeros for new ones; hyperparameters
+            and schedules stay.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or the head has a margin for each class: set ``head.margin`` to a number
+            first, and to the new margins afterwards.
+    """
+    num_classes = check_size("num_classes", num_classes)
+    wanted = _wanted(head, num_classes, keep)
+    if isinstance(head.margin, Tensor) and head.margin.dim():
+        raise ValueError("head has a margin for each class: set head.margin to a number first, to the new ones afterwards")
+    old, rows_of = head.weight, _taker(head)
+    sampling_state: Any = getattr(head, "sampling_state", None)
+
+    head.num_classes = num_classes
+    head.weight = weight = nn.Parameter(head._empty_weight(old.device, old.dtype), requires_grad=old.requires_grad)
+    head.reset_parameters()
+    if sampling_state is not None:  # the draws go on
+        head.get_buffer("sampling_state").copy_(sampling_state)
+    shards: Any = getattr(head, "shards", None)
+    mine = wanted if shards is None else wanted[shards.start : shards.stop]
+    mine = mine.to(old.device)
+    kept = rows_of(old, mine)
+    local = _local(weight)
+    local.copy_(torch.where((mine >= 0)[:, None], kept, local))
+    if optimizer is not None:
+        _hand_over(optimizer, old, weight, lambda each: _like(weight, rows_of(each, mine), shards))
+
+
+def _wanted(head: AMSoftmaxLoss, num_classes: int, keep: Tensor | None) -> Tensor:
+    """Of each new class the old one, -1 where it is new: ``[num_classes]`` on the CPU."""
+    old = head.num_classes
+    if keep is None:
+        keep = torch.arange(min(old, num_classes))
+    if not isinstance(keep, Tensor) or keep.is_floating_point() or keep.is_complex() or keep.dtype == torch.bool:
+        raise TypeError(f"keep must be a tensor of integers, but it is {type_name(keep)}")
+    keep = keep.detach().to("cpu", torch.int64)
+    if keep.dim() != 1 or len(keep) > num_classes:
+        raise ValueError(
+            f"keep must hold at most num_classes={num_classes} classes [n], but its shape is {list(keep.shape)}"
+        )
+    if len(keep) and (keep.min() < 0 or keep.max() >= old or len(keep.unique()) < len(keep)):
+        raise ValueError(f"keep must hold distinct classes in [0, {old})")
+    return torch.cat([keep, keep.new_full((num_classes - len(keep),), -1)])
+
+
+def _taker(head: AMSoftmaxLoss) -> Callable[[Tensor, Tensor], Tensor]:
+    """What takes this process's new rows from a tensor of the old classes."""
+    shards: Any = getattr(head, "shards", None)
+    if shards is not None:
+        return lambda tensor, mine: shards.take_rows(_local(tensor), mine)
+    return lambda tensor, mine: tensor[mine.clamp(min=0)].masked_fill_(mine[:, None] < 0, 0)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a DTensor
+    return local
+
+
+def _like(weight: Tensor, local: Tensor, shards: Any) -> Tensor:
+    """Rows of the new classes as the optimizer keeps them: of a sharded head's, a DTensor."""
+    result: Tensor = shards.distribute(local) if hasattr(weight, "to_local") else local
+    return result
+
+
+def _hand_over(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, resized: Callable[[Tensor], Tensor]) -> None:
+    """Put a parameter in the place of another, with its state: what has a row a class is resized, all else stays."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if each is old else each for each in group["params"]]
+    if old not in optimizer.state:
+        return
+    state = optimizer.state.pop(old)
+    optimizer.state[new] = {
+        key: resized(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+        for key, value in state.items()
+    }
