@@ -79,6 +79,7 @@ def two_ranks() -> Iterator[Ranks]:
 def script(block: Block, folder: str, port: int, arguments: tuple[str, ...]) -> str:
     """On a rank: what a script prints, run as torchrun would run it."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # or one rank takes the group down while the other is still connecting
     dist.destroy_process_group()  # the script makes its own
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.distributed_c10d.default_pg_timeout = TIMEOUT  # a rank whose partner has failed must not wait for half an hour

@@ -69,6 +69,17 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             alike on all, raises on all of them in a call, with ``equal_batches`` in the first one; in a later one, and
             at construction, it raises on that rank alone, and the others wait.
         RuntimeError: in a collective operation, when another rank has died or is late.
+
+    Example:
+        Without a process group one process has all classes; docs/sharded.md has a script for several.
+
+        >>> import torch
+        >>> from amsoftmax_kernels import ShardedAMSoftmaxLoss
+        >>> head = ShardedAMSoftmaxLoss(embedding_dim=8, num_classes=100, sample_rate=0.5, seed=0)
+        >>> loss = head(torch.randn(16, 8, requires_grad=True), torch.randint(100, (16,)))  # float32, the same on every rank
+        >>> loss.backward()
+        >>> int(head.weight.grad.any(1).sum())  # the classes that were drawn
+        50
     """
 
     def __init__(
