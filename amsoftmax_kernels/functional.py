@@ -112,6 +112,18 @@ def am_softmax_loss(
         ValueError: a wrong shape, device, range, reduction or backend; on the CPU, a label that is neither in
             ``[0, C)`` nor ``ignore_index``.
         RuntimeError: under ``torch.func``'s transforms, which only ``backend="reference"`` serves.
+
+    Example:
+        >>> import torch
+        >>> from amsoftmax_kernels import am_softmax_loss
+        >>> features = torch.eye(3, requires_grad=True)  # three rows, each at its own centre
+        >>> weight, labels = torch.eye(3), torch.tensor([0, 1, 2])
+        >>> loss = am_softmax_loss(features, weight, labels, scale=10.0, margin=0.35)
+        >>> loss.backward()
+        >>> f"{loss.item():.4f}", loss.dtype  # log(1 + 2·e^(0 − 10·0.65))
+        ('0.0030', torch.float32)
+        >>> am_softmax_loss(features, weight, labels, reduction="none", return_predictions=True)[1]
+        tensor([0, 1, 2])
     """
     scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
     interclass_filter, save_bytes = plain(interclass_filter), plain(save_bytes)
@@ -268,6 +280,19 @@ class AMSoftmaxFunction(torch.autograd.Function):
     ``apply(features, weight, labels, scale=30.0, margin=0.35, reduction="mean")`` takes and returns what
     :func:`am_softmax_loss` does with these arguments, and raises the same errors; ``margin`` is a float here. It can be
     differentiated once.
+
+    Arguments are positional, as ``apply`` takes no keywords: features ``[B, D]``, centres ``[C, D]``, labels ``[B]``, s (a
+    float or a 0-d tensor), m, and ``"mean"``, ``"sum"`` or ``"none"``. Rows with the label -100 are ignored. The loss is
+    float32 (float64 for float64 inputs), 0-d or ``[B]``.
+
+    Example:
+        >>> import torch
+        >>> from amsoftmax_kernels import AMSoftmaxFunction
+        >>> features, weight = torch.eye(3, requires_grad=True), torch.eye(3, requires_grad=True)
+        >>> rows = AMSoftmaxFunction.apply(features, weight, torch.tensor([0, 1, 2]), 10.0, 0.35, "none")
+        >>> rows.sum().backward()
+        >>> rows.shape, weight.grad.shape
+        (torch.Size([3]), torch.Size([3, 3]))
     """
 
     @staticmethod

@@ -32,6 +32,17 @@ def load_centres(head: AMSoftmaxLoss, folder: str | os.PathLike[str], world_size
     Raises:
         FileNotFoundError: there is no such file, or one of the ranks' is missing.
         ValueError: the files' rows or columns are not the head's, or not shared out as InsightFace does.
+
+    Example:
+        >>> import torch
+        >>> from amsoftmax_kernels import AMSoftmaxLoss
+        >>> from amsoftmax_kernels.insightface import load_centres
+        >>> for rank in range(2):  # as a run of two ranks leaves them
+        ...     torch.save({"state_dict_softmax_fc": {"weight": torch.ones(5, 8)}}, f"checkpoint_gpu_{rank}.pt")
+        >>> head = AMSoftmaxLoss(8, 10, scale=64.0, margin=0.4)
+        >>> load_centres(head, ".")
+        >>> bool((head.weight == 1).all())
+        True
     """
     folder = Path(folder)
     if world_size is None:

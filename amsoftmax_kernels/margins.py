@@ -32,6 +32,14 @@ class Margin(Protocol):
 
     A row that is ignored is passed with cosine 0, label 0 and norm 1, and what is returned for it is not used. A margin with
     statistics over the batch (AdaFace's) would count it: drop such rows before the loss.
+
+    Example:
+        >>> import torch
+        >>> from amsoftmax_kernels import AMSoftmaxLoss
+        >>> def arcface(cosine, labels, feature_norm):  # Deng et al. 2019, m = 0.5
+        ...     return torch.cos(torch.arccos(cosine.clamp(-1 + 1e-7, 1 - 1e-7)) + 0.5)
+        >>> head = AMSoftmaxLoss(8, 100, scale=64.0, margin=arcface)
+        >>> head(torch.randn(16, 8, requires_grad=True), torch.randint(100, (16,))).backward()
     """
 
     def __call__(self, cosine: Tensor, labels: Tensor, feature_norm: Tensor, /) -> Tensor: ...
@@ -52,6 +60,15 @@ class AdditiveMargin(nn.Module):
 
     Raises:
         TypeError, ValueError: not a number in [-2, 2] or a floating-point tensor of such.
+
+    Called with cosines ``[B]``, labels ``[B]`` and norms ``[B]`` it returns ψ ``[B]`` in the cosines' dtype.
+
+    Example:
+        >>> import torch
+        >>> from amsoftmax_kernels.margins import AdditiveMargin
+        >>> margin = AdditiveMargin(torch.tensor([0.25, 0.5]))  # one a class
+        >>> margin(torch.tensor([0.75, 0.75, 0.0]), torch.tensor([0, 1, 1]), torch.ones(3))
+        tensor([ 0.5000,  0.2500, -0.5000])
     """
 
     margin: float | Tensor
@@ -89,6 +106,18 @@ class AnnealedAdditiveMargin(nn.Module):
     Raises:
         TypeError: an argument is not a number.
         ValueError: ``start`` or ``end`` is not in [-2, 2], or ``increment`` is not finite or leads away from ``end``.
+
+    Called with cosines ``[B]``, labels ``[B]`` and norms ``[B]`` it returns ψ ``[B]`` in the cosines' dtype.
+
+    Example:
+        >>> import torch
+        >>> from amsoftmax_kernels import AMSoftmaxLoss
+        >>> from amsoftmax_kernels.margins import AnnealedAdditiveMargin
+        >>> head = AMSoftmaxLoss(8, 100, margin=AnnealedAdditiveMargin(0.0, 0.4, 0.125), normalize_features=False)
+        >>> for step in range(3):  # beside optimizer.step()
+        ...     head.margin.step()
+        >>> head.margin.margin
+        tensor(0.3750, dtype=torch.float64)
     """
 
     steps: Tensor

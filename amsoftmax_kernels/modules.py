@@ -34,6 +34,18 @@ class AMSoftmaxLoss(nn.Module):
 
     Raises:
         TypeError, ValueError: as :func:`am_softmax_loss`, at construction where the argument is given here.
+
+    Example:
+        >>> import torch
+        >>> from amsoftmax_kernels import AMSoftmaxLoss
+        >>> head = AMSoftmaxLoss(embedding_dim=8, num_classes=100, scale=30.0, margin=0.35)
+        >>> features, labels = torch.randn(16, 8, requires_grad=True), torch.randint(100, (16,))
+        >>> loss, predictions = head(features, labels, return_predictions=True)  # float32 0-d, int64 [16]
+        >>> loss.backward()
+        >>> head
+        AMSoftmaxLoss(embedding_dim=8, num_classes=100, scale=30.0, margin=0.35)
+        >>> head.cosine(features).shape
+        torch.Size([16, 100])
     """
 
     def __init__(
@@ -120,7 +132,10 @@ class AMSoftmaxLoss(nn.Module):
     @overload
     def forward(self, features: Tensor, labels: Tensor, return_predictions: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def forward(self, features: Tensor, labels: Tensor, return_predictions: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The loss of ``features [B, D]`` with ``labels [B]``; with ``return_predictions`` also the predicted classes."""
+        """The loss of ``features [B, D]`` with ``labels [B]``; with ``return_predictions`` also the predicted classes.
+
+        Shapes and dtypes of both are those of :func:`am_softmax_loss`.
+        """
         result: Tensor | tuple[Tensor, Tensor] = am_softmax_loss(  # type: ignore[call-overload, misc]
             features,
             self.weight,

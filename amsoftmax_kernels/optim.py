@@ -119,6 +119,19 @@ class RowwiseSGD(_Rowwise):
 
     Raises:
         ValueError: a negative argument.
+
+    Example:
+        >>> import torch
+        >>> from amsoftmax_kernels import ShardedAMSoftmaxLoss
+        >>> from amsoftmax_kernels.optim import RowwiseSGD
+        >>> head = ShardedAMSoftmaxLoss(8, 100, sample_rate=0.25, rowwise_gradient=True, seed=0)
+        >>> optimizer = RowwiseSGD(head.parameters(), lr=0.1, momentum=0.9)
+        >>> before = head.weight.detach().clone()
+        >>> head(torch.randn(4, 8, requires_grad=True), torch.tensor([1, 2, 3, 4])).backward()
+        >>> optimizer.step()
+        >>> bool((head.weight != before).any(1).sum() <= 25)  # none but those that were drawn
+        True
+        >>> optimizer.zero_grad()
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 0.1, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
@@ -150,6 +163,16 @@ class RowwiseAdamW(_Rowwise):
 
     Raises:
         ValueError: a negative argument, or a decay rate of 1 or more.
+
+    Example:
+        >>> import torch
+        >>> from amsoftmax_kernels import ShardedAMSoftmaxLoss
+        >>> from amsoftmax_kernels.optim import RowwiseAdamW
+        >>> head = ShardedAMSoftmaxLoss(8, 100, sample_rate=0.25, rowwise_gradient=True, seed=0)
+        >>> optimizer = RowwiseAdamW(head.parameters(), lr=0.01)
+        >>> head(torch.randn(4, 8, requires_grad=True), torch.tensor([1, 2, 3, 4])).backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
     """
 
     _state_names = ("exp_avg", "exp_avg_sq")

@@ -51,6 +51,9 @@ class Ranks:
         ranks = self.ranks[:world_size]
         for rank, (_, pipe) in enumerate(ranks):
             pipe.send((rank, world_size, store, function, arguments))
+        for rank, (process, pipe) in enumerate(ranks):
+            while not pipe.poll(1):
+                assert process.is_alive(), f"rank {rank} has died: {process.exitcode}"
         results = [torch.load(io.BytesIO(pipe.recv_bytes()), map_location="cpu", weights_only=False) for _, pipe in ranks]
         for rank, (_, error) in enumerate(results):
             if error is not None:

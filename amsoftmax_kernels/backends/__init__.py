@@ -147,7 +147,13 @@ def serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def available_backends() -> list[str]:
-    """Names of the backends that can run on this machine, fastest first. None has been timed on a GPU yet."""
+    """Names of the backends that can run on this machine, fastest first. None has been timed on a GPU yet.
+
+    Example:
+        >>> from amsoftmax_kernels import available_backends
+        >>> available_backends()[-2:]  # after those on GPU kernels, if any can run
+        ['chunked', 'reference']
+    """
     return [name for name in NAMES if unavailable_reason(name) is None]
 
 

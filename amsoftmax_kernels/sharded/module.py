@@ -37,7 +37,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
     for all rows: it must not draw random numbers. Batches may differ in size between ranks, or be empty.
 
     One all-gather of features (in the compute dtype) and labels, one all-reduce of two numbers a row, one
-    reduce-scatter of the features' gradient: see the README for the bytes.
+    reduce-scatter of the features' gradient: docs/sharded.md has the bytes.
 
     Args:
         embedding_dim, num_classes, scale, margin, normalize_features, reduction, ignore_index, interclass_filter, backend,
@@ -73,6 +73,17 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             at construction, it raises on that rank alone, and the others wait.
         RuntimeError: in a collective operation, when another rank has died or is late; in the first call, where the head
             was made before the process group.
+
+    Example:
+        Without a process group one process has all classes; docs/sharded.md has a script for several.
+
+        >>> import torch
+        >>> from amsoftmax_kernels import ShardedAMSoftmaxLoss
+        >>> head = ShardedAMSoftmaxLoss(embedding_dim=8, num_classes=100, sample_rate=0.5, seed=0)
+        >>> loss = head(torch.randn(16, 8, requires_grad=True), torch.randint(100, (16,)))  # float32, the same on every rank
+        >>> loss.backward()
+        >>> int(head.weight.grad.any(1).sum())  # the classes that were drawn
+        50
     """
 
     def __init__(
