@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP := .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 BIN := .venv/bin/
 
-.PHONY: run test lint bench clean
+.PHONY: run test test-floor lint bench clean
 
 # Trains on real faces (quick), then times the loss on this machine. Results go to out/.
 run: .venv/run
@@ -13,6 +13,15 @@ run: .venv/run
 
 test: .venv/test lint
 	$(BIN)python -m pytest --numprocesses auto --dist worksteal
+
+# The same tests with the oldest PyTorch that pyproject.toml admits.
+test-floor: .venv-floor/test
+	.venv-floor/bin/python -m pytest --numprocesses auto --dist worksteal
+
+.venv-floor/test: pyproject.toml
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/pip install --quiet --disable-pip-version-check 'torch==2.10.*' --editable '.[test]'
+	touch $@
 
 lint: .venv/test
 	$(BIN)ruff check .
@@ -35,4 +44,4 @@ bench: .venv/peers
 	touch $@
 
 clean:
-	rm -rf .venv out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-floor out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -26,11 +26,6 @@ def resize_classes(
     Resume a run with other classes by loading its checkpoint into a head and an optimizer of the old size, then calling
     this. ``head.weight`` is another Parameter afterwards: hand the optimizer over, or make it after this call.
 
-    Example::
-
-        resize_classes(head, 12_000, optimizer=optimizer)  # 2,000 classes more than before, at the end
-        resize_classes(head, 3, keep=torch.tensor([4, 0, 9]))  # classes 4, 0 and 9 become 0, 1 and 2
-
     Args:
         head: either head. Every rank of a sharded one must call this with the same arguments; all centres pass by on each
             rank, a few MB at a time.
@@ -43,6 +38,16 @@ def resize_classes(
     Raises:
         TypeError, ValueError: an argument is wrong, or the head has a margin for each class: set ``head.margin`` to a number
             first, and to the new margins afterwards.
+
+    Example:
+        >>> import torch
+        >>> from amsoftmax_kernels import AMSoftmaxLoss, resize_classes
+        >>> head = AMSoftmaxLoss(embedding_dim=8, num_classes=100)
+        >>> optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+        >>> resize_classes(head, 120, optimizer=optimizer)  # classes 100 to 119 are new
+        >>> resize_classes(head, 3, keep=torch.tensor([4, 0, 9]), optimizer=optimizer)  # these become 0, 1 and 2
+        >>> head.weight.shape
+        torch.Size([3, 8])
     """
     num_classes = check_size("num_classes", num_classes)
     wanted = _wanted(head, num_classes, keep)

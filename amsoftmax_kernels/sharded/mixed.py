@@ -22,13 +22,19 @@ def mixed_parameters() -> AbstractContextManager[Any]:
     once, and a GradScaler skips a step on every rank if a gradient is not finite on one. Every rank must enter it, and do
     the same in it.
 
-    ::
-
-        with mixed_parameters():
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, 5.0)
-            scaler.step(optimizer)
-            scaler.update()
+    Example:
+        >>> import torch
+        >>> from amsoftmax_kernels import ShardedAMSoftmaxLoss
+        >>> from amsoftmax_kernels.optim import mixed_parameters
+        >>> backbone, head = torch.nn.Linear(4, 8), ShardedAMSoftmaxLoss(embedding_dim=8, num_classes=100)
+        >>> parameters = [*backbone.parameters(), *head.parameters()]
+        >>> optimizer, scaler = torch.optim.SGD(parameters, lr=0.1), torch.amp.GradScaler("cpu")
+        >>> scaler.scale(head(backbone(torch.randn(16, 4)), torch.randint(100, (16,)))).backward()
+        >>> with mixed_parameters():
+        ...     scaler.unscale_(optimizer)
+        ...     norm = torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        ...     _ = scaler.step(optimizer)
+        ...     scaler.update()
     """
     return _Mixed()
 
