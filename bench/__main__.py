@@ -17,6 +17,8 @@ COMMANDS = {
     "tune": "time candidate tiles of the Triton kernel on this GPU, print the table",
 }
 
+MODULES = {"tune": "kernels.tune"}  # the others' are called command
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments`` (default: the command line) names; its exit status."""
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen is None:
         parser.parse_args(arguments)  # prints the help or the error, and exits
         return 2
-    module = importlib.import_module(f"bench.{chosen}")
+    module = importlib.import_module(f"bench.{MODULES.get(chosen, f'{chosen}.command')}")
     module.add_arguments(parsers[chosen])
     status: int = module.run(parser.parse_args(arguments))
     return status

@@ -18,8 +18,16 @@ from torch import Tensor, nn
 
 from amsoftmax_kernels import backends
 from amsoftmax_kernels.backends.triton import tiles
-from bench import gpu, gpu_checks, gpu_compile, gpu_graphs, gpu_peers, gpu_smoke, gpu_times, gpu_undecided, tune
-from bench.peers import MARGIN, SCALE, eager, problem
+from bench.gpu import checks as gpu_checks
+from bench.gpu import command as gpu
+from bench.gpu import compilation as gpu_compile
+from bench.gpu import graphs as gpu_graphs
+from bench.gpu import peers as gpu_peers
+from bench.gpu import smoke as gpu_smoke
+from bench.gpu import times as gpu_times
+from bench.gpu import undecided as gpu_undecided
+from bench.kernels import tune
+from bench.loss.peers import MARGIN, SCALE, eager, problem
 
 from .cases import relative
 
@@ -236,7 +244,7 @@ def test_the_first_stage_compiles_what_later_ones_launch(monkeypatch: pytest.Mon
     pytest.importorskip("triton")
     from amsoftmax_kernels.backends import fused
     from amsoftmax_kernels.backends import triton as backend
-    from bench.launches import no_product, recording
+    from bench.kernels.launches import no_product, recording
 
     def launched(cases: Iterable[tuple[int, int, int, str, str, dict[str, Any]]]) -> set[Any]:
         with recording((9, 0), 132) as launches:
@@ -275,7 +283,7 @@ def test_a_run_that_hangs_is_ended(tmp_path: Path) -> None:
     code = f"""
 import torch
 from pathlib import Path
-from bench import gpu, gpu_checks
+from bench.gpu import command as gpu, checks as gpu_checks
 def hangs(*unused, **also):
     yield {{"backend": "chunked", "ok": True}}
     gpu_checks.run_child(["bash", "-c", "sleep 4; touch {tmp_path}/late"], 50)

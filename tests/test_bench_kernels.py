@@ -21,8 +21,9 @@ from amsoftmax_kernels import am_softmax_loss, backends
 from amsoftmax_kernels.backends import chunking, fused
 from amsoftmax_kernels.backends.cuda import build
 from amsoftmax_kernels.backends.cuda import library as cuda_library
-from bench import estimate, kernels, library
-from bench.launches import Launch, no_product, of_a_step, recording, variants
+from bench.kernels import command as kernels
+from bench.kernels import estimate, library
+from bench.kernels.launches import Launch, no_product, of_a_step, recording, variants
 
 INSTRUCTIONS = {
     "sm_80": ("HMMA", "cp.async"),

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import loss as command
-from bench import machine, measure, peers
+from bench import machine, measure
 from bench.__main__ import main
+from bench.loss import command, memory, peers
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(measure, "product_rates", lambda *_: {"torch.mm": 1e9, "any": 2e9})
     # A process for each peer takes seconds; test_peak_memory_sees_the_logits starts them.
-    monkeypatch.setattr(measure, "peak_memory", lambda *_: {"above_inputs": 9, "above_inputs_and_gradients": 5})
+    monkeypatch.setattr(memory, "peak_memory", lambda *_: {"above_inputs": 9, "above_inputs_and_gradients": 5})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that meet in tiny steps wait long on a busy machine
     yield
@@ -151,7 +151,7 @@ def test_every_peer_here_computes_the_loss() -> None:
 def test_peak_memory_sees_the_logits() -> None:
     """Eager holds several B×C matrices, of 205 MB each; ours with save_bytes=0 some tens of MB whatever C is."""
     B, D, C = 256, 16, 200_000
-    eager, ours = (measure.peak_memory(name, B, D, C, CPU) for name in ("eager PyTorch", "ours, save_bytes=0"))
+    eager, ours = (memory.peak_memory(name, B, D, C, CPU) for name in ("eager PyTorch", "ours, save_bytes=0"))
     if eager is None or ours is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert eager["above_inputs_and_gradients"] > 2 * 4 * B * C

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amsoftmax_kernels import ShardedAMSoftmaxLoss
 from amsoftmax_kernels.optim import RowwiseAdamW, RowwiseSGD
-from bench import plan_time, train_log
 from bench.__main__ import main
-from bench.plan_memory import Memory, Run, memory, smallest_ranks
+from bench.plan import times as plan_time
+from bench.plan.memory import Memory, Run, memory, smallest_ranks
+from bench.train import log as train_log
 
 from .ranks import Ranks
 
@@ -154,7 +155,7 @@ def test_memory_on_a_gpu_is_what_the_kernels_are_given(options: dict[str, Any], 
     pytest.importorskip("triton")
     from amsoftmax_kernels.backends import Needs, Problem, Request, Upstream, chunking, fused
     from amsoftmax_kernels.backends import triton as backend
-    from bench.launches import no_product, recording
+    from bench.kernels.launches import no_product, recording
 
     monkeypatch.setattr(chunking, "CHUNK_ELEMENTS", 1 << 19)
     monkeypatch.setattr(chunking, "FINISH_ELEMENTS", 1 << 17)

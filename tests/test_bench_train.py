@@ -18,12 +18,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from bench import synthetic, train, train_log
 from bench.__main__ import main
-from bench.train_checkpoint import Checkpoints
-from bench.train_data import Synthetic
-from bench.train_loop import Training, lr_factor
-from bench.train_ranks import Ranks
+from bench.train import command as train
+from bench.train import log as train_log
+from bench.train import synthetic
+from bench.train.checkpoint import Checkpoints
+from bench.train.data import Synthetic
+from bench.train.loop import Training, lr_factor
+from bench.train.ranks import Ranks
 
 from . import ranks as worker
 

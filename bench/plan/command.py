@@ -18,8 +18,9 @@ import torch
 
 from amsoftmax_kernels.functional import DEFAULT_SAVE_BYTES
 
-from . import machine, plan_time
-from .plan_memory import OPTIMIZERS, Memory, Run, memory, smallest_ranks
+from .. import machine
+from . import times
+from .memory import OPTIMIZERS, Memory, Run, memory, smallest_ranks
 
 H200_GB, LINK_GB = 141.0, 400.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -92,14 +93,14 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--tflops and --copy-gb-per-s are for --device cuda: a CPU's rates are measured")
 
 
-def _rates(args: argparse.Namespace) -> plan_time.Rates:
+def _rates(args: argparse.Namespace) -> times.Rates:
     if args.device == "cpu":
-        return plan_time.of_this_cpu(args.batch * max(args.ranks), args.dim)
+        return times.of_this_cpu(args.batch * max(args.ranks), args.dim)
     tflops, copy = args.tflops, args.copy_gb_per_s
-    return plan_time.of_card(tflops and tflops * 1e12, copy and copy * 1e9, args.compute or "bfloat16")
+    return times.of_card(tflops and tflops * 1e12, copy and copy * 1e9, args.compute or "bfloat16")
 
 
-def _planned(args: argparse.Namespace, num_classes: int, ranks: int, rates: plan_time.Rates) -> dict[str, Any]:
+def _planned(args: argparse.Namespace, num_classes: int, ranks: int, rates: times.Rates) -> dict[str, Any]:
     compute = args.compute or ("float32" if args.device == "cpu" else "bfloat16")
     planned = Run(
         num_classes, args.dim, args.batch, ranks, args.optimizer, args.weight_decay, args.sample_rate,
@@ -114,8 +115,8 @@ def _planned(args: argparse.Namespace, num_classes: int, ranks: int, rates: plan
         "classes": num_classes, "ranks": ranks, "dim": args.dim, "batch_a_rank": args.batch,
         "classes_a_rank": planned.classes, "drawn_a_rank": planned.drawn, "kept_classes": planned.kept,
         "memory": _as_json(needed), "memory_limit": limit, "fits": needed.total <= limit, "smallest_ranks": smallest,
-        "wire_bytes": plan_time.wire_bytes(planned),
-        "time": plan_time.step(planned, rates, args.link_gb_per_s * 1e9),
+        "wire_bytes": times.wire_bytes(planned),
+        "time": times.step(planned, rates, args.link_gb_per_s * 1e9),
     }  # fmt: skip
 
 

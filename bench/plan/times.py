@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from . import estimate, measure
-from .plan_memory import OPTIMIZERS, Run
+from .. import measure
+from ..kernels import estimate
+from .memory import OPTIMIZERS, Run
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 _COPY_BYTES = 1 << 28
 
 
@@ -24,7 +25,7 @@ class Rates:
     products: float  # flop/s
     copy: float  # bytes/s read and written
     source: str
-    recorded: tuple[dict[str, Any], ...] = ()  # times over the floor as measured; none: estimated by bench/estimate.py
+    recorded: tuple[dict[str, Any], ...] = ()  # times over the floor as measured; none: estimated by kernels/estimate.py
 
 
 def of_card(products: float | None, copy: float | None, kind: str = "bfloat16") -> Rates:

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from . import machine, measure
+from .. import machine, measure
+from . import memory
 from .peers import PEERS, Peer, problem, step
 
 CLASSES = [1_000, 10_000, 100_000, 1_000_000]
@@ -147,7 +148,7 @@ def _shape_rows(
         row["rates"] = rates
         if not row["skipped"]:
             _progress(f"memory of {row['peer']} at {shape} ...")
-            row["peak_bytes"] = measure.peak_memory(row["peer"], B, D, C, device, autocast)
+            row["peak_bytes"] = memory.peak_memory(row["peer"], B, D, C, device, autocast)
     _progress("")
     return rows
 

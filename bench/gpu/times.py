@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import machine, measure
-from .estimate import SHAPES
-from .gpu_peers import half_centres, peers
-from .peers import Peer, problem, step
+from .. import machine, measure
+from ..kernels.estimate import SHAPES
+from ..loss.peers import Peer, problem, step
+from .peers import half_centres, peers
 
 Row = dict[str, Any]
 # The other dtypes once each: (B, D, C).

@@ -18,11 +18,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import machine, synthetic, train_log
-from .train_checkpoint import Checkpoints
-from .train_data import Faces, Source, Synthetic
-from .train_loop import AUTOCAST, DTYPES, Training
-from .train_ranks import Ranks, joined
+from .. import machine
+from . import log as train_log
+from . import synthetic
+from .checkpoint import Checkpoints
+from .data import Faces, Source, Synthetic
+from .loop import AUTOCAST, DTYPES, Training
+from .ranks import Ranks, joined
 
 STEPS = 300
 # A run that goes on must agree in these; its number of steps, and what it writes, may differ.
