@@ -1,11 +1,14 @@
-"""Peak memory of a step, measured in a process of its own."""
+"""Peak memory of a step: on a CPU in a process of its own, on a GPU by its allocator."""
 
 from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .peers import PEERS, problem, step
 
@@ -60,6 +63,19 @@ def _measure_peak(
         pipe.send(_status("VmHWM") - before)
     except OSError:
         pipe.send(None)
+
+
+def peak_on_gpu(one: Callable[[], Any], problems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> int:
+    """Bytes that a step needs above inputs and gradients; the first of ``problems`` is the one it takes next."""
+    for x, w, _ in problems:
+        x.grad = w.grad = None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    one()
+    x, w, _ = problems[0]
+    gradients = sum(each.numel() * each.element_size() for each in (x, w))
+    return int(torch.cuda.max_memory_allocated() - before - gradients)
 
 
 def _status(field: str) -> int:

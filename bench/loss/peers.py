@@ -128,7 +128,7 @@ PEERS = [
 def step(loss: Loss, features: Tensor, weight: Tensor, labels: Tensor, *, autocast: bool = False) -> Tensor:
     """Forward, under bfloat16 autocast if asked, and backward from fresh gradients; the loss."""
     features.grad = weight.grad = None
-    with torch.autocast(features.device.type, torch.bfloat16, enabled=autocast):
+    with torch.autocast(features.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):  # as a graph wants
         value = loss(features, weight, labels)
     value.backward()
     return value.detach()
