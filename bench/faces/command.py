@@ -30,7 +30,7 @@ from . import data, reporting, training, verification
 
 MARGINS = (0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
 FULL_SEEDS, QUICK_SEEDS = 8, 3
-QUICK_STEPS = 150
+QUICK_STEPS = 100
 Report = Callable[[int, int], None]  # index of the run, steps done
 
 
