@@ -174,7 +174,7 @@ def smoke_command(device: torch.device, name: str, without: str | None, few: boo
 def gpu_tests() -> Iterator[Row]:
     """The repository's own tests of the kernels, on this device; first those that only a GPU can run."""
     tests = [f"tests/test_{name}.py" for name in TESTS]
-    for marked, seconds in (("gpu", 200), ("not gpu", 300)):
+    for marked, seconds in (("gpu", 200), ("not gpu and not slow", 300)):
         yield {"marked": marked} | run_child(
             [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-m", marked, *tests], seconds
         )
