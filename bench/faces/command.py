@@ -228,21 +228,10 @@ def _run(args: argparse.Namespace) -> int:
         return 2
     runs = plan(args.quick, num_seeds)
     workers = min(args.threads, len(runs))
-    num_train = len(data.split_people(len(faces.people), data.TRAIN_SHARE, 0)[0])
-    described = asdict(settings) | {
-        "data": "ORL" if args.data is None else args.data.name,
-        "people": len(faces.people),
-        "images": len(faces.labels),
-        "train_people": num_train,
-        "test_people": len(faces.people) - num_train,
-        "quick": args.quick,
-        "seeds": num_seeds,
-        "workers": workers,
-        "threads_per_worker": 1,
-    }
+    described = asdict(settings) | _described(args, faces) | {"seeds": num_seeds, "workers": workers}
     print(
-        f"{described['data']}: {len(faces.people)} people, {len(faces.labels)} images; "
-        f"each seed trains on {num_train} people and verifies on the other {len(faces.people) - num_train}; "
+        f"{described['data']}: {len(faces.people)} people, {len(faces.labels)} images; each seed trains on "
+        f"{described['train_people']} people and verifies on the other {described['test_people']}; "
         f"{len(runs)} runs, {workers} at once",
         flush=True,
     )
@@ -278,3 +267,17 @@ def _run(args: argparse.Namespace) -> int:
         print(f"interrupted: {len(by_index)} of {len(runs)} runs were done", file=sys.stderr)
         return 130
     return 0
+
+
+def _described(args: argparse.Namespace, faces: data.FaceSet) -> dict[str, Any]:
+    """What faces.json says of the data, beside the settings of the training."""
+    num_train = len(data.split_people(len(faces.people), data.TRAIN_SHARE, 0)[0])
+    return {
+        "data": "ORL" if args.data is None else args.data.name,
+        "people": len(faces.people),
+        "images": len(faces.labels),
+        "train_people": num_train,
+        "test_people": len(faces.people) - num_train,
+        "quick": args.quick,
+        "threads_per_worker": 1,
+    }

@@ -84,27 +84,7 @@ def run_stages(
     print(
         f"{facts.get('gpu', facts['cpu'])}, torch {torch.__version__}, backends {', '.join(report['backends'])}", flush=True
     )
-
-    def known_ceilings() -> dict[str, Any]:
-        if "shapes" not in report["stages"].get("ceilings", {}):
-            report["stages"]["ceilings"] = times.ceilings(device, shapes.get("times"), shapes.get("size", 8192))
-        found: dict[str, Any] = report["stages"]["ceilings"]
-        return found
-
-    actions: dict[str, Callable[[], Any]] = {
-        "compile": lambda: compilation.compiled(device),
-        "smoke": lambda: smoke.smoke(device),
-        "correctness": lambda: checks.correctness(device, quick, **shapes.get("correctness", {})),
-        "determinism": lambda: checks.determinism(device, 10 if quick else 100, **shapes.get("determinism", {})),
-        "graph": lambda: graphs.graphs(device, **shapes.get("graph", {})),
-        "undecided": lambda: undecided.undecided(device, **shapes.get("undecided", {})),
-        "sanitizer": lambda: checks.sanitizer(device, checks.MEMORY),
-        "ceilings": lambda: times.ceilings(device, shapes.get("times"), shapes.get("size", 8192)),
-        "times": lambda: times.times(device, known_ceilings(), quick, shapes.get("times")),
-        "profile": lambda: times.profile(device, **shapes.get("profile", {})),
-        "races": lambda: checks.sanitizer(device, checks.RACES),
-        "tests": lambda: checks.gpu_tests(),
-    }  # fmt: skip
+    actions = _actions(device, quick, shapes, report)
     failed: list[str] = []
     not_run: list[str] = []
     for stage in stages:
@@ -138,6 +118,33 @@ def run_stages(
     print("\n".join(["NOT RUN", *not_run]) if not_run else "every check ran")
     print(f"written: {path}" + (f", {path.with_suffix('.png').name}" if drawn else ""))
     return int(bool(failed))
+
+
+def _actions(
+    device: torch.device, quick: bool, shapes: dict[str, Any], report: dict[str, Any]
+) -> dict[str, Callable[[], Any]]:
+    """What each stage does."""
+
+    def known_ceilings() -> dict[str, Any]:
+        if "shapes" not in report["stages"].get("ceilings", {}):
+            report["stages"]["ceilings"] = times.ceilings(device, shapes.get("times"), shapes.get("size", 8192))
+        found: dict[str, Any] = report["stages"]["ceilings"]
+        return found
+
+    return {
+        "compile": lambda: compilation.compiled(device),
+        "smoke": lambda: smoke.smoke(device),
+        "correctness": lambda: checks.correctness(device, quick, **shapes.get("correctness", {})),
+        "determinism": lambda: checks.determinism(device, 10 if quick else 100, **shapes.get("determinism", {})),
+        "graph": lambda: graphs.graphs(device, **shapes.get("graph", {})),
+        "undecided": lambda: undecided.undecided(device, **shapes.get("undecided", {})),
+        "sanitizer": lambda: checks.sanitizer(device, checks.MEMORY),
+        "ceilings": lambda: times.ceilings(device, shapes.get("times"), shapes.get("size", 8192)),
+        "times": lambda: times.times(device, known_ceilings(), quick, shapes.get("times")),
+        "profile": lambda: times.profile(device, **shapes.get("profile", {})),
+        "races": lambda: checks.sanitizer(device, checks.RACES),
+        "tests": lambda: checks.gpu_tests(),
+    }  # fmt: skip
 
 
 def _take(rows: Iterable[dict[str, Any]], found: list[dict[str, Any]], save: Callable[[], None]) -> None:

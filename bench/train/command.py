@@ -291,7 +291,7 @@ def _named(checkpoints: Checkpoints) -> str:
 def _expected(source: Source) -> str:
     """What the first lines look like, for one who has not seen them before."""
     return (
-        f"At first the network is random, and most of {source.num_classes:,} classes are seen late or never: the loss falls\n"
+        f"The network is random at first, and most of {source.num_classes:,} classes come late or never: the loss falls\n"
         "from the first steps on, the accuracy stays near 0, and the EER (chance: 50%) may rise before it falls."
     )
 
