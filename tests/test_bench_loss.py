@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from bench.__main__ import main
 from bench.loss import command, memory, peers
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -134,14 +139,39 @@ def test_every_peer_here_computes_the_loss() -> None:
             assert tensor.grad is not None and torch.allclose(tensor.grad, grad, rtol=1e-3, atol=1e-5)
 
 
+def test_pytest_benchmark_times_a_step(tmp_path: Path) -> None:
+    """The steps are collected, one runs with floor and memory beside its time, and two runs compare."""
+    pytest.importorskip("pytest_benchmark")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench", "--benchmark-only"]
+    stored, picture = tmp_path / "new" / "steps.json", tmp_path / "new" / "steps.png"
+    tiny = [
+        "--shape", "4", "8", "16", "-k", "ours and not save_bytes and float32", "--benchmark-max-time", "0.01",
+        f"--benchmark-json={stored}", f"--picture={picture}",
+    ]  # fmt: skip
+    result = subprocess.run(
+        [*command, *tiny], capture_output=True, text=True, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(stored.read_text())
+    (step,) = report["benchmarks"]
+    assert step["group"] == "B=4 D=8 C=16 float32 cpu" and step["stats"]["median"] > 0 and picture.exists()
+    assert step["extra_info"]["floor_s"] > 0 and step["extra_info"]["library"] == "ours"
+    assert report["machine_info"]["bench"]["cpu"] == machine.cpu_name()
+    again = shutil.copy(stored, tmp_path / "again.json")
+    compare = [sys.executable, "-m", "pytest_benchmark", "compare", str(stored), str(again)]
+    result = subprocess.run(compare, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0 and result.stdout.count("test_step[cpu-ours-float32-B4-D8-C16]") == 2, result.stdout
+
+
 def test_peak_memory_sees_the_logits() -> None:
-    """Eager holds several B×C matrices, of 205 MB each; ours with save_bytes=0 some tens of MB whatever C is."""
-    B, D, C = 256, 16, 200_000
+    """Eager holds several B×C matrices, of 102 MB each; ours with save_bytes=0 some tens of MB whatever C is."""
+    B, D, C = 256, 16, 100_000
     eager, ours = (memory.peak_memory(name, B, D, C, CPU) for name in ("eager PyTorch", "ours, save_bytes=0"))
     if eager is None or ours is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert eager["above_inputs_and_gradients"] > 2 * 4 * B * C
-    assert ours["above_inputs_and_gradients"] < 0.2 * 4 * B * C
+    assert ours["above_inputs_and_gradients"] < 0.4 * 4 * B * C
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "0"], ["--classes", "-1"], ["--threads", "0"]])

@@ -48,11 +48,14 @@ CASES = {
     "rowwise momentum": {"sample_rate": 0.1, "rowwise_gradient": True, "weight_decay": True},
     "rowwise adamw, half": {"sample_rate": 0.5, "rowwise_gradient": True, "optimizer": "adamw"},
 }
+FEW = ("momentum", "sampled, a third, corrected", "rowwise adamw, half")  # on two ranks each time, the others by test-all
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks of resident memory are Linux's")
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [(1, case) for case in CASES] + [pytest.param(2, case, marks=[] if case in FEW else pytest.mark.slow) for case in CASES],
+)
 def test_memory_is_what_training_takes(fresh_ranks: Ranks, size: int, case: str) -> None:
     options: dict[str, Any] = CASES[case]
     run = Run(C, D, B // size, size, **options)

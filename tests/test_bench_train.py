@@ -153,6 +153,7 @@ def test_a_killed_rank_ends_the_run_and_a_resumed_one_has_the_same_losses(whole:
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_taken_is_refused_in_good_order(whole: Path) -> None:
     status, output = ended(start(whole, "--steps", "5"))
     assert status != 0 and output.count("has checkpoints of a run: give --resume") == 1
