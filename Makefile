@@ -5,14 +5,15 @@ BIN := .venv/bin/
 
 .PHONY: run test test-all lint bench clean
 
-# Trains on real faces (quick), then times the loss on this machine. Results go to out/.
+# Trains on real faces (quick), then times the loss on this machine. Results go to out/. Passive threads: those that spin
+# make a step many times slower where others want the cores.
 run: .venv/run
 	$(BIN)python -m amsoftmax_kernels
 	$(BIN)python -m bench faces --quick --out out/faces
-	OMP_WAIT_POLICY=passive $(BIN)python -m bench loss --quick --out out/loss  # threads that spin take others' cores
+	OMP_WAIT_POLICY=passive $(BIN)python -m bench loss --quick --out out/loss
 	@echo
-	@echo "A network was trained on real faces with three losses, and told apart people that it had never seen: out/faces/faces.png."
-	@echo "A step of the loss was timed beside plain PyTorch, and its memory measured, against the number of classes: out/loss/loss.png."
+	@echo "out/faces/faces.png shows how well a network, trained with each of three losses, tells apart people it has never seen."
+	@echo "out/loss/loss.png shows time and peak memory of a step against the number of classes, beside plain PyTorch's."
 	@echo "All of it ran on this machine's CPU; README.md says how to train with the loss, and what is proven on a GPU."
 
 test: .venv/test lint
