@@ -1,10 +1,8 @@
-"""Time, peak memory and the floor: what the loss benchmark measures."""
+"""Time, and the rates that a machine reaches."""
 
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import multiprocessing.connection
 import statistics
 import time
 from collections.abc import Callable
@@ -14,8 +12,6 @@ from typing import Any
 import torch
 
 from amsoftmax_kernels.backends.products import product_nt
-
-from .peers import PEERS, problem, step
 
 
 @dataclass(frozen=True)
@@ -116,60 +112,3 @@ def copies(B: int, D: int, C: int, device: torch.device) -> int:
         return 1
     cache: int = torch.cuda.get_device_properties(device).L2_cache_size
     return min(2 * cache // (4 * D * (B + C)) + 1, 32)
-
-
-def peak_memory(peer: str, B: int, D: int, C: int, device: torch.device, autocast: bool = False) -> dict[str, int] | None:
-    """Bytes a step needs above its inputs, and above inputs and gradients: the peak of a fresh process.
-
-    None where the system does not tell a process its own peak.
-    """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    arguments = (there, peer, B, D, C, device.type, torch.get_num_threads(), autocast)
-    process = context.Process(target=_measure_peak, args=arguments)
-    process.start()
-    there.close()
-    try:
-        result: int | None = here.recv()
-    except EOFError:
-        result = None
-    process.join()
-    if result is None:
-        return None
-    return {"above_inputs": result, "above_inputs_and_gradients": result - 4 * D * (B + C)}
-
-
-def _measure_peak(
-    pipe: multiprocessing.connection.Connection,
-    name: str,
-    B: int,
-    D: int,
-    C: int,
-    device_type: str,
-    threads: int,
-    autocast: bool,
-) -> None:
-    torch.set_num_threads(threads)
-    device = torch.device(device_type)
-    loss = next(peer for peer in PEERS if peer.name == name).make()
-    step(loss, *problem(8, D, 64, device), autocast=autocast)  # whatever libraries set up once
-    tensors = problem(B, D, C, device)
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(loss, *tensors, autocast=autocast)
-        pipe.send(torch.cuda.max_memory_allocated() - before)
-        return
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="utf-8") as clear:
-            clear.write("5")  # the peak counts from here
-        before = _status("VmRSS")
-        step(loss, *tensors, autocast=autocast)
-        pipe.send(_status("VmHWM") - before)
-    except OSError:
-        pipe.send(None)
-
-
-def _status(field: str) -> int:
-    with open("/proc/self/status", encoding="utf-8") as lines:
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))

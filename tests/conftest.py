@@ -87,6 +87,15 @@ def choose_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that meet in tiny steps wait long for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def poisoned() -> Iterator[None]:
     """Every new tensor starts as NaN: what a kernel forgets to write shows."""
     fill = torch.utils.deterministic.fill_uninitialized_memory

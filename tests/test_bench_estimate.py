@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from amsoftmax_kernels.backends import chunking
-from bench import estimate
+from bench.kernels import estimate
 
 H200 = estimate.CARDS["sm_90"]
 SHAPE = (1024, 512, 1_000_000)

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import loss as command
-from bench import machine, measure, peers
+from bench import machine, measure
 from bench.__main__ import main
+from bench.loss import command, memory, peers
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quickly(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setattr(measure, "product_rates", lambda *_: {"torch.mm": 1e9, "any": 2e9})
     # A process for each peer takes seconds; test_peak_memory_sees_the_logits starts them.
-    monkeypatch.setattr(measure, "peak_memory", lambda *_: {"above_inputs": 9, "above_inputs_and_gradients": 5})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that meet in tiny steps wait long on a busy machine
-    yield
-    torch.set_num_threads(threads)
+    monkeypatch.setattr(memory, "peak_memory", lambda *_: {"above_inputs": 9, "above_inputs_and_gradients": 5})
 
 
 def bench(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -105,7 +105,7 @@ def test_without_eager_the_others_are_compared(tmp_path: Path, quickly: None, mo
 def test_bf16(tmp_path: Path, quickly: None, capsys: pytest.CaptureFixture[str]) -> None:
     names = [peer.name for peer in peers.PEERS if peer.name != "torch.compile" and not peer.unavailable()]
     status, report = bench(tmp_path, "--dtype", "bf16", "--only", *names)
-    assert status == 0 and report["dtype"] == "bfloat16 autocast" and "targets" not in report
+    assert status == 0 and report["dtype"] == "bfloat16 autocast"
     assert all("median_s" in row for row in report["results"]), report["results"]
     assert "bfloat16 autocast" in capsys.readouterr().out
 
@@ -117,17 +117,8 @@ def test_products_of_float32_in_bfloat16(tmp_path: Path, quickly: None, monkeypa
     monkeypatch.setattr(command, "PEERS", [noted])
     before = torch.get_float32_matmul_precision()
     status, report = bench(tmp_path, "--dtype", "medium")
-    assert status == 0 and "'medium'" in report["dtype"] and "targets" not in report and set(seen) == {"medium"}
+    assert status == 0 and "'medium'" in report["dtype"] and set(seen) == {"medium"}
     assert torch.get_float32_matmul_precision() == before != "medium"
-
-
-def test_targets_are_judged() -> None:
-    row = {"B": 256, "D": 512, "C": 100_000, "peer": "ours", "median_s": 1.0, "times_as_fast_as_eager": 4.5}
-    peak = {"above_inputs_and_gradients": 4 * 512 * 10**6 + 400 * 10**6}
-    large = {"B": 512, "D": 512, "C": 10**6, "peer": "ours, save_bytes=0", "median_s": 1.0, "peak_bytes": peak}
-    judged = command.targets([{**row, "of_mm_floor": 1.3}, {**large, "times_as_fast_as_eager": None, "of_mm_floor": 1.0}])
-    assert [(each["measured"], each["met"]) for each in judged] == [(4.5, True), (1.3, False), (400.0, False)]
-    assert command.targets([]) == []
 
 
 def test_a_slow_function_leaves_the_others_their_samples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,14 +139,39 @@ def test_every_peer_here_computes_the_loss() -> None:
             assert tensor.grad is not None and torch.allclose(tensor.grad, grad, rtol=1e-3, atol=1e-5)
 
 
+def test_pytest_benchmark_times_a_step(tmp_path: Path) -> None:
+    """The steps are collected, one runs with floor and memory beside its time, and two runs compare."""
+    pytest.importorskip("pytest_benchmark")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench", "--benchmark-only"]
+    stored, picture = tmp_path / "new" / "steps.json", tmp_path / "new" / "steps.png"
+    tiny = [
+        "--shape", "4", "8", "16", "-k", "ours and not save_bytes and float32", "--benchmark-max-time", "0.01",
+        f"--benchmark-json={stored}", f"--picture={picture}",
+    ]  # fmt: skip
+    result = subprocess.run(
+        [*command, *tiny], capture_output=True, text=True, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(stored.read_text())
+    (step,) = report["benchmarks"]
+    assert step["group"] == "B=4 D=8 C=16 float32 cpu" and step["stats"]["median"] > 0 and picture.exists()
+    assert step["extra_info"]["floor_s"] > 0 and step["extra_info"]["library"] == "ours"
+    assert report["machine_info"]["bench"]["cpu"] == machine.cpu_name()
+    again = shutil.copy(stored, tmp_path / "again.json")
+    compare = [sys.executable, "-m", "pytest_benchmark", "compare", str(stored), str(again)]
+    result = subprocess.run(compare, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0 and result.stdout.count("test_step[cpu-ours-float32-B4-D8-C16]") == 2, result.stdout
+
+
 def test_peak_memory_sees_the_logits() -> None:
-    """Eager holds several B×C matrices, of 205 MB each; ours with save_bytes=0 some tens of MB whatever C is."""
-    B, D, C = 256, 16, 200_000
-    eager, ours = (measure.peak_memory(name, B, D, C, CPU) for name in ("eager PyTorch", "ours, save_bytes=0"))
+    """Eager holds several B×C matrices, of 102 MB each; ours with save_bytes=0 some tens of MB whatever C is."""
+    B, D, C = 256, 16, 100_000
+    eager, ours = (memory.peak_memory(name, B, D, C, CPU) for name in ("eager PyTorch", "ours, save_bytes=0"))
     if eager is None or ours is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert eager["above_inputs_and_gradients"] > 2 * 4 * B * C
-    assert ours["above_inputs_and_gradients"] < 0.2 * 4 * B * C
+    assert ours["above_inputs_and_gradients"] < 0.4 * 4 * B * C
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "0"], ["--classes", "-1"], ["--threads", "0"]])

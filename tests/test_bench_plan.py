@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amsoftmax_kernels import ShardedAMSoftmaxLoss
 from amsoftmax_kernels.optim import RowwiseAdamW, RowwiseSGD
-from bench import plan_time, train_log
 from bench.__main__ import main
-from bench.plan_memory import Memory, Run, memory, smallest_ranks
+from bench.plan import times as plan_time
+from bench.plan.memory import Memory, Run, memory, smallest_ranks
+from bench.train import log as train_log
 
 from .ranks import Ranks
 
@@ -47,11 +48,14 @@ CASES = {
     "rowwise momentum": {"sample_rate": 0.1, "rowwise_gradient": True, "weight_decay": True},
     "rowwise adamw, half": {"sample_rate": 0.5, "rowwise_gradient": True, "optimizer": "adamw"},
 }
+FEW = ("momentum", "sampled, a third, corrected", "rowwise adamw, half")  # on two ranks each time, the others by test-all
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks of resident memory are Linux's")
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [(1, case) for case in CASES] + [pytest.param(2, case, marks=[] if case in FEW else pytest.mark.slow) for case in CASES],
+)
 def test_memory_is_what_training_takes(fresh_ranks: Ranks, size: int, case: str) -> None:
     options: dict[str, Any] = CASES[case]
     run = Run(C, D, B // size, size, **options)
@@ -154,7 +158,7 @@ def test_memory_on_a_gpu_is_what_the_kernels_are_given(options: dict[str, Any], 
     pytest.importorskip("triton")
     from amsoftmax_kernels.backends import Needs, Problem, Request, Upstream, chunking, fused
     from amsoftmax_kernels.backends import triton as backend
-    from bench.launches import no_product, recording
+    from bench.kernels.launches import no_product, recording
 
     monkeypatch.setattr(chunking, "CHUNK_ELEMENTS", 1 << 19)
     monkeypatch.setattr(chunking, "FINISH_ELEMENTS", 1 << 17)
@@ -194,7 +198,7 @@ def test_bytes_on_the_wire() -> None:
 
 def test_time_of_a_card_and_of_a_cpu() -> None:
     run = Run(8_000_000, 512, 128, 8, compute_dtype=torch.bfloat16, device="cuda", save_bytes=1 << 40)
-    rates = plan_time.of_card(None, None)
+    rates = plan_time.of_gpu("h200")
     times = plan_time.step(run, rates, 4e11)
     floor = 6 * 1024 * 1_000_000 * 512 / 790e12 + 12 * 1_000_000 * 512 / 4.3e12
     assert times["floor_s"] == pytest.approx(floor) and 0.5 < floor / times["head_s"] < 1
@@ -207,30 +211,64 @@ def test_time_of_a_card_and_of_a_cpu() -> None:
 
     for kind, slower in (("float16", 1.01), ("float32", 8)):
         dtype = Run(**{**run.__dict__, "compute_dtype": getattr(torch, kind)})
-        other = plan_time.step(dtype, plan_time.of_card(None, None, kind), 4e11)
+        other = plan_time.step(dtype, plan_time.of_gpu("h200", kind), 4e11)
         assert other["head_s"] > slower * times["head_s"]
-        given = plan_time.step(dtype, plan_time.of_card(1e12, None, kind), 4e11)
+        given = plan_time.step(dtype, plan_time.of_another_card(1e12, 4.3e12), 4e11)
         assert given["floor_s"] == pytest.approx(6 * 1024 * 1_000_000 * 512 / 1e12, rel=0.01)
 
     recorded = ({"peer": "ours", "B": 256, "D": 512, "C": 10_000, "of_floor": 2.0},
                 {"peer": "ours", "B": 256, "D": 512, "C": 900_000, "of_floor": 1.5})  # fmt: skip
-    cpu = plan_time.Rates(1e11, 1e10, "", recorded)
+    cpu = plan_time.Rates(1e11, 1e10, "", recorded=recorded)
     times = plan_time.step(Run(1_000_000, 512, 256, 1), cpu, 1e9)
     assert times["head_s"] == pytest.approx(1.5 * 6 * 256 * 512 * 1_000_000 / 1e11)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--classes", "10000", "1000000000", "--ranks", "8", "64", "--json", str(tmp_path / "plan.json")]
-    assert main(["plan", *arguments]) == 0
+    assert main(["plan", *arguments]) == 1, "one does not fit"
     printed = capsys.readouterr().out
-    assert "estimated, not measured" in printed and "assumed" in printed
+    assert printed.startswith("ESTIMATE, head only") and "assumed" in printed
     plans = json.loads((tmp_path / "plan.json").read_text())["plans"]
     assert [(each["classes"], each["ranks"]) for each in plans] == [(C, W) for C in (10_000, 10**9) for W in (8, 64)]
     assert [each["fits"] for each in plans] == [True, True, False, True]
     assert printed.count(" NO ") == 1 and plans[2]["smallest_ranks"] == plans[3]["smallest_ranks"] <= 64
     assert main(["plan", "--classes", "1000", "--ranks", "2"]) == 0
     assert "in the optimizer's step" in capsys.readouterr().out
-    assert main(["plan", "--ranks", "0"]) == 2 and "--ranks must be at least 1" in capsys.readouterr().err
+    assert main(["plan", "--classes", "1000", "--ranks", "1", "--optimizer", "sgd"]) == 0
+    printed = capsys.readouterr().out
+    assert "wire" not in printed and "link" not in printed and "optimizer state" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--ranks", "0"), "--ranks must be at least 1"),
+        (("--memory-gb", "80"), "together; or name one"),
+        (("--tflops", "100", "--copy-gb-per-s", "1000"), "together; or name one"),
+        (("--gpu", "a100", "--tflops", "100"), "does not name"),
+        (("--device", "cpu", "--gpu", "a100"), "are for --device cuda"),
+    ],
+)
+def test_arguments_that_do_not_go_together(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *arguments]) == 2 and message in capsys.readouterr().err
+
+
+def test_each_card_has_its_own_memory_and_speed(tmp_path: Path) -> None:
+    found = {}
+    another = ("--memory-gb", "48", "--tflops", "150", "--copy-gb-per-s", "800")
+    for name in ("h200", "h100", "a100", "another"):
+        given = another if name == "another" else ("--gpu", name)
+        arguments = ["plan", "--classes", "1000000", "--ranks", "8", *given, "--json", str(tmp_path / name)]
+        assert main(arguments) == 0
+        (found[name],) = json.loads((tmp_path / name).read_text())["plans"]
+    assert [plan["memory_limit"] / 1e9 for plan in found.values()] == [141, 80, 80, 48]
+    steps = [plan["time"]["step_s"] for plan in found.values()]
+    assert steps == sorted(set(steps))
+    # An A100 has no kernel that makes the centres' gradient at once, and no Hopper's float32 rate.
+    assert found["a100"]["time"]["head_s"] > 790 / 250 * 0.9 * found["h200"]["time"]["head_s"]
+    assert plan_time.of_gpu("a100", "float32").products == pytest.approx(0.8 * 19.5e12, rel=0.01)
 
 
 def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

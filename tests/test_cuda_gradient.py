@@ -14,7 +14,7 @@ from torch import Tensor
 from amsoftmax_kernels.backends import cuda
 from amsoftmax_kernels.backends.cuda import build
 from amsoftmax_kernels.backends.cuda import library as cuda_library
-from bench.library import IN_FLIGHT
+from bench.kernels.library import IN_FLIGHT
 
 from .cases import CASES, CHUNK, Case, in_turn, relative
 from .emulation import serve

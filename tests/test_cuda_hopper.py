@@ -25,7 +25,7 @@ from amsoftmax_kernels.backends import Problem, chunking, cuda
 from amsoftmax_kernels.backends.cuda import build
 from amsoftmax_kernels.backends.cuda import library as cuda_library
 from amsoftmax_kernels.backends.kernels import Cosines, Rows
-from bench.library import IN_FLIGHT
+from bench.kernels.library import IN_FLIGHT
 
 from .cases import CASES, CHUNK, Case, in_turn
 from .test_cuda import BY_NAME, CPU, DTYPES, NVCC, check, check_the_cosine_kernel, ours

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import face_data
+from bench.faces import data as face_data
 
 
 def write_pgm(path: Path, pixels: np.ndarray) -> None:

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench import face_data, face_report, face_training, faces
+from bench.faces import command as faces
+from bench.faces import data as face_data
+from bench.faces import reporting as face_report
+from bench.faces import training as face_training
 
 TINY = replace(face_training.Settings(), channels=(4, 8), embedding_dim=8, steps=3, batch_size=8)
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -244,11 +243,9 @@ def test_a_killed_rank_fails_the_others_with_a_clear_error(tmp_path: Path) -> No
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--monitor-interval", "5",
         str(script), str(tmp_path),
     ]  # fmt: skip
-    start = time.monotonic()
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode != 0, process.stdout
     for rank in (0, 2):
         message = (tmp_path / f"failed{rank}").read_text()
         assert re.search("ShardedAMSoftmaxLoss: .* failed: .*has another rank died", message)
     assert f"Signal {signal.SIGKILL.value}" in process.stderr or "SIGKILL" in process.stderr
-    assert time.monotonic() - start < 90

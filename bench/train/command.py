@@ -18,13 +18,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import machine, synthetic, train_log
-from .train_checkpoint import Checkpoints
-from .train_data import Faces, Source, Synthetic
-from .train_loop import AUTOCAST, DTYPES, Training
-from .train_ranks import Ranks, joined
+from .. import machine
+from . import log as train_log
+from . import synthetic
+from .checkpoint import Checkpoints
+from .data import Faces, Source, Synthetic
+from .loop import AUTOCAST, DTYPES, Training
+from .ranks import Ranks, joined
 
-STEPS = 300
+STEPS, CLASSES = 300, 10_000
 # A run that goes on must agree in these; its number of steps, and what it writes, may differ.
 _FIXED = (
     "data", "classes", "dim", "batch", "optimizer", "momentum", "rowwise_gradient", "sample_rate",
@@ -38,17 +40,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, default = parser.add_argument, "default: %(default)s"
     add("--out", type=Path, default=Path("out/train"), metavar="DIR", help=f"log, checkpoints, result; {default}")
     add("--data", default="synthetic", help="synthetic, faces (ORL), or a folder with one sub-folder a person; " + default)
-    add("--classes", type=int, metavar="C", help="synthetic identities to train on; default: 100,000")
-    add("--frequent", type=float, default=synthetic.FREQUENT, metavar="Q", help=f"of them make half the samples; {default}")
+    add("--classes", type=int, metavar="C", help=f"synthetic identities to train on; default: {CLASSES:,}")
+    add(
+        "--frequent",
+        type=float,
+        metavar="Q",
+        help="of them make half the samples; default: a fiftieth of them, at most 1,000",
+    )
     add("--dim", type=int, default=64, metavar="D", help=f"of the embedding; {default}")
     add("--batch", type=int, default=256, metavar="B", help=f"samples a rank and step; {default}")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help=f"default: {STEPS}")
     length.add_argument("--seconds", type=float, metavar="S", help="train for so long instead")
-    add("--optimizer", choices=list(_LR), default="sgd", help=default)
+    add("--optimizer", choices=list(_LR), default="adamw", help=default)
     add("--lr", type=float, help="of the backbone; default: 0.05 with sgd, 0.001 with adamw")
     add("--head-lr", type=float, help="of the class centres; default: 5 with sgd, 0.01 with adamw")
-    add("--momentum", type=float, default=0.9, help=default)
+    add("--momentum", type=float, default=0.9, help=f"of sgd; {default}")
     add("--weight-decay", type=float, default=0.0, help=default)
     add("--scale", type=float, default=30.0, help=default)
     add("--margin", type=float, default=0.35, help=default)
@@ -107,7 +114,7 @@ def _complete(args: argparse.Namespace) -> None:
     if args.classes is not None and not synthetic_data:
         raise ValueError(f"--classes is for synthetic data; --data {args.data} has the classes it has")
     if synthetic_data and args.classes is None:
-        args.classes = 100_000
+        args.classes = CLASSES
     if args.steps is None and args.seconds is None:
         args.steps = STEPS
     for name in ("classes", "dim", "batch", "steps", "log_every", "keep"):
@@ -125,6 +132,8 @@ def _complete(args: argparse.Namespace) -> None:
         raise ValueError("--rowwise-gradient is for a --sample-rate below 1")
     if args.classes is not None and args.classes > synthetic.MAX_IDENTITIES:
         raise ValueError(f"--classes must be at most {synthetic.MAX_IDENTITIES:,}, but it is {args.classes:,}")
+    if args.frequent is None:
+        args.frequent = min(synthetic.FREQUENT, max((args.classes or 0) / 50, 1.0))
     lr, head_lr = _LR[args.optimizer]
     args.lr, args.head_lr = args.lr or lr, args.head_lr or head_lr
     if args.log == "tensorboard":
@@ -157,6 +166,8 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> None:
     start, first = training.step, ranks.rank == 0
     if first:
         print(_title(args, source, ranks, start), flush=True)
+        if start == 0:
+            print(_expected(source), flush=True)
         planned = checkpoints.noted(steps[-1]) if steps else None
         if planned not in (None, args.steps):
             print(
@@ -180,7 +191,7 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> None:
         temporary = args.out / ".train.json"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(args.out / "train.json")
-        print(f"written to {args.out}: log.csv, train.json", flush=True)
+        print(f"written to {args.out}: log.csv, train.json; {_named(checkpoints)}", flush=True)
 
 
 def verification_due(args: argparse.Namespace, step: int) -> bool:
@@ -202,11 +213,12 @@ class _Loop:
     def run(self) -> dict[str, Any]:
         """Train to the end; steps and seconds of this run, and samples a second without verification and checkpoints."""
         args, training, ranks = self.args, self.training, self.training.ranks
-        first, begin = training.step, time.perf_counter()
+        first = training.step
         spent, window, since = 0.0, 0.0, training.step  # seconds of steps: of all, of those since the last line
         if verification_due(args, training.step):
             self.verify()
-        while not self.ended(begin):
+        begin = time.perf_counter()
+        while not self.ended(begin, first):
             started, step = time.perf_counter(), training.step + 1
             logged = step % args.log_every == 0 or step == args.steps
             loss, right = training.train_step(predict=logged)
@@ -240,10 +252,12 @@ class _Loop:
             "samples_per_s": done * args.batch * ranks.size / spent if done else None,
         }  # fmt: skip
 
-    def ended(self, begin: float) -> bool:
+    def ended(self, begin: float, first: int) -> bool:
         steps: int | None = self.args.steps
         if steps is not None:
             return self.training.step >= steps
+        if self.training.step == first:
+            return False
         # The first rank's clock decides for all.
         return self.training.ranks.max(float(time.perf_counter() - begin >= self.args.seconds))[0] > 0
 
@@ -266,6 +280,20 @@ class _Loop:
             f"{100 * rates['vr@far=1e-2']:.1f}%, at FAR 0.1% {100 * rates['vr@far=1e-3']:.1f}%",
             flush=True,
         )
+
+
+def _named(checkpoints: Checkpoints) -> str:
+    """Where the checkpoints are, as the last line has it."""
+    names = [checkpoints.path(step).name for step in checkpoints.steps()]
+    return f"checkpoints in {checkpoints.folder}: {', '.join(names)}" if names else "no checkpoints, as none were asked for"
+
+
+def _expected(source: Source) -> str:
+    """What the first lines look like, for one who has not seen them before."""
+    return (
+        f"The network is random at first, and most of {source.num_classes:,} classes come late or never: the loss falls\n"
+        "from the first steps on, the accuracy stays near 0, and the EER (chance: 50%) may rise before it falls."
+    )
 
 
 def _title(args: argparse.Namespace, source: Source, ranks: Ranks, start: int) -> str:

@@ -29,8 +29,8 @@ from amsoftmax_kernels.backends.kernels import Cosines, Rows
 from amsoftmax_kernels.backends.triton import tiles as triton_tiles
 from amsoftmax_kernels.backends.triton.tiles import Config, GradientConfig
 
-from . import machine, measure
-from .peers import problem, step
+from .. import machine, measure
+from ..loss.peers import problem, step
 
 # (B, D, C) of one chunk.
 SHAPES = [(256, 512, 10_496), (1024, 512, 131_072), (4096, 512, 32_768)]

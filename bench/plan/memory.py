@@ -39,6 +39,7 @@ class Run:
     compute_dtype: torch.dtype = torch.float32
     save_bytes: int = DEFAULT_SAVE_BYTES
     device: str = "cpu"
+    generation: int = 9  # of a GPU: its compute capability's major number
 
     @property
     def rows(self) -> int:
@@ -133,8 +134,8 @@ def _workspace(run: Run) -> dict[str, int]:
         # E and ŵ of one chunk; ŵ in E's dtype too where E cannot have its own.
         converted = panel if run.compute_dtype == torch.float16 else 0
         parts["E and ŵ of a chunk"] = chunk * (rows * panel + width * (compute + converted))
-    gradient = triton_tiles.GRADIENT[9]  # Hopper's: a chunk's gradient at once, without a buffer
-    at_once = panel == 2 and width == dim and gradient.serves(width)
+    gradient = triton_tiles.GRADIENT.get(run.generation)  # Hopper's: a chunk's gradient at once, without a buffer
+    at_once = gradient is not None and panel == 2 and width == dim and gradient.serves(width)
     in_place = run.dtype == torch.float32 and width == dim
     if not at_once and not in_place:
         parts["gradient of a few thousand classes"] = 4 * min(chunking.finish_size(width), chunk) * width

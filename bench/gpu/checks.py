@@ -19,8 +19,8 @@ import amsoftmax_kernels as ak
 from amsoftmax_kernels import backends
 from amsoftmax_kernels.backends.cuda import build
 
-from .measure import first_line
-from .peers import problem
+from ..loss.peers import problem
+from ..measure import first_line
 
 Row = dict[str, Any]
 # (B, D, C, options): tiles' edges, the options, then what only a GPU's memory holds: C·D past 2^31, and 10 million classes.
@@ -165,16 +165,16 @@ def sanitizer(device: torch.device, tools: dict[str, int]) -> Iterator[Row]:
 
 
 def smoke_command(device: torch.device, name: str, without: str | None, few: bool = False) -> list[str]:
-    """A child that compares one backend with the chunked one (bench/gpu_smoke.py)."""
+    """A child that compares one backend with the chunked one (bench/gpu/smoke.py)."""
     refused = [each for each in not_compiled if each.startswith(f"{name} ")]
-    command = [sys.executable, "-m", "bench.gpu_smoke", str(device), name, *([without] if without else [])]
+    command = [sys.executable, "-m", "bench.gpu.smoke", str(device), name, *([without] if without else [])]
     return [*command, *(["--few"] if few else []), *(["--not", *refused] if refused else [])]
 
 
 def gpu_tests() -> Iterator[Row]:
     """The repository's own tests of the kernels, on this device; first those that only a GPU can run."""
     tests = [f"tests/test_{name}.py" for name in TESTS]
-    for marked, seconds in (("gpu", 200), ("not gpu", 300)):
+    for marked, seconds in (("gpu", 200), ("not gpu and not slow", 300)):
         yield {"marked": marked} | run_child(
             [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-m", marked, *tests], seconds
         )

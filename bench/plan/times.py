@@ -10,34 +10,46 @@ from typing import Any
 
 import torch
 
-from . import estimate, measure
-from .plan_memory import OPTIMIZERS, Run
+from .. import measure
+from ..kernels import estimate
+from .memory import OPTIMIZERS, Run
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 _COPY_BYTES = 1 << 28
+
+
+_H200, _A100 = estimate.CARDS["sm_90"], estimate.CARDS["sm_80"]
+# NVIDIA's data sheets: H200 SXM 4.8 TB/s and 141 GB, H100 SXM 3.35 TB/s and 80 GB, both 989 TFLOP/s in dense bfloat16;
+# A100 SXM 312 TFLOP/s, 2.04 TB/s and 80 GB. What is reached of them is in each card's source.
+_H100 = replace(
+    _H200, name="H100 SXM", copy=2.85e12,
+    source="large product 790 TFLOP/s as measured on an H200, the same chip; copy 85% of the datasheet's 3.35 TB/s, assumed",
+)  # fmt: skip
+GPUS = {"h200": (_H200, 141e9), "h100": (_H100, 80e9), "a100": (_A100, 80e9)}  # and bytes of memory
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device can do, and how near to it the head comes."""
+    """What the device can do, and how near to it the head comes: as on a card, or as recorded."""
 
     products: float  # flop/s
     copy: float  # bytes/s read and written
     source: str
-    recorded: tuple[dict[str, Any], ...] = ()  # times over the floor as measured; none: estimated by bench/estimate.py
+    card: estimate.Card | None = None  # whose kernels kernels/estimate.py counts
+    recorded: tuple[dict[str, Any], ...] = ()  # times over the floor as measured
 
 
-def of_card(products: float | None, copy: float | None, kind: str = "bfloat16") -> Rates:
-    """An H200's, or those given; ``kind`` of :data:`.estimate.KINDS`."""
-    card = estimate.CARDS["sm_90"]
-    given = "as given" if products or copy else card.source
-    if kind == "float32" and not products:
-        given += "; in float32 80% of 128 multiply-adds a clock and SM, assumed"
-    return Rates(
-        products or estimate.KINDS[kind].rate(card),
-        copy or card.copy,
-        f"{card.name}: {given}; efficiency estimated, not measured",
-    )
+def of_gpu(name: str, kind: str = "bfloat16") -> Rates:
+    """A card's of :data:`GPUS`; ``kind`` of :data:`.estimate.KINDS`."""
+    card = GPUS[name][0]
+    units = 64 if card.capability == (8, 0) else 128
+    more = f"; in float32 80% of {units} multiply-adds a clock and SM, assumed" if kind == "float32" else ""
+    return Rates(estimate.KINDS[kind].rate(card), card.copy, f"{card.name}: {card.source}{more}", card)
+
+
+def of_another_card(products: float, copy: float) -> Rates:
+    """The rates as given; an H200's kernels and number of SMs stand for the card's own."""
+    return Rates(products, copy, "rates as given, kernels as on an H200", _H200)
 
 
 def of_this_cpu(rows: int, dim: int) -> Rates:
@@ -59,7 +71,7 @@ def of_this_cpu(rows: int, dim: int) -> Rates:
         f"this CPU, {torch.get_num_threads()} threads: products and copy measured now; efficiency of one process, "
         f"measured, from {', '.join(names)}"
     )
-    return Rates(products, 2 * _COPY_BYTES / seconds, text, tuple(found))
+    return Rates(products, 2 * _COPY_BYTES / seconds, text, recorded=tuple(found))
 
 
 def head_seconds(run: Run, rates: Rates) -> tuple[float, float]:
@@ -68,7 +80,8 @@ def head_seconds(run: Run, rates: Rates) -> tuple[float, float]:
     if rates.recorded:
         floor = 6 * rows * dim * classes / rates.products
         return floor * _times_floor(run, rates), floor
-    card = replace(estimate.CARDS["sm_90"], products=rates.products, copy=rates.copy, float32=rates.products)
+    assert rates.card is not None
+    card = replace(rates.card, products=rates.products, copy=rates.copy, float32=rates.products)
     kind = str(run.compute_dtype).removeprefix("torch.")
     share = run.kept / classes
     # Between all terms kept and none: what is not kept is computed again.

@@ -22,7 +22,8 @@ import torch
 
 import amsoftmax_kernels as ak
 
-from . import gpu_checks, gpu_compile, gpu_graphs, gpu_smoke, gpu_times, gpu_undecided, machine
+from .. import machine
+from . import checks, compilation, graphs, smoke, times, undecided
 
 QUICK = ("compile", "smoke", "correctness", "determinism", "graph", "ceilings", "times", "profile")
 STAGES = (*QUICK[:5], "undecided", *QUICK[5:], "sanitizer", "races", "tests")
@@ -68,9 +69,9 @@ def run_stages(
 ) -> int:
     """The stages on any device; ``shapes`` replaces what each stage would take (for the tests)."""
     shapes = shapes or {}
-    gpu_checks.clock.ends = time.perf_counter() + seconds
-    gpu_checks.left_out.clear()
-    gpu_checks.not_compiled.clear()
+    checks.clock.ends = time.perf_counter() + seconds
+    checks.left_out.clear()
+    checks.not_compiled.clear()
     facts = machine.describe(device)
     name = facts.get("gpu", facts["cpu"]).lower().replace(" ", "-")
     out.mkdir(parents=True, exist_ok=True)
@@ -83,34 +84,14 @@ def run_stages(
     print(
         f"{facts.get('gpu', facts['cpu'])}, torch {torch.__version__}, backends {', '.join(report['backends'])}", flush=True
     )
-
-    def known_ceilings() -> dict[str, Any]:
-        if "shapes" not in report["stages"].get("ceilings", {}):
-            report["stages"]["ceilings"] = gpu_times.ceilings(device, shapes.get("times"), shapes.get("size", 8192))
-        found: dict[str, Any] = report["stages"]["ceilings"]
-        return found
-
-    actions: dict[str, Callable[[], Any]] = {
-        "compile": lambda: gpu_compile.compiled(device),
-        "smoke": lambda: gpu_smoke.smoke(device),
-        "correctness": lambda: gpu_checks.correctness(device, quick, **shapes.get("correctness", {})),
-        "determinism": lambda: gpu_checks.determinism(device, 10 if quick else 100, **shapes.get("determinism", {})),
-        "graph": lambda: gpu_graphs.graphs(device, **shapes.get("graph", {})),
-        "undecided": lambda: gpu_undecided.undecided(device, **shapes.get("undecided", {})),
-        "sanitizer": lambda: gpu_checks.sanitizer(device, gpu_checks.MEMORY),
-        "ceilings": lambda: gpu_times.ceilings(device, shapes.get("times"), shapes.get("size", 8192)),
-        "times": lambda: gpu_times.times(device, known_ceilings(), quick, shapes.get("times")),
-        "profile": lambda: gpu_times.profile(device, **shapes.get("profile", {})),
-        "races": lambda: gpu_checks.sanitizer(device, gpu_checks.RACES),
-        "tests": lambda: gpu_checks.gpu_tests(),
-    }  # fmt: skip
+    actions = _actions(device, quick, shapes, report)
     failed: list[str] = []
     not_run: list[str] = []
     for stage in stages:
         print(f"\n== {stage}", flush=True)
         start = time.perf_counter()
         try:
-            result: Any = actions[stage]() if gpu_checks.clock.left() > 0 else dict(OUT_OF_TIME)
+            result: Any = actions[stage]() if checks.clock.left() > 0 else dict(OUT_OF_TIME)
             if isinstance(result, Iterator):
                 found: list[dict[str, Any]] = []
                 report["stages"][stage] = found
@@ -121,7 +102,7 @@ def run_stages(
         report["stages"][stage] = result
         report["stages"].setdefault("seconds", {})[stage] = time.perf_counter() - start
         if stage in ("compile", "smoke"):
-            left_out = (gpu_compile if stage == "compile" else gpu_smoke).leave_out(result)
+            left_out = (compilation if stage == "compile" else smoke).leave_out(result)
             print(f"left out from here on: {', '.join(left_out) or 'nothing'}", flush=True)
         _write(path, report)
         rows = result if isinstance(result, list) else [result]
@@ -139,6 +120,33 @@ def run_stages(
     return int(bool(failed))
 
 
+def _actions(
+    device: torch.device, quick: bool, shapes: dict[str, Any], report: dict[str, Any]
+) -> dict[str, Callable[[], Any]]:
+    """What each stage does."""
+
+    def known_ceilings() -> dict[str, Any]:
+        if "shapes" not in report["stages"].get("ceilings", {}):
+            report["stages"]["ceilings"] = times.ceilings(device, shapes.get("times"), shapes.get("size", 8192))
+        found: dict[str, Any] = report["stages"]["ceilings"]
+        return found
+
+    return {
+        "compile": lambda: compilation.compiled(device),
+        "smoke": lambda: smoke.smoke(device),
+        "correctness": lambda: checks.correctness(device, quick, **shapes.get("correctness", {})),
+        "determinism": lambda: checks.determinism(device, 10 if quick else 100, **shapes.get("determinism", {})),
+        "graph": lambda: graphs.graphs(device, **shapes.get("graph", {})),
+        "undecided": lambda: undecided.undecided(device, **shapes.get("undecided", {})),
+        "sanitizer": lambda: checks.sanitizer(device, checks.MEMORY),
+        "ceilings": lambda: times.ceilings(device, shapes.get("times"), shapes.get("size", 8192)),
+        "times": lambda: times.times(device, known_ceilings(), quick, shapes.get("times")),
+        "profile": lambda: times.profile(device, **shapes.get("profile", {})),
+        "races": lambda: checks.sanitizer(device, checks.RACES),
+        "tests": lambda: checks.gpu_tests(),
+    }  # fmt: skip
+
+
 def _take(rows: Iterable[dict[str, Any]], found: list[dict[str, Any]], save: Callable[[], None]) -> None:
     """Append each row to ``found``, printed and saved as it comes."""
     try:
@@ -146,7 +154,7 @@ def _take(rows: Iterable[dict[str, Any]], found: list[dict[str, Any]], save: Cal
             print(("FAIL " if row.get("ok") is False else "") + _short(row), flush=True)
             found.append(row)
             save()
-            if gpu_checks.clock.left() <= 0:
+            if checks.clock.left() <= 0:
                 found.append({**OUT_OF_TIME, "skipped": "out of time: there may be more"})
                 break
     except Exception as error:  # what there is already is kept
@@ -159,7 +167,7 @@ def _ended_after(seconds: float) -> Iterator[None]:
 
     def end() -> None:
         print("NOT RUN\nthe time is up: what was under way did not end, and nothing after it was run", flush=True)
-        gpu_checks.end_children()
+        checks.end_children()
         os._exit(1)
 
     timer = threading.Timer(seconds, end)

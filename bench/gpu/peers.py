@@ -13,7 +13,7 @@ from torch.nn.functional import linear, normalize
 
 import amsoftmax_kernels as ak
 
-from .peers import MARGIN, SCALE, Loss, Peer, _compiled, eager
+from ..loss.peers import MARGIN, SCALE, Loss, Peer, compiled, eager
 
 HALF_CENTRES = "bfloat16 centres"
 
@@ -148,7 +148,7 @@ def peers() -> list[Peer]:
     return [
         *found,
         Peer("eager PyTorch", lambda: eager, lambda B, D, C: 14 * B * C + 12 * C * D),
-        Peer("torch.compile", _compiled, lambda B, D, C: 10 * B * C + 8 * C * D),
+        Peer("torch.compile", compiled, lambda B, D, C: 10 * B * C + 8 * C * D),
         Peer("PartialFC algorithm", lambda: partial_fc, lambda B, D, C: 12 * B * C + 12 * C * D),
         *_linear_cross_entropies(),
     ]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench import machine
-from bench.face_training import LOSSES
+from .. import machine
+from .training import LOSSES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import machine, measure
-from .estimate import SHAPES
-from .gpu_peers import half_centres, peers
-from .peers import Peer, problem, step
+from .. import machine, measure
+from ..kernels.estimate import SHAPES
+from ..loss.memory import peak_on_gpu
+from ..loss.peers import Peer, problem, step
+from .peers import half_centres, peers
 
 Row = dict[str, Any]
 # The other dtypes once each: (B, D, C).
@@ -185,7 +186,7 @@ def _measure(peer: Peer, B: int, D: int, C: int, dtype: str, device: torch.devic
 
     value = one().item()
     one()
-    peak = _peak(one, problems, device)
+    peak = peak_on_gpu(one, problems) if device.type == "cuda" else None
     once = _seconds(one, device, 1)
     budget = 0.5 if quick else 1.5
     batch = max(min(int(0.02 / once), 50), 1)  # many short steps between two events, as they follow one another in training
@@ -194,21 +195,6 @@ def _measure(peer: Peer, B: int, D: int, C: int, dtype: str, device: torch.devic
         "loss": value, "median_s": statistics.median(samples), "min_s": min(samples), "max_s": max(samples),
         "samples": len(samples), "steps_a_sample": batch, "peak_bytes": peak,
     }  # fmt: skip
-
-
-def _peak(one: Callable[[], Tensor], problems: Any, device: torch.device) -> int | None:
-    """Bytes above inputs and gradients."""
-    if device.type != "cuda":
-        return None
-    for x, w, _ in problems:
-        x.grad = w.grad = None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    one()
-    x, w, _ = problems[0]
-    peak = torch.cuda.max_memory_allocated() - before - sum(each.numel() * each.element_size() for each in (x, w))
-    return int(peak)
 
 
 def _seconds(function: Callable[[], Any], device: torch.device, times: int) -> float:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import amsoftmax_kernels as ak
 
-from . import measure
-from .gpu_checks import compared_backends, given, not_compiled, release, step_name, take_step
-from .measure import first_line
-from .peers import problem
+from .. import measure
+from ..loss.peers import problem
+from ..measure import first_line
+from .checks import compared_backends, given, not_compiled, release, step_name, take_step
 
 Row = dict[str, Any]
 # What a captured step may be given beside sizes.

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from .train_ranks import Ranks
+from .ranks import Ranks
 
 _METADATA = ".metadata"  # written by PyTorch when all ranks' files are
 _ARGUMENTS = "arguments.json"

@@ -20,8 +20,9 @@ import torch
 
 from amsoftmax_kernels import backends
 
-from . import gpu_checks
-from .gpu_checks import (
+from ..loss.peers import problem
+from . import checks
+from .checks import (
     DTYPES,
     clock,
     compared_backends,
@@ -32,7 +33,6 @@ from .gpu_checks import (
     step_name,
     take_step,
 )
-from .peers import problem
 
 Row = dict[str, Any]
 SECONDS = 100  # for a child; its kernels are compiled already
@@ -68,7 +68,7 @@ def smoke(device: torch.device, seconds: float = SECONDS) -> Iterator[Row]:
     """One row a backend, and more without what it can do without, as long as it fails; first those that are absent."""
     yield from absent(device)
     for name in compared_backends(device):
-        known = gpu_checks.left_out.get(name)  # it did not compile
+        known = checks.left_out.get(name)  # it did not compile
         row = _ask(device, name, known, seconds)
         yield row
         for kernel in WITHOUT.get(name, ()):
@@ -109,7 +109,7 @@ def leave_out(rows: list[Row]) -> list[str]:
     served = {row["backend"]: row["without"] for row in rows if row["ok"]}
     broken = {row["backend"] for row in rows if row["ok"] is False and row["backend"] not in served}
     lacking = {name: kernel for name, kernel in served.items() if kernel is not None}
-    gpu_checks.left_out.update(lacking)
+    checks.left_out.update(lacking)
     backends.NAMES = tuple(name for name in backends.NAMES if name not in broken)
     for name, kernel in lacking.items():
         do_without(name, kernel)
@@ -144,7 +144,7 @@ def _ask(device: torch.device, name: str, kernel: str | None, seconds: float) ->
 
 def main(arguments: list[str] | None = None) -> int:
     """A child: steps of one backend, against the chunked one; 1 if they differ."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_smoke")
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.smoke")
     parser.add_argument("device", type=torch.device)
     parser.add_argument("backend")
     parser.add_argument("without", nargs="?")

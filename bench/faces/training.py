@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from amsoftmax_kernels import AMSoftmaxLoss
-from bench.face_data import FaceSet
+
+from .data import FaceSet
 
 LOSSES = ("softmax", "norm-softmax", "am-softmax")
 

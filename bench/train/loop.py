@@ -15,8 +15,8 @@ from amsoftmax_kernels import ShardedAMSoftmaxLoss
 from amsoftmax_kernels.optim import RowwiseAdamW, RowwiseSGD
 
 from . import synthetic
-from .train_data import Source
-from .train_ranks import Ranks
+from .data import Source
+from .ranks import Ranks
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -104,7 +104,7 @@ class Training:
     @torch.no_grad()
     def verify(self, held_out: tuple[Tensor, Tensor]) -> dict[str, float]:
         """Equal error rate and verification rates on identities that are in no batch. On one rank."""
-        from . import verification  # needs NumPy
+        from ..faces import verification  # needs NumPy
 
         inputs, labels = held_out
         self.network.eval()

@@ -1,7 +1,7 @@
 """`python -m bench plan`: what a run of the sharded head needs before it is paid for.
 
 Memory a rank, counted from what a step allocates; bytes on the wire; time of a step, from the floor of the work and an
-efficiency that was measured (this CPU) or estimated (an H200), as is said. The backbone is not counted.
+efficiency that was measured (this CPU) or estimated (a GPU), as is said. The backbone is not counted.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 
 from amsoftmax_kernels.functional import DEFAULT_SAVE_BYTES
 
-from . import machine, plan_time
-from .plan_memory import OPTIMIZERS, Memory, Run, memory, smallest_ranks
+from .. import machine
+from . import times
+from .memory import OPTIMIZERS, Memory, Run, memory, smallest_ranks
 
-H200_GB, LINK_GB = 141.0, 400.0
+LINK_GB = 400.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,16 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help=f"of the class centres; {default}")
     add("--compute", choices=list(_DTYPES), help="dtype of products; default: bfloat16 on cuda, float32 on cpu")
     add("--save-bytes", type=int, default=DEFAULT_SAVE_BYTES, metavar="N", help=f"of the B×C terms kept; {default}")
-    add("--device", choices=["cuda", "cpu"], default="cuda", help=f"cuda: an H200; {default}")
-    add("--memory-gb", type=float, help=f"of a rank; default: {H200_GB:g} on cuda, what is free on cpu, shared by the ranks")
-    add("--tflops", type=float, help="of products, in place of the H200's 790")
-    add("--copy-gb-per-s", type=float, help="of memory, in place of the H200's 4,300")
+    add("--gpu", choices=list(times.GPUS), help="default: h200")
+    add("--device", choices=["cuda", "cpu"], default="cuda", help=f"cpu: this machine; {default}")
+    add(
+        "--memory-gb",
+        type=float,
+        help="of a rank, for the head; default: the GPU's; on cpu what is free, shared by the ranks",
+    )
+    add("--tflops", type=float, help="of products, of a card that --gpu does not name; with the next and --memory-gb")
+    add("--copy-gb-per-s", type=float, help="of its memory")
     add("--link-gb-per-s", type=float, default=LINK_GB, help=f"that a rank receives, an assumption; {default}")
     add("--json", type=Path, metavar="FILE", help="write everything there too")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables; exit status 0, or 2 for bad arguments."""
+    """Print the tables; exit status 0, 1 if a run does not fit, 2 for bad arguments."""
     try:
         _check(args)
         rates = _rates(args)
@@ -59,9 +65,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"plan: {error}", file=sys.stderr)
         return 2
     shared = ", shared by the ranks" if args.device == "cpu" else ""
+    link = f"; the link's {args.link_gb_per_s:g} GB/s are assumed" if max(args.ranks) > 1 else ""
     print(
-        f"{rates.source}\n{rates.products / 1e12:.3g} TFLOP/s, {rates.copy / 1e9:,.0f} GB/s{shared}; the link's "
-        f"{args.link_gb_per_s:g} GB/s are assumed; the backbone is not counted\n"
+        f"ESTIMATE, head only: the backbone is not counted\n{rates.source}\n"
+        f"{rates.products / 1e12:.3g} TFLOP/s, {rates.copy / 1e9:,.0f} GB/s{shared}{link}\n"
     )
     if len(plans) == 1:
         print(_parts(plans[0]))
@@ -70,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         report = {"machine": machine.describe(), "source": rates.source, "plans": plans}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return 0 if all(plan["fits"] for plan in plans) else 1
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -88,22 +95,29 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--sample-rate must lie in (0, 1], but it is {args.sample_rate}")
     if args.save_bytes < 0:
         raise ValueError(f"--save-bytes must be at least 0, but it is {args.save_bytes}")
-    if args.device == "cpu" and (args.tflops or args.copy_gb_per_s):
-        raise ValueError("--tflops and --copy-gb-per-s are for --device cuda: a CPU's rates are measured")
+    if args.device == "cpu" and (args.gpu or args.tflops or args.copy_gb_per_s):
+        raise ValueError("--gpu, --tflops and --copy-gb-per-s are for --device cuda: a CPU's rates are measured")
+    rates = (args.tflops, args.copy_gb_per_s)
+    if args.gpu and any(rates):
+        raise ValueError("--tflops and --copy-gb-per-s are for a card that --gpu does not name")
+    if args.device == "cuda" and not args.gpu and any((*rates, args.memory_gb)) and not all((*rates, args.memory_gb)):
+        raise ValueError("another card is --memory-gb, --tflops and --copy-gb-per-s together; or name one with --gpu")
 
 
-def _rates(args: argparse.Namespace) -> plan_time.Rates:
+def _rates(args: argparse.Namespace) -> times.Rates:
     if args.device == "cpu":
-        return plan_time.of_this_cpu(args.batch * max(args.ranks), args.dim)
-    tflops, copy = args.tflops, args.copy_gb_per_s
-    return plan_time.of_card(tflops and tflops * 1e12, copy and copy * 1e9, args.compute or "bfloat16")
+        return times.of_this_cpu(args.batch * max(args.ranks), args.dim)
+    if args.tflops:
+        return times.of_another_card(args.tflops * 1e12, args.copy_gb_per_s * 1e9)
+    return times.of_gpu(args.gpu or "h200", args.compute or "bfloat16")
 
 
-def _planned(args: argparse.Namespace, num_classes: int, ranks: int, rates: plan_time.Rates) -> dict[str, Any]:
+def _planned(args: argparse.Namespace, num_classes: int, ranks: int, rates: times.Rates) -> dict[str, Any]:
     compute = args.compute or ("float32" if args.device == "cpu" else "bfloat16")
     planned = Run(
         num_classes, args.dim, args.batch, ranks, args.optimizer, args.weight_decay, args.sample_rate,
         args.sampling_correction, args.rowwise_gradient, _DTYPES[args.dtype], _DTYPES[compute], args.save_bytes, args.device,
+        rates.card.capability[0] if rates.card else 9,
     )  # fmt: skip
     if args.device == "cpu":  # ranks on this machine share it
         rates = replace(rates, products=rates.products / ranks, copy=rates.copy / ranks)
@@ -114,8 +128,8 @@ def _planned(args: argparse.Namespace, num_classes: int, ranks: int, rates: plan
         "classes": num_classes, "ranks": ranks, "dim": args.dim, "batch_a_rank": args.batch,
         "classes_a_rank": planned.classes, "drawn_a_rank": planned.drawn, "kept_classes": planned.kept,
         "memory": _as_json(needed), "memory_limit": limit, "fits": needed.total <= limit, "smallest_ranks": smallest,
-        "wire_bytes": plan_time.wire_bytes(planned),
-        "time": plan_time.step(planned, rates, args.link_gb_per_s * 1e9),
+        "wire_bytes": times.wire_bytes(planned),
+        "time": times.step(planned, rates, args.link_gb_per_s * 1e9),
     }  # fmt: skip
 
 
@@ -123,7 +137,7 @@ def _limit(args: argparse.Namespace, ranks: int) -> int:
     if args.memory_gb is not None:
         return int(args.memory_gb * 1e9)
     if args.device == "cuda":
-        return int(H200_GB * 1e9)
+        return int(times.GPUS[args.gpu or "h200"][1])
     free = machine.available_bytes(torch.device("cpu"))
     if free is None:
         raise ValueError("--memory-gb is needed: this system does not say what is free")
@@ -142,30 +156,36 @@ def _parts(plan: dict[str, Any]) -> str:
         lines.append(f"  {text}")
         lines += [f"    {name:42}{size / 1e6:14,.1f}" for name, size in plan["memory"][phase].items() if size]
     lines.append(f"  {'peak: the first and the larger of the others':44}{plan['memory']['total'] / 1e6:14,.1f}")
-    lines.append("received by a rank in a step, MB")
-    lines += [f"    {name:42}{size / 1e6:14,.3f}" for name, size in plan["wire_bytes"].items()]
+    if plan["ranks"] > 1:
+        lines.append("received by a rank in a step, MB")
+        lines += [f"    {name:42}{size / 1e6:14,.3f}" for name, size in plan["wire_bytes"].items()]
     return "\n".join(lines) + "\n"
 
 
 def _table(plans: list[dict[str, Any]]) -> str:
     limits = sorted({plan["memory_limit"] for plan in plans})
     fits = f"fits {limits[0] / 1e9:,.3g} GB" if len(limits) == 1 else "fits"
+    wired = any(plan["ranks"] > 1 for plan in plans)
     lines = [
-        f"{'classes':>13} {'ranks':>6} {'GB a rank':>10} {fits:>12} {'needs ranks':>11} {'wire MB':>8} {'head ms':>9}"
-        f" {'update ms':>10} {'wire ms':>8} {'step ms':>9} {'floor ms':>9} {'samples/s':>10}"
+        f"{'classes':>13} {'ranks':>6} {'GB a rank':>10} {fits:>12} {'needs ranks':>11} {'head ms':>9} {'update ms':>10}"
+        + (f" {'wire MB':>8} {'wire ms':>8}" if wired else "")
+        + f" {'step ms':>9} {'floor ms':>9} {'head samples/s':>15}"
     ]
     for plan in plans:
         ms = {name: 1e3 * value for name, value in plan["time"].items()}
         least = f"{plan['smallest_ranks']:,}" if plan["smallest_ranks"] else "too many"
+        megabytes = sum(plan["wire_bytes"].values()) / 1e6
+        wire = "" if not wired else f" {megabytes:8,.2f} {ms['wire_s']:8,.3f}" if megabytes else f" {'-':>8} {'-':>8}"
         lines.append(
             f"{plan['classes']:13,} {plan['ranks']:6,} {plan['memory']['total'] / 1e9:10,.2f}"
-            f" {'yes' if plan['fits'] else 'NO':>12} {least:>11} {sum(plan['wire_bytes'].values()) / 1e6:8,.2f}"
-            f" {ms['head_s']:9,.2f} {ms['update_s']:10,.2f} {ms['wire_s']:8,.3f} {ms['step_s']:9,.2f} {ms['floor_s']:9,.2f}"
-            f" {_three_digits(plan['time']['samples_per_s']):10,}"
+            f" {'yes' if plan['fits'] else 'NO':>12} {least:>11} {ms['head_s']:9,.2f} {ms['update_s']:10,.2f}{wire}"
+            f" {ms['step_s']:9,.2f} {ms['floor_s']:9,.2f} {_three_digits(plan['time']['samples_per_s']):15,}"
         )
+    parts = "head, update and wire" if wired else "head and update"
     lines.append(
-        "\nneeds ranks: the fewest that fit; wire: what a rank receives; head: the loss, forward and backward; step: head,\n"
-        "update and wire one after the other; floor: the head's products and the bytes that must move; samples/s: of all"
+        f"\nneeds ranks: the fewest that fit; head: the loss, forward and backward; step: {parts} one after\n"
+        "the other; floor: the head's products and the bytes that must move; head samples/s: of all ranks, were there no\n"
+        "backbone, whose time and memory come on top" + ("; wire: what a rank receives" if wired else "")
     )
     return "\n".join(lines)
 

@@ -22,11 +22,11 @@ import amsoftmax_kernels as ak
 from amsoftmax_kernels import backends
 from amsoftmax_kernels.backends.cuda import build
 
-from . import gpu_checks, gpu_graphs, gpu_peers, gpu_smoke
-from .estimate import SHAPES
-from .gpu_checks import DTYPES, given, not_compiled, run_child, serves, step_name, take_step
-from .measure import first_line
-from .peers import problem, step
+from ..kernels.estimate import SHAPES
+from ..loss.peers import problem, step
+from ..measure import first_line
+from . import checks, graphs, peers, smoke
+from .checks import DTYPES, given, not_compiled, run_child, serves, step_name, take_step
 
 Row = dict[str, Any]
 SECONDS = 240  # for all of them: a C++ library takes a minute, no Triton kernel more than a few seconds
@@ -55,13 +55,13 @@ def steps(device: torch.device) -> list[Step]:
     if device.type != "cuda":
         return [Step(16, "float32", "float32"), Step(16, "float32", "float32", (("scale", 200.0),))]
     found: dict[Step, None] = {}
-    for (_, D, _), dtype in itertools.product([*gpu_smoke.SHAPES, *gpu_smoke.FEW], DTYPES):
+    for (_, D, _), dtype in itertools.product([*smoke.SHAPES, *smoke.FEW], DTYPES):
         for centres in dict.fromkeys(("float32", dtype if dtype == "bfloat16" else "float32")):
             found[Step(D, dtype, centres)] = None
-    for _, D, C, options in [*gpu_checks.SMALL, *gpu_checks.LARGE]:
-        for dtype in ("bfloat16",) if C > 100_000 else gpu_checks.TOLERANCE:
+    for _, D, C, options in [*checks.SMALL, *checks.LARGE]:
+        for dtype in ("bfloat16",) if C > 100_000 else checks.TOLERANCE:
             found[Step(D, dtype, "float32", tuple(options.items()))] = None
-    for _, D, _, options in gpu_graphs.CAPTURED:
+    for _, D, _, options in graphs.CAPTURED:
         found[Step(D, "bfloat16", "float32", tuple(options.items()))] = None
     return sorted(found, key=lambda each: (each.D != 512, each.D, each.dtype))  # the usual width has the most options
 
@@ -83,7 +83,7 @@ def compiled(device: torch.device, seconds: float = SECONDS) -> Iterator[Row]:
 
 
 def _ask(device: torch.device, name: str, part: int, parts: int, seconds: float) -> Row:
-    command = [sys.executable, "-m", "bench.gpu_compile", str(device), name, str(part), str(parts)]
+    command = [sys.executable, "-m", "bench.gpu.compilation", str(device), name, str(part), str(parts)]
     result = run_child(command, seconds, output=1 << 20)
     lines = [line for line in result["output"].splitlines() if line.startswith("{")]
     told = [json.loads(line) for line in lines]
@@ -114,8 +114,8 @@ def leave_out(rows: list[Row]) -> list[str]:
             backends.NAMES = tuple(each for each in backends.NAMES if each != name)
             said.append(name)
         elif wrong and len(without) == 1 and (kernel := without.pop()) is not None:
-            gpu_checks.left_out[name] = kernel
-            gpu_smoke.do_without(name, kernel)
+            checks.left_out[name] = kernel
+            smoke.do_without(name, kernel)
             said.append(f"{name}'s {kernel}")
         else:
             not_compiled.update({each["step"]: each["error"] for each in wrong})
@@ -125,7 +125,7 @@ def leave_out(rows: list[Row]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """A child: its part of the steps once each, a line of JSON a step; 1 if one does not compile."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_compile")
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.compilation")
     parser.add_argument("device", type=torch.device)
     parser.add_argument("name")
     parser.add_argument("part", type=int)
@@ -161,8 +161,8 @@ def _told(device: torch.device, backend: str, each: Step) -> Row:
         _launch(device, backend, each)
     except Exception as error:  # whatever a compiler says
         row |= {"ok": False, "error": build.summary(str(error)) or first_line(error)}
-        for kernel in gpu_smoke.WITHOUT.get(backend, ()):
-            with gpu_smoke.without(backend, kernel):
+        for kernel in smoke.WITHOUT.get(backend, ()):
+            with smoke.without(backend, kernel):
                 try:
                     _launch(device, backend, each)
                 except Exception:  # it is not that kernel
@@ -185,20 +185,20 @@ def _launch(device: torch.device, backend: str, each: Step) -> None:
 
 def _compiled_heads(device: torch.device) -> Iterator[Row]:
     """torch.compile's code: of the heads that are captured, and of eager PyTorch at the first shapes."""
-    for name in gpu_checks.compared_backends(device):
-        row: Row = {"step": f"{name} {gpu_graphs.REDUCED}", "ok": True}
+    for name in checks.compared_backends(device):
+        row: Row = {"step": f"{name} {graphs.REDUCED}", "ok": True}
         try:
-            gpu_graphs.Head(name, *gpu_graphs.HEAD, device).reduced()()
+            graphs.Head(name, *graphs.HEAD, device).reduced()()
         except Exception as error:
             row |= {"ok": False, "error": first_line(error)}
         yield row
     for shape in SHAPES[:2]:
-        peer = next(each for each in gpu_peers.peers() if each.name == "torch.compile")
+        peer = next(each for each in peers.peers() if each.name == "torch.compile")
         yield _once(peer, shape, device)
 
 
 def _others(device: torch.device) -> Iterator[Row]:
-    for peer in gpu_peers.peers():
+    for peer in peers.peers():
         if not peer.margin and peer.unavailable() is None:
             yield _once(peer, SHAPES[0], device)
 

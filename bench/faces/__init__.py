@@ -1,0 +1,1 @@
+"""Trainings on real faces, verified on people never seen."""

@@ -1,0 +1,1 @@
+"""A training from end to end, its classes sharded over ranks."""
