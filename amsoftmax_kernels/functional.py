@@ -81,7 +81,8 @@ def am_softmax_loss(
 
     Args:
         features: ``[B, D]`` float64, float32, float16 or bfloat16, any strides.
-        weight: ``[C, D]`` class centres of any norm, on the same device.
+        weight: ``[C, D]`` class centres of any norm (``"chunked"`` on a GPU: of one from 1e-18 to 1e19, a shorter one counts
+            as zero and a longer one gives NaN), on the same device.
         labels: ``[B]`` integer class indices.
         scale: s, a positive float or a 0-d tensor (learned if it requires grad).
         margin: m, a float, a ``[C]`` tensor (one a class), or a margin object (:class:`amsoftmax_kernels.margins.Margin`).
@@ -99,9 +100,9 @@ def am_softmax_loss(
 
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-d, or ``[B]`` for ``"none"``. The mean over no row is 0. A row
-        with a NaN or infinity has the loss NaN; so has, on a GPU, a row whose label is out of range. Zero rows have no
-        direction: their cosines and gradients are 0. The gradient can be taken once (``backend="reference"``: any
-        number of times).
+        with a NaN or infinity has the loss NaN; so has, on a GPU, a row whose label is out of range. Zero rows (of a norm
+        of 1e-30 or less) have no direction: their cosines and gradients are 0. The gradient can be taken once
+        (``backend="reference"``: any number of times).
 
         With ``return_predictions`` the pair of it and the predicted classes, ``[B]`` int64: the label itself where no
         negative's cosine is larger; -1 for an ignored row. ``(predictions == labels).float().mean()`` over the rows not

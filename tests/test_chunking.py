@@ -11,6 +11,8 @@ import amsoftmax_kernels as ak
 from amsoftmax_kernels.backends import chunking, parts
 
 from .cases import CHUNK, Case, relative
+from .test_loss import evaluate
+from .test_odd_input import check_far_from_one, far_from_one
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -100,3 +102,10 @@ def test_memory_does_not_grow_with_the_classes() -> None:
             assert min(chunks, 2) <= places <= chunks
             assert 8 * places * streams * batch <= max(parts.PART_BYTES, 16 * streams * batch)
     assert parts.places_for(306, 4 * 4_096) == 306  # ten million classes
+
+
+@pytest.mark.parametrize("power", [-29, -25, 19, 37])
+def test_rows_of_any_norm(name: str, power: float) -> None:
+    given = far_from_one(torch.float32, power)
+    actual = evaluate(ak.am_softmax_loss, *(each.to(GPU) for each in given[:4]), backend=name)
+    check_far_from_one(tuple(each.cpu() for each in actual), given, 5e-3 if name == "cuda" else 1e-5)  # TF32 in C++

@@ -192,7 +192,7 @@ def _chosen(name: str | None, device: torch.device, compute_dtype: torch.dtype, 
 
 
 # torch.compile takes the choice as a constant: it traces neither imports nor proofs. Of a tuple it would make an empty one.
-# This is all that torch.compiler.assume_constant_result does, but for importing Dynamo, which takes longer than torch itself.
+# This is all that torch.compiler.assume_constant_result does, but for importing Dynamo, which takes longer than torch.
 _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
