@@ -21,7 +21,7 @@ from .backends import Forward, Needs, Problem, Request, Upstream
 from .backends.budget import BOUNDED_SCALE
 from .backends.margin import predictions
 from .margins import AdditiveMargin, Margin, as_margin, reduce_rows, target_psi
-from .values import is_number, plain, type_name
+from .values import is_number, plain, type_name, whole
 
 DEFAULT_SAVE_BYTES = 1 << 30
 
@@ -84,7 +84,8 @@ def am_softmax_loss(
         weight: ``[C, D]`` class centres of any norm (``"chunked"`` on a GPU: of one from 1e-18 to 1e19, a shorter one counts
             as zero and a longer one gives NaN), on the same device.
         labels: ``[B]`` integer class indices.
-        scale: s, a positive float or a 0-d tensor (learned if it requires grad).
+        scale: s, a positive float or a 0-d tensor (learned if it requires grad). Under ``torch.compile`` a scale or a
+            margin that changes from step to step is to be a tensor: each number is a constant, and compiles anew.
         margin: m, a float, a ``[C]`` tensor (one a class), or a margin object (:class:`amsoftmax_kernels.margins.Margin`).
         normalize_features: if False, ‖x‖ takes the place of ``scale``, which is then ignored (the paper's variant without
             feature normalization).
@@ -115,7 +116,7 @@ def am_softmax_loss(
         RuntimeError: under ``torch.func``'s transforms, which only ``backend="reference"`` serves.
     """
     scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
-    interclass_filter, save_bytes = plain(interclass_filter), plain(save_bytes)
+    interclass_filter, save_bytes = plain(interclass_filter), whole(save_bytes)
     check_flag("return_predictions", return_predictions)
     check_arguments(
         features, weight, labels,

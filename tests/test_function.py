@@ -93,3 +93,23 @@ def test_a_second_derivative_by_what_multiplies_the_loss_is_an_error(reduction: 
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         torch.autograd.grad(grad.norm(), factor)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize_features": False}, {"margin": torch.linspace(0, 0.5, CASE.C)}])
+def test_gradients_of_each_sample(options: dict[str, Any]) -> None:
+    """By vmap over features and labels, ignored ones among them; what is out of range is NaN, as labels are not read there."""
+    features, weight, labels, _ = CASE.tensors()
+    labels[3] = -100
+
+    def loss(x: Tensor, w: Tensor, label: Tensor) -> Tensor:
+        result: Tensor = ak.am_softmax_loss(x[None], w, label[None], backend="reference", **options)
+        return result
+
+    gradient = torch.func.grad(loss, (0, 1))
+    mapped = torch.func.vmap(gradient, (0, None, 0))
+    rows = [gradient(x, weight, label) for x, label in zip(features, labels, strict=True)]
+    for actual, expected in zip(mapped(features, weight, labels), zip(*rows, strict=True), strict=True):
+        assert relative(actual, torch.stack(expected)) < 1e-13
+    labels[5] = CASE.C
+    nan = mapped(features, weight, labels)[0].isnan().any(1)
+    assert nan.nonzero().flatten().tolist() == [5]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 
 import amsoftmax_kernels as ak
@@ -135,6 +136,23 @@ def test_a_compiled_step_makes_no_tensor_of_its_scale() -> None:
         node for graph in graphs for node in graph.graph.nodes if node.op == "placeholder" and not node.meta["val"].dim()
     ]
     assert len(small) <= 2, small  # the number of rows, and the upstream gradient
+
+
+@pytest.mark.parametrize("option", ["scale", "margin"])
+def test_a_tensor_that_changes_compiles_once(option: str) -> None:
+    """As a number, each value is a constant of the graph."""
+    head = ak.AMSoftmaxLoss(PLAIN.D, PLAIN.C, **{option: torch.tensor(0.25)})
+    features, _, labels, _ = PLAIN.tensors(torch.float32)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    module = torch.compile(head, fullgraph=True, backend=counter)
+    losses = []
+    for value in (0.25, 0.5, 0.75, 1.0):
+        getattr(head, option).fill_(value)
+        losses.append(module(features, labels))
+        expected = ak.am_softmax_loss(features, head.weight, labels, **{option: value})
+        assert relative(losses[-1].detach(), expected.detach()) < 1e-6
+    assert counter.frame_count == 1 and len({loss.item() for loss in losses}) == 4
 
 
 def test_compile_with_predictions() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import os
 import re
 import signal
@@ -138,6 +140,27 @@ def test_loaded_without_a_process_group(ranks: Ranks, tmp_path: Path) -> None:
     head.load_state_dict(model)
     for name, value in head.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def copy_and_pickle() -> None:
+    head = ak.ShardedAMSoftmaxLoss(D, C, seed=1, sample_rate=0.5, device=device())
+    for module in (head, torch.nn.Sequential(head)):
+        with pytest.raises(TypeError, match=r"save head\.state_dict\(\)"):
+            torch.save(module, io.BytesIO())
+    copied = copy.deepcopy(head)
+    x, labels = torch.ones(2, D, device=device()), torch.tensor([0, 1], device=device())
+    assert copied.weight is not head.weight and copied.sampling_state is not head.sampling_state
+    assert torch.equal(copied(x, labels), head(x, labels))
+    copied(x, labels).backward()
+    assert copied.weight.grad is not None and head.weight.grad is None
+
+
+def test_a_sharded_head_is_copied_but_not_pickled(ranks: Ranks) -> None:
+    ranks.run(2, copy_and_pickle)
+    head = ak.ShardedAMSoftmaxLoss(D, C)  # without a group there is nothing that cannot be
+    torch.save(head, buffer := io.BytesIO())
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False).weight, head.weight)
 
 
 def write_insightface(folder: Path, weight: Tensor, world: int) -> None:
