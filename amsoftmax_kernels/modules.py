@@ -29,6 +29,9 @@ class AMSoftmaxLoss(nn.Module):
         normalize_features, reduction, ignore_index, interclass_filter, backend, save_bytes: as in :func:`am_softmax_loss`.
         device, dtype: of the centres.
 
+    DistributedDataParallel takes it like any module, beside the backbone or alone; one whose parameters all are frozen
+    (``requires_grad_(False)``) has no gradient to exchange and is not to be wrapped.
+
     Attributes:
         weight: Parameter ``[C, D]``, drawn from a normal distribution of standard deviation 1/√D (norms near 1).
 

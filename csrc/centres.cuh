@@ -46,22 +46,22 @@ __device__ inline void prepare_centre(const AkMatrix& weight, const AkMatrix& un
     const int lane = threadIdx.x % 32;
     const int64_t columns = weight.columns;
     const W* w = row_of<W>(weight, row);
-    float power = 1, sum = squares<W, VECTOR>(w, columns, weight.column_stride, power);
+    float power = 1, sum = squares<W, VECTOR>(w, columns, weight.column_stride, 1);
     if (!(sum > 0x1p-60f && sum < 0x1p60f)) {  // float32 may not have held the squares: once more, scaled
         power = sum < 1 ? 0x1p80f : 0x1p-80f;
         sum = squares<W, VECTOR>(w, columns, weight.column_stride, power);
     }
     const float norm = sqrtf(sum);
-    const float w_inverse = (norm <= float(kEps) * power ? 0.0f : 1.0f / norm) + (norm - norm);
+    const float w_inverse = (norm <= float(kEps) * power ? 0.0f : power / norm) + (norm - norm);
     O* w_hat = writable_row<O>(unit, row);
     float values[8];
     for (int64_t first = lane * 8; first < unit.columns; first += 256) {  // the row again, out of the L1 cache
         read<W, VECTOR>(w, first, columns, weight.column_stride, values);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) values[i] = values[i] * power * w_inverse;
+        for (int i = 0; i < 8; ++i) values[i] *= w_inverse;
         store_eight(w_hat + first, values);  // rows of ŵ are multiples of 16 elements
     }
-    if (lane == 0) inverse_norm[row] = w_inverse * power;
+    if (lane == 0) inverse_norm[row] = w_inverse;
 }
 
 // Whether every row of the centres can be read, and of ŵ written, eight columns at a time.
