@@ -25,7 +25,7 @@ def load_centres(head: AMSoftmaxLoss, folder: str | os.PathLike[str], world_size
 
     The files are ``checkpoint_gpu_{rank}.pt``, whose ``state_dict_softmax_fc`` holds ``weight [num_local, D]``, or where
     there are none ``rank_{rank}_softmax_weight.pt``, that tensor alone, as its code wrote before 2022. With C classes over W
-    ranks the first C mod W ranks have one more than the others. Files are read with ``weights_only=True`` and mapped if their
+    ranks the first C mod W have one more than the others. Files are read with ``weights_only=True``, and mapped if their
     format allows, so that a rank's memory holds little beside its own classes. Nothing is changed unless all of it fits.
 
     Args:

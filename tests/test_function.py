@@ -97,7 +97,7 @@ def test_a_second_derivative_by_what_multiplies_the_loss_is_an_error(reduction: 
 
 @pytest.mark.parametrize("options", [{}, {"normalize_features": False}, {"margin": torch.linspace(0, 0.5, CASE.C)}])
 def test_gradients_of_each_sample(options: dict[str, Any]) -> None:
-    """By vmap over features and labels, ignored ones among them; what is out of range is NaN, as labels are not read there."""
+    """By vmap over features and labels, ignored ones too; one out of range is NaN, as labels are not read there."""
     features, weight, labels, _ = CASE.tensors()
     labels[3] = -100
 

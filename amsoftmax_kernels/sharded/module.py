@@ -172,7 +172,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedAMSoftmaxLoss:
         made = memo[id(self)] = type(self).__new__(type(self))  # as pickling would, which may not be
-        made.__setstate__(copy.deepcopy(self.__dict__, memo))
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
         return made
 
     def forward(self, features: Tensor, labels: Tensor, return_predictions: bool = False) -> Any:
