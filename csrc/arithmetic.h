@@ -13,7 +13,7 @@
 
 namespace ak {
 
-constexpr double kEps = 1e-30;  // a row of this norm or less counts as zero: gradients are divided by the norm
+constexpr double kEps = 1e-12;  // a norm at or below it has no direction (torch.nn.functional.normalize's)
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kBound = 92.33248261893206f;  // 64 log2(e): to there 2^logit needs no shift

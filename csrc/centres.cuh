@@ -28,33 +28,20 @@ __device__ inline void write(T* row, int64_t first, int64_t columns, const float
     }
 }
 
-// The sum of squares of a row times `power`, in each lane.
-template <class W, bool VECTOR>
-__device__ inline float squares(const W* w, int64_t columns, int64_t stride, float power) {
-    float values[8], sum = 0;
-    for (int64_t first = threadIdx.x % 32 * 8; first < columns; first += 256) {
-        read<W, VECTOR>(w, first, columns, stride, values);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum += values[i] * power * (values[i] * power);
-    }
-    return warp_sum(sum);
-}
-
 // ŵ and 1/‖w‖ of a class.
 template <class W, class O, bool VECTOR>
 __device__ inline void prepare_centre(const AkMatrix& weight, const AkMatrix& unit, float* inverse_norm, int64_t row) {
     const int lane = threadIdx.x % 32;
     const int64_t columns = weight.columns;
     const W* w = row_of<W>(weight, row);
-    float power = 1, sum = squares<W, VECTOR>(w, columns, weight.column_stride, 1);
-    if (!(sum > 0x1p-60f && sum < 0x1p60f)) {  // float32 may not have held the squares: once more, scaled
-        power = sum < 1 ? 0x1p80f : 0x1p-80f;
-        sum = squares<W, VECTOR>(w, columns, weight.column_stride, power);
+    float values[8], sum = 0;
+    for (int64_t first = lane * 8; first < columns; first += 256) {
+        read<W, VECTOR>(w, first, columns, weight.column_stride, values);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum += values[i] * values[i];
     }
-    const float norm = sqrtf(sum);
-    const float w_inverse = (norm <= float(kEps) * power ? 0.0f : power / norm) + (norm - norm);
+    const float w_inverse = inverse(sqrtf(warp_sum(sum)));
     O* w_hat = writable_row<O>(unit, row);
-    float values[8];
     for (int64_t first = lane * 8; first < unit.columns; first += 256) {  // the row again, out of the L1 cache
         read<W, VECTOR>(w, first, columns, weight.column_stride, values);
 #pragma unroll
