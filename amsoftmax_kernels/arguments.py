@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .margins import AdditiveMargin, check_value
 from .operators import LABELS_SCHEMA, is_traced, register
-from .values import is_int, is_number, plain, type_name
+from .values import is_int, is_number, is_readable, plain, type_name
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -34,8 +34,13 @@ def check_arguments(
     """Raise ``TypeError`` or ``ValueError`` for anything but the labels' values (:func:`canonical_labels` checks those)."""
     check_features(features, weight)
     _check_dense("labels", labels, _INTEGERS)
-    if labels.dim() != 1 or labels.shape[0] != features.shape[0]:
-        raise ValueError(f"labels must have shape [B] = [{features.shape[0]}], but it has {list(labels.shape)}")
+    if labels.shape not in ((features.shape[0],), (features.shape[0], 1)):
+        advice = ""
+        if labels.shape == (features.shape[0], weight.shape[0]):
+            advice = ": if it is one-hot, give labels.argmax(1)"
+        elif labels.numel() == features.shape[0]:
+            advice = ": give labels.view(-1)"
+        raise ValueError(f"labels must have shape [B] = [{features.shape[0]}], but it has {list(labels.shape)}{advice}")
     for name, tensor in (("weight", weight), ("labels", labels)):
         if tensor.device != features.device:
             raise ValueError(f"{name} must be on features' device {features.device}, but it is on {tensor.device}")
@@ -59,8 +64,13 @@ def check_features(features: Any, weight: Any) -> None:
         )
     if features.shape[1] != weight.shape[1]:
         D, (C, dim) = features.shape[1], weight.shape
-        swapped = "; are D and C, embedding_dim and num_classes, swapped?" if D == C else ""
-        raise ValueError(f"features [B, D] and weight [C, D] must share D, but they have {D} and {dim}{swapped}")
+        advice = ""
+        if D == C:
+            advice = (
+                ": if features are logits [B, C], give the embeddings [B, D] they were made from, as the loss multiplies by "
+                "the centres itself; if not, embedding_dim and num_classes are swapped"
+            )
+        raise ValueError(f"features [B, D] and weight [C, D] must share D, but they have {D} and {dim}{advice}")
 
 
 def _check_dense(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -172,14 +182,16 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Labels as backends take them: int64, -1 for an ignored row, and C for a label out of range.
+    """Labels ``[B]`` or ``[B, 1]`` as backends take them: ``[B]`` int64, -1 for an ignored row, C for one out of range.
 
     Also the number of rows not ignored, at least 1, as a 0-d int64 tensor on the labels' device.
 
     Raises:
-        ValueError: a label on the CPU is outside ``[0, C)`` and not ``ignore_index``. On a GPU nothing is read back;
-            such a row becomes C, which belongs to no class, and its loss NaN.
+        ValueError: a label on the CPU is outside ``[0, C)`` and not ``ignore_index``. On a GPU, or where ``vmap`` maps
+            labels, nothing is read; such a row becomes C, which belongs to no class, and its loss NaN.
     """
+    if labels.dim() == 2:
+        labels = labels[:, 0]
     if not is_traced(labels):
         return _canonical_labels(labels, num_classes, ignore_index)
     result: tuple[Tensor, Tensor] = torch.ops.amsoftmax_kernels.canonical_labels(labels, num_classes, ignore_index)
@@ -188,19 +200,20 @@ def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tup
 
 def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     labels64 = labels.to(torch.int64, copy=True)
-    if labels.device.type == "cpu" and labels.numel() and not 0 <= ignore_index < num_classes:
+    readable = labels.device.type == "cpu" and is_readable(labels)  # not under vmap over labels
+    if readable and labels.numel() and not 0 <= ignore_index < num_classes:
         smallest, largest = torch.aminmax(labels64)
         if smallest.item() >= 0 and largest.item() < num_classes:
             return labels64, torch.tensor(len(labels64), device=labels.device)  # as nearly always
     ignored = labels64 == ignore_index
     invalid = ((labels64 < 0) | (labels64 >= num_classes)) & ~ignored
-    if labels.device.type == "cpu" and bool(invalid.any()):
+    if readable and bool(invalid.any()):
         row = int(invalid.nonzero()[0])
         raise ValueError(
             f"labels must lie in [0, {num_classes}) or be ignore_index={ignore_index}, "
             f"but labels[{row}] is {int(labels64[row])}"
         )
-    return labels64.masked_fill_(invalid, num_classes).masked_fill_(ignored, -1), (~ignored).sum().clamp_(min=1)
+    return labels64.masked_fill_(invalid, num_classes).masked_fill_(ignored, -1), (~ignored).sum().clamp(min=1)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -21,7 +21,7 @@ from .backends import Forward, Needs, Problem, Request, Upstream
 from .backends.budget import BOUNDED_SCALE
 from .backends.margin import predictions
 from .margins import AdditiveMargin, Margin, as_margin, reduce_rows, target_psi
-from .values import is_number, plain, type_name
+from .values import is_number, plain, type_name, whole
 
 DEFAULT_SAVE_BYTES = 1 << 30
 
@@ -81,9 +81,11 @@ def am_softmax_loss(
 
     Args:
         features: ``[B, D]`` float64, float32, float16 or bfloat16, any strides.
-        weight: ``[C, D]`` class centres of any norm, on the same device.
-        labels: ``[B]`` integer class indices.
-        scale: s, a positive float or a 0-d tensor (learned if it requires grad).
+        weight: ``[C, D]`` class centres of any norm, on the same device. On a GPU ``"chunked"`` takes norms from 1e-18 to
+            1e19, ``"cuda"`` from 1e-12 to 1e19: a shorter row counts as zero, a longer one gives NaN.
+        labels: ``[B]`` integer class indices, or ``[B, 1]``.
+        scale: s, a positive float or a 0-d tensor (learned if it requires grad). Under ``torch.compile`` a scale or a
+            margin that changes from step to step is to be a tensor: each number is a constant, and compiles anew.
         margin: m, a float, a ``[C]`` tensor (one a class), or a margin object (:class:`amsoftmax_kernels.margins.Margin`).
         normalize_features: if False, ‖x‖ takes the place of ``scale``, which is then ignored (the paper's variant without
             feature normalization).
@@ -99,9 +101,9 @@ def am_softmax_loss(
 
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-d, or ``[B]`` for ``"none"``. The mean over no row is 0. A row
-        with a NaN or infinity has the loss NaN; so has, on a GPU, a row whose label is out of range. Zero rows have no
-        direction: their cosines and gradients are 0. The gradient can be taken once (``backend="reference"``: any
-        number of times).
+        with a NaN or infinity has the loss NaN; so has, on a GPU, a row whose label is out of range. Zero rows (of a norm
+        of 1e-30 or less) have no direction: their cosines and gradients are 0. The gradient can be taken once
+        (``backend="reference"``: any number of times).
 
         With ``return_predictions`` the pair of it and the predicted classes, ``[B]`` int64: the label itself where no
         negative's cosine is larger; -1 for an ignored row. ``(predictions == labels).float().mean()`` over the rows not
@@ -126,7 +128,7 @@ def am_softmax_loss(
         tensor([0, 1, 2])
     """
     scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
-    interclass_filter, save_bytes = plain(interclass_filter), plain(save_bytes)
+    interclass_filter, save_bytes = plain(interclass_filter), whole(save_bytes)
     check_flag("return_predictions", return_predictions)
     check_arguments(
         features, weight, labels,

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import os
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import check_size
 from .modules import AMSoftmaxLoss
 from .sharded.shards import local_part
 
-_FILE = "checkpoint_gpu_{rank}.pt"
+# Since 2022 (PartialFC_V2), and before (PartialFC), whose momentum lies beside it in rank_{rank}_softmax_weight_mom.pt.
+_FILES = ("checkpoint_gpu_{rank}.pt", "rank_{rank}_softmax_weight.pt")
 
 
 @torch.no_grad()
 def load_centres(head: AMSoftmaxLoss, folder: str | os.PathLike[str], world_size: int | None = None) -> None:
-    """Read ``checkpoint_gpu_{rank}.pt`` of every rank of an InsightFace run (PartialFC_V2) into ``head.weight``.
+    """Read the centres of every rank of an InsightFace run into ``head.weight``.
 
-    Each file's ``state_dict_softmax_fc`` holds ``weight [num_local, D]``; with C classes over W ranks the first C mod W
-    ranks have one more than the others. Files are read with ``weights_only=True`` and mapped, so that a rank's
-    memory holds little beside its own classes. Nothing is changed unless all of it fits.
+    The files are ``checkpoint_gpu_{rank}.pt``, whose ``state_dict_softmax_fc`` holds ``weight [num_local, D]``, or where
+    there are none ``rank_{rank}_softmax_weight.pt``, that tensor alone, as its code wrote before 2022. With C classes over W
+    ranks the first C mod W have one more than the others. Files are read with ``weights_only=True``, and mapped if their
+    format allows, so that a rank's memory holds little beside its own classes. Nothing is changed unless all of it fits.
 
     Args:
-        head: an :class:`AMSoftmaxLoss` or :class:`ShardedAMSoftmaxLoss` with the run's number of classes and dimension. Each
-            rank of a sharded head reads what it holds; all must see the folder.
+        head: an :class:`AMSoftmaxLoss` or :class:`ShardedAMSoftmaxLoss` with the run's number of classes and dimension, not
+            on the meta device. Each rank of a sharded head reads what it holds; all must see the folder.
         folder: where the files are.
         world_size: W, the ranks of the run that wrote them; None counts the files.
 
     Raises:
         FileNotFoundError: there is no such file, or one of the ranks' is missing.
-        ValueError: the files' rows or columns are not the head's, or not shared out as InsightFace does.
+        TypeError: ``world_size`` is not an int.
+        ValueError: the files' rows or columns are not the head's, or not shared out as InsightFace does; a file is cut short
+            or no checkpoint; the head has no memory yet.
 
     Example:
         >>> import torch
@@ -45,37 +52,63 @@ def load_centres(head: AMSoftmaxLoss, folder: str | os.PathLike[str], world_size
         True
     """
     folder = Path(folder)
-    if world_size is None:
-        world_size = 0
-        while (folder / _FILE.format(rank=world_size)).exists():
-            world_size += 1
-        if world_size == 0:
-            raise FileNotFoundError(f"folder must hold {_FILE.format(rank=0)}, but {folder} does not")
+    local = local_part(head.weight)
+    if local.is_meta:
+        raise ValueError("head must hold its centres, but they are on the meta device: call head.to_empty(device=...) first")
+    if world_size is not None:
+        world_size = check_size("world_size", world_size)
+    paths = _paths(folder, world_size)
     num_classes, dim = head.weight.shape
-    each, longer = divmod(num_classes, world_size)
+    each, longer = divmod(num_classes, len(paths))
     shards = getattr(head, "shards", None)
     start, stop = (0, num_classes) if shards is None else (shards.start, shards.stop)
     parts, first = [], 0
-    for rank in range(world_size):
-        weight = _weight(folder / _FILE.format(rank=rank))
+    for rank, path in enumerate(paths):
+        weight = _weight(path)
         expected = each + (rank < longer)
         if tuple(weight.shape) != (expected, dim):
             raise ValueError(
-                f"folder must hold {num_classes} centres of {dim} dimensions over {world_size} ranks: "
-                f"{_FILE.format(rank=rank)} should have shape [{expected}, {dim}], but it has {list(weight.shape)}"
+                f"folder must hold {num_classes} centres of {dim} dimensions over {len(paths)} ranks: "
+                f"{path.name} should have shape [{expected}, {dim}], but it has {list(weight.shape)}"
             )
         low, high = max(start, first), min(stop, first + expected)
         if low < high:
             parts.append((low - start, weight[low - first : high - first]))
         first += expected
-    local = local_part(head.weight)
     for at, part in parts:
         local[at : at + len(part)] = part
 
 
+def _paths(folder: Path, world_size: int | None) -> list[Path]:
+    """The files of all ranks, in order."""
+    for file in _FILES:
+        paths: list[Path] = []
+        while (path := folder / file.format(rank=len(paths))).exists():
+            paths.append(path)
+        if not paths:
+            continue
+        if world_size is None or len(paths) >= world_size:
+            return paths[:world_size]
+        raise FileNotFoundError(f"folder must hold the files of {world_size} ranks, but {folder} has no {path.name}")
+    names = " or ".join(file.format(rank=0) for file in _FILES)
+    raise FileNotFoundError(f"folder must hold {names}, but {folder} does not")
+
+
 def _weight(path: Path) -> Tensor:
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    weight = checkpoint.get("state_dict_softmax_fc", {}).get("weight")
+    """A rank's centres, mapped where the file is a zip archive, as PyTorch writes since 1.6."""
+    try:
+        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"folder must hold InsightFace's checkpoints, but {path} cannot be read with weights_only=True: {error}"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, as a file can be cut anywhere
+        raise ValueError(f"folder must hold whole files, but {path} cannot be read: is it cut short? {error}") from error
+    weight = checkpoint
+    for key in ("state_dict_softmax_fc", "weight"):
+        weight = weight.get(key) if isinstance(weight, dict) else weight
     if not isinstance(weight, Tensor):
         raise ValueError(f"folder must hold InsightFace's checkpoints, but {path.name} has no state_dict_softmax_fc weight")
     return weight

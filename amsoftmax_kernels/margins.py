@@ -17,6 +17,7 @@ from .values import is_number, is_readable, plain, type_name
 
 # cos spans a range of 2: a margin beyond it is no cosine margin (an angle in degrees, most likely).
 MARGIN_LIMIT = 2.0
+_DEGREES = ": if that is an angle in degrees, give what is taken off the cosine instead, such as 0.35"
 
 
 class Margin(Protocol):
@@ -166,12 +167,15 @@ def check_value(name: str, value: Any, limit: float = MARGIN_LIMIT) -> None:
             largest = value.detach().abs().max().item()  # NaN if any is
             if not largest <= limit:
                 raise ValueError(
-                    f"{name} is taken off a cosine and must lie in [-{limit:g}, {limit:g}], but one has the size {largest}"
+                    f"{name} is taken off a cosine and must lie in [-{limit:g}, {limit:g}], but one has the size "
+                    f"{largest}{_DEGREES}"
                 )
     elif not is_number(value):
         raise TypeError(f"{name} must be a float, but it is {type_name(value)}")
     elif not abs(value) <= limit:
-        raise ValueError(f"{name} is taken off a cosine and must lie in [-{limit:g}, {limit:g}], but it is {value}")
+        raise ValueError(
+            f"{name} is taken off a cosine and must lie in [-{limit:g}, {limit:g}], but it is {value}{_DEGREES}"
+        )
 
 
 def as_margin(margin: float | Tensor | Margin) -> Margin:

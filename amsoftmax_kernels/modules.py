@@ -12,7 +12,7 @@ from . import backends, reference
 from .arguments import FLOATS, check_features, check_margin, check_options, check_scale, check_size
 from .functional import am_softmax_loss
 from .margins import Margin
-from .values import is_number, plain, type_name
+from .values import is_number, plain, type_name, whole
 
 
 class AMSoftmaxLoss(nn.Module):
@@ -24,10 +24,15 @@ class AMSoftmaxLoss(nn.Module):
         scale: s, a positive float or a 0-d tensor; an ``nn.Parameter`` is learned (nothing but the loss keeps it positive).
         margin: m, a float, a ``[C]`` tensor, or a margin object; an ``nn.Parameter`` or an ``nn.Module`` is registered
             here, and so moved, saved and trained with the head. A smaller margin always lowers the loss: one that is
-            learned needs a term in the loss that holds it up.
+            learned needs a term in the loss that holds it up. Under ``torch.compile`` a scale or a margin that changes from
+            step to step is to be a tensor, a buffer here, changed in place (``head.scale.fill_(20.0)``): each number
+            compiles anew.
         normalize_features, reduction, ignore_index, interclass_filter, backend, save_bytes: as in :func:`am_softmax_loss`.
         std: standard deviation of the centres' first values; None: 1/√D, for norms near 1.
         device, dtype: of the centres.
+
+    DistributedDataParallel takes it like any module, beside the backbone or alone; one whose parameters all are frozen
+    (``requires_grad_(False)``) has no gradient to exchange and is not to be wrapped.
 
     Attributes:
         weight: Parameter ``[C, D]``, drawn from a normal distribution.
@@ -68,7 +73,7 @@ class AMSoftmaxLoss(nn.Module):
         super().__init__()
         embedding_dim, num_classes = check_size("embedding_dim", embedding_dim), check_size("num_classes", num_classes)
         scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
-        interclass_filter, save_bytes = plain(interclass_filter), plain(save_bytes)
+        interclass_filter, save_bytes = plain(interclass_filter), whole(save_bytes)
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, but it is {dtype}")
         check_scale(scale)

@@ -13,8 +13,8 @@ from .arguments import accumulate_dtype, canonical_labels, check_arguments, chec
 from .margins import Margin, as_margin, reduce_rows, target_psi
 from .values import plain
 
-# ‖·‖ at which a row counts as zero, that of torch.nn.functional.normalize.
-EPS = 1e-12
+# A row of this norm or less counts as zero: a gradient is divided by the norm and must stay in float32's range.
+EPS = 1e-30
 
 
 def am_softmax_loss(
@@ -72,12 +72,13 @@ def loss_rows(
         num_classes = w.shape[0]
         x = x.masked_fill((labels < 0)[:, None], 0)
         target = labels.clamp(0, num_classes - 1)
-        norm = torch.linalg.vector_norm(x, dim=1).masked_fill(labels < 0, 1)
-        s = scale if normalize_features else norm
+        (x_unit, norm), (w_unit, _) = _unit_rows(x), _unit_rows(w)
+        norm = norm.masked_fill(labels < 0, 1)
+        s = scale if normalize_features else norm.masked_fill(norm.isinf(), math.nan)
         if isinstance(s, Tensor):
             s = s.to(x.device, x.dtype)
 
-        cos = _unit_rows(x) @ _unit_rows(w).T
+        cos = x_unit @ w_unit.T
         t = cos.gather(1, target[:, None])[:, 0]
         t = t.masked_fill(labels >= num_classes, math.nan)
         logits = cos * (s[:, None] if isinstance(s, Tensor) and s.dim() else s)
@@ -95,12 +96,19 @@ def cosine(features: Tensor, weight: Tensor) -> Tensor:
     """Cosines ``[B, C]`` of ``features [B, D]`` to the centres ``weight [C, D]``, float32 (float64 for float64)."""
     dtype = accumulate_dtype(torch.promote_types(features.dtype, weight.dtype))
     with no_autocast(features.device):
-        cos: Tensor = _unit_rows(features.to(dtype)) @ _unit_rows(weight.to(dtype)).T
+        cos: Tensor = _unit_rows(features.to(dtype))[0] @ _unit_rows(weight.to(dtype))[0].T
     return cos
 
 
-def _unit_rows(matrix: Tensor) -> Tensor:
+def _unit_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows over their norms, and the norms."""
+    # Over its largest element first: squares of what is far from 1 would leave the dtype's range.
+    largest = torch.linalg.vector_norm(matrix.detach(), math.inf, dim=1, keepdim=True)
+    largest = largest.masked_fill((largest <= EPS / 2**20) | largest.isinf(), 1)
+    scaled = matrix / largest
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    norm = length * largest
     # A zero row has no direction: it is divided by infinity, so that it and its gradient are zero.
-    norm = torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
-    divisor: Tensor = norm.masked_fill(norm.isinf(), math.nan).masked_fill(norm <= EPS, math.inf)
-    return matrix / divisor
+    zero = norm <= EPS
+    divisor = length.masked_fill(length.isinf(), math.nan).masked_fill(zero, math.inf)
+    return scaled / divisor, norm.masked_fill(zero, 0)[:, 0]

@@ -27,6 +27,12 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
+def whole(value: Any) -> Any:
+    """:func:`plain`, and a float without a fraction as an int: a number of bytes is also written 1e9."""
+    value = plain(value)
+    return int(value) if isinstance(value, float) and value % 1 == 0 else value
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether it has values: not on the meta device, in a fake tensor or under ``torch.func``'s transforms."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor))

@@ -19,7 +19,8 @@ BAD = [
     ("features", torch.ones(4, 8, dtype=torch.complex64), TypeError, "complex64"),
     ("features", torch.randn(4, 8).to_sparse(), TypeError, "sparse"),
     ("features", torch.randn(4), ValueError, r"\[4\]"),
-    ("features", torch.randn(4, 7), ValueError, "7"),
+    ("features", torch.randn(4, 7), ValueError, "7 and 8$"),
+    ("features", torch.randn(4, 10), ValueError, r"10 and 8: if features are logits \[B, C\], give the embeddings"),
     ("weight", None, TypeError, "NoneType"),
     ("weight", torch.ones(10, 8, dtype=torch.bool), TypeError, "bool"),
     ("weight", torch.randn(0, 8), ValueError, r"\[0, 8\]"),
@@ -29,7 +30,8 @@ BAD = [
     ("labels", torch.tensor([0.0, 1, 9, 5]), TypeError, "float32"),
     ("labels", torch.tensor([True, False, True, True]), TypeError, "bool"),
     ("labels", torch.tensor([0, 1, 9]), ValueError, r"\[3\]"),
-    ("labels", torch.tensor([[0, 1, 9, 5]]), ValueError, r"\[1, 4\]"),
+    ("labels", torch.tensor([[0, 1, 9, 5]]), ValueError, r"\[1, 4\]: give labels\.view\(-1\)"),
+    ("labels", torch.eye(10, dtype=torch.int64)[:4], ValueError, r"\[4, 10\]: if it is one-hot, give labels\.argmax\(1\)"),
     ("labels", torch.tensor([0, 1, 10, 5]), ValueError, r"labels\[2\] is 10"),
     ("labels", torch.tensor([0, -1, 9, 5]), ValueError, r"labels\[1\] is -1"),
     ("labels", torch.tensor([0, 1, 9, 2**40]), ValueError, str(2**40)),
@@ -45,13 +47,13 @@ BAD = [
     ("margin", "0.35", TypeError, "str"),
     ("margin", True, TypeError, "bool"),
     ("margin", NAN, ValueError, "nan"),
-    ("margin", 28.6, ValueError, "28.6"),
+    ("margin", 28.6, ValueError, "28.6: if that is an angle in degrees, give what is taken off the cosine"),
     ("margin", torch.ones(9), ValueError, r"\[9\]"),
     ("margin", torch.ones(10, dtype=torch.int64), TypeError, "int64"),
     ("margin", torch.ones(10, device="meta"), ValueError, "meta"),
     ("margin", lambda t, labels, norm: t.sum(), ValueError, r"\[\]"),
     ("margin", lambda t, labels, norm: 0.3, ValueError, "float"),
-    ("margin", torch.full((10,), 28.6), ValueError, "28.6"),
+    ("margin", torch.full((10,), 28.6), ValueError, "28.6.*degrees"),
     ("margin", torch.tensor([0.3] * 9 + [NAN]), ValueError, "nan"),
     ("margin", AdditiveMargin(torch.zeros(12)), ValueError, r"\[12\]"),
     ("normalize_features", 1, TypeError, "int"),
@@ -63,6 +65,9 @@ BAD = [
     ("backend", "tensorflow", ValueError, "'tensorflow'"),
     ("backend", "cuda", ValueError, "cannot run here"),
     ("save_bytes", 1.5, TypeError, "float"),
+    ("save_bytes", float("inf"), TypeError, "float"),
+    ("save_bytes", NAN, TypeError, "float"),
+    ("save_bytes", -1e9, ValueError, "-1000000000"),
     ("save_bytes", -1, ValueError, "-1"),
 ]
 
@@ -83,6 +88,23 @@ def test_good_arguments() -> None:
     for margin in (0, -0.2, 0.5, torch.tensor(0.3), torch.full((10,), 0.3)):
         assert call(**GOOD, margin=margin, scale=30).isfinite()
     assert call(**GOOD, scale=torch.tensor(30.0), save_bytes=0).isfinite()
+
+
+def test_bytes_may_be_a_whole_float() -> None:
+    features = GOOD["features"].clone().requires_grad_()
+    assert torch.equal(call(**{**GOOD, "features": features}, save_bytes=1e9), call(**GOOD))
+    for head in (ak.AMSoftmaxLoss(8, 10, save_bytes=1e9), ak.ShardedAMSoftmaxLoss(8, 10, save_bytes=1e9)):  # type: ignore[arg-type]
+        assert type(head.save_bytes) is int and head.save_bytes == 10**9
+
+
+def test_every_head_says_what_to_do_with_labels_of_two_dimensions() -> None:
+    features, weight, labels = GOOD.values()
+    sampled = ak.ShardedAMSoftmaxLoss(8, 10, sample_rate=0.5)
+    for head in (ak.AMSoftmaxLoss(8, 10), ak.ShardedAMSoftmaxLoss(8, 10), sampled):
+        with pytest.raises(ValueError, match=r"labels must .*labels\.view\(-1\)"):
+            head(features, labels[None])
+    with pytest.raises(ValueError, match=r"labels must .*labels\.view\(-1\)"):
+        ak.AMSoftmaxFunction.apply(features, weight, labels[None])
 
 
 MODULE = [

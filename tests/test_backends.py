@@ -9,7 +9,7 @@ import torch
 import amsoftmax_kernels as ak
 from amsoftmax_kernels import __main__ as command
 from amsoftmax_kernels import backends
-from amsoftmax_kernels.backends import chunked, norms, products
+from amsoftmax_kernels.backends import chunked, products
 from amsoftmax_kernels.backends.budget import kept_classes
 from amsoftmax_kernels.backends.host_memory import advise_huge_pages
 
@@ -101,7 +101,7 @@ def test_the_command_reports_this_machine(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_command_fails_on_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(norms, "EPS", 1e3)  # every row counts as zero
+    monkeypatch.setattr(chunked, "_LOG2E", 1.0)
     assert command.main([]) == 1
     assert "FAILED" in capsys.readouterr().out
 
@@ -109,3 +109,36 @@ def test_the_command_fails_on_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, c
 def test_the_package_is_run_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "amsoftmax_kernels"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "chunked" in done.stdout, done.stderr
+
+
+def test_importing_takes_no_longer_than_it_must() -> None:
+    """Dynamo and DTensor take longer to import than torch does, and a plain head needs neither."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+import amsoftmax_kernels as ak
+x = torch.randn(6, 8, requires_grad=True)
+ak.AMSoftmaxLoss(8, 50)(x, torch.arange(6)).backward()
+ak.am_softmax_loss(x, torch.randn(50, 8), torch.arange(6), scale=torch.tensor(20.0), margin=torch.rand(50))
+print(sorted({"torch._dynamo", "torch.distributed.tensor", "numpy", "triton"} & (set(sys.modules) - before)))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stdout + result.stderr
+
+
+def test_without_numpy_nothing_is_said() -> None:
+    """PyTorch itself warns as it is imported."""
+    program = """
+import sys, warnings
+sys.modules["numpy"] = None
+warnings.simplefilter("ignore")
+import torch
+warnings.simplefilter("error")
+import amsoftmax_kernels as ak
+x = torch.randn(6, 8, requires_grad=True)
+for head in (ak.AMSoftmaxLoss(8, 50), ak.AMSoftmaxLoss(8, 50, torch.tensor(20.0), torch.rand(50), backend="reference")):
+    head(x, torch.arange(6)).backward()
+print(ak.available_backends()[-2:], ak.insightface.__name__, ak.optim.__name__)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stderr, result.stderr

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 import amsoftmax_kernels as ak
+from amsoftmax_kernels import backends
 from amsoftmax_kernels.backends import chunking, parts
 
 from .cases import CHUNK, Case, relative
+from .test_loss import evaluate
+from .test_odd_input import check_far_from_one, far_from_one
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -100,3 +103,14 @@ def test_memory_does_not_grow_with_the_classes() -> None:
             assert min(chunks, 2) <= places <= chunks
             assert 8 * places * streams * batch <= max(parts.PART_BYTES, 16 * streams * batch)
     assert parts.places_for(306, 4 * 4_096) == 306  # ten million classes
+
+
+@pytest.mark.parametrize("power", [-29, -25, 19, 37])
+def test_rows_of_any_norm(power: float, short_chunks: None) -> None:
+    """In Triton; the C++ kernels take a smaller range, which am_softmax_loss documents."""
+    reason = backends.load("triton").unavailable_reason()
+    if reason is not None:
+        pytest.skip(f"the Triton backend cannot run here: {reason}")
+    given = far_from_one(torch.float32, power)
+    actual = evaluate(ak.am_softmax_loss, *(each.to(GPU) for each in given[:4]), backend="triton")
+    check_far_from_one(tuple(each.cpu() for each in actual), given, 1e-5)

@@ -70,6 +70,26 @@ def test_wrong_tensors() -> None:
         ak.AMSoftmaxFunction.apply(features, weight, torch.full_like(labels, 100_000))
 
 
+def test_labels_in_a_column() -> None:
+    """As InsightFace and speechbrain hand them over; shuffled, and some ignored."""
+    features, weight, labels, _ = CASE.tensors(torch.float32)
+    labels[2] = -100
+    column = labels[:, None]
+    expected = ak.am_softmax_loss(features, weight, labels, reduction="none", return_predictions=True)
+    for each in (column, column.int(), torch.stack([labels, labels], 1)[:, :1]):
+        found = ak.am_softmax_loss(features, weight, each, reduction="none", return_predictions=True)
+        assert all(map(torch.equal, found, expected))
+        assert torch.equal(ak.AMSoftmaxFunction.apply(features, weight, each, 30.0, 0.35, "none"), expected[0])
+    for options in ({"backend": "reference"}, {"margin": torch.full((len(weight),), 0.35)}):
+        found = ak.am_softmax_loss(features, weight, column, reduction="none", **options)
+        assert found.shape == labels.shape and torch.allclose(found, expected[0], atol=1e-5)
+    for head in (ak.AMSoftmaxLoss, ak.ShardedAMSoftmaxLoss):
+        module = head(CASE.D, CASE.C, reduction="none", backend="chunked")
+        assert torch.equal(module(features, column), module(features, labels))
+    with pytest.raises(ValueError, match=r"labels must have shape \[B\]"):
+        ak.am_softmax_loss(features, weight, labels[None])
+
+
 def test_compiled() -> None:
     features, weight, labels, upstream = CASE.tensors(torch.float32)
     x, w = features.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -93,3 +113,23 @@ def test_a_second_derivative_by_what_multiplies_the_loss_is_an_error(reduction: 
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         torch.autograd.grad(grad.norm(), factor)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize_features": False}, {"margin": torch.linspace(0, 0.5, CASE.C)}])
+def test_gradients_of_each_sample(options: dict[str, Any]) -> None:
+    """By vmap over features and labels, ignored ones too; one out of range is NaN, as labels are not read there."""
+    features, weight, labels, _ = CASE.tensors()
+    labels[3] = -100
+
+    def loss(x: Tensor, w: Tensor, label: Tensor) -> Tensor:
+        result: Tensor = ak.am_softmax_loss(x[None], w, label[None], backend="reference", **options)
+        return result
+
+    gradient = torch.func.grad(loss, (0, 1))
+    mapped = torch.func.vmap(gradient, (0, None, 0))
+    rows = [gradient(x, weight, label) for x, label in zip(features, labels, strict=True)]
+    for actual, expected in zip(mapped(features, weight, labels), zip(*rows, strict=True), strict=True):
+        assert relative(actual, torch.stack(expected)) < 1e-13
+    labels[5] = CASE.C
+    nan = mapped(features, weight, labels)[0].isnan().any(1)
+    assert nan.nonzero().flatten().tolist() == [5]

@@ -136,7 +136,7 @@ def test_bad_dtype_and_features() -> None:
     head = ak.AMSoftmaxLoss(8, 10)
     with pytest.raises(ValueError, match=r"features.* 7 and 8$"):
         head.cosine(torch.randn(5, 7))
-    with pytest.raises(ValueError, match="embedding_dim and num_classes, swapped"):
+    with pytest.raises(ValueError, match=r"logits \[B, C\].*; if not, embedding_dim and num_classes are swapped"):
         head(torch.randn(5, 10), torch.zeros(5, dtype=torch.int64))
     with pytest.raises(TypeError, match="features"):
         head.cosine(torch.ones(5, 8, dtype=torch.int64))

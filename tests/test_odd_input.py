@@ -118,20 +118,70 @@ def test_a_bad_row_is_nan_alone(backend: str, bad: float, options: dict[str, Any
     assert relative(loss[others], expected[others]) < 1e-5
 
 
+def far_from_one(dtype: torch.dtype, power: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The plain case, every third centre and the first feature times 10^power as far as ``dtype`` goes; which they are."""
+    features, weight, labels, upstream = PLAIN.tensors(dtype)
+    largest = torch.finfo(dtype).max
+    far = torch.arange(PLAIN.C) % 3 == 0
+    weight[far] = (weight[far].double() * 10.0**power).clamp(-largest, largest).to(dtype)
+    features[0] = (features[0].double() * 10.0**power).clamp(-largest, largest).to(dtype)
+    return features, weight, labels, upstream, far
+
+
+def check_far_from_one(actual: tuple[Tensor, ...], given: tuple[Tensor, ...], bound: float) -> None:
+    """The loss is that of the rows over their largest elements, and the gradients theirs over these."""
+    features, weight, labels, upstream, far = given
+    x_size, size = (each.double().abs().amax(1, keepdim=True) for each in (features, weight))
+    expected = reference(features.double() / x_size, weight.double() / size, labels, upstream)
+    (loss, dx, dw), (exact, exact_dx, exact_dw) = actual, expected
+    assert relative(loss, exact) < bound
+    assert relative(dx.double() * x_size, exact_dx) < bound
+    for of_chosen in (far, ~far):
+        assert relative((dw.double() * size)[of_chosen], exact_dw[of_chosen]) < bound
+
+
 @BACKENDS
-def test_a_norm_past_float32_is_never_silently_wrong(backend: str) -> None:
+@pytest.mark.parametrize("one_chunk", [False, True], ids=["chunks", "one-chunk"])
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [*((torch.float32, power) for power in (-29, -25, -13, 11, 19, 30, 38)), (torch.bfloat16, -25), (torch.bfloat16, 30),
+     (torch.float16, 5), (torch.float64, -29), (torch.float64, 200)],
+)  # fmt: skip
+def test_rows_of_any_norm(
+    backend: str, one_chunk: bool, dtype: torch.dtype, power: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if one_chunk:
+        monkeypatch.undo()
+    given = far_from_one(dtype, power)
+    actual = evaluate(ak.am_softmax_loss, *given[:4], backend=backend)
+    rounding = {torch.bfloat16: 4e-3, torch.float16: 4e-3, torch.float64: FLOAT64}  # of the gradients
+    check_far_from_one(actual, given, rounding.get(dtype, 5e-6))
+
+
+@BACKENDS
+@pytest.mark.parametrize("size", [1e-31, 1e-29, 1e-20, 1e-13])
+def test_features_of_a_tiny_norm_without_normalization(backend: str, size: float) -> None:
+    """The gradient is Σ p_j ŵ_j − p(ŵ_y − m x̂) however short the row is, until it counts as zero."""
+    features, weight, labels, upstream = PLAIN.tensors(torch.float32)
+    features[2] *= size / features[2].norm()
+    loss, dx, dw = evaluate(
+        ak.am_softmax_loss, features, weight, labels, upstream, backend=backend, normalize_features=False
+    )
+    unit, x_unit = torch.nn.functional.normalize(weight.double()), features[2].double() / size
+    mean = unit.mean(0)  # all logits are 0
+    expected = (mean - unit[labels[2]] + (1 - 1 / PLAIN.C) * 0.35 * x_unit) * upstream[2]
+    assert loss[2].item() == pytest.approx(math.log(PLAIN.C), rel=1e-6)
+    assert dx[2].eq(0).all() if size < 1e-30 else relative(dx[2], expected) < 1e-5
+    assert dw.isfinite().all()
+
+
+@BACKENDS
+def test_a_norm_past_float32_in_the_place_of_the_scale_is_nan(backend: str) -> None:
+    """Not silently wrong: float32 has not this scale."""
     features, weight, labels, _ = PLAIN.tensors(torch.float32)
-    features[1] *= 1e30
-    exact = reference(features.double(), weight.double(), labels, torch.ones(PLAIN.B))[0]
-    loss = ak.am_softmax_loss(features, weight, labels, reduction="none", backend=backend)
-    assert loss[1].isnan() or relative(loss[1], exact[1]) < 1e-5
-    weight[3] *= 1e30
-    exact = reference(features.double(), weight.double(), labels, torch.ones(PLAIN.B))[0]
-    loss = ak.am_softmax_loss(features, weight, labels, reduction="none", backend=backend)
-    negative = labels != 3
-    assert loss[negative].isnan().all()
-    for row, right in zip(loss[~negative], exact[~negative], strict=True):
-        assert row.isnan() or relative(row, right) < 1e-5
+    features[1] = 3e38
+    loss = ak.am_softmax_loss(features, weight, labels, reduction="none", backend=backend, normalize_features=False)
+    assert loss.isnan().tolist() == [row == 1 for row in range(PLAIN.B)]
 
 
 def test_one_class() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 
 import amsoftmax_kernels as ak
@@ -155,6 +156,23 @@ def test_compiled_transforms_are_the_error_that_eager_gives(transform: str) -> N
     for call in (program, torch.compile(program, backend="aot_eager")):
         with pytest.raises(RuntimeError, match="backend='reference'"):
             call(features)
+
+
+@pytest.mark.parametrize("option", ["scale", "margin"])
+def test_a_tensor_that_changes_compiles_once(option: str) -> None:
+    """As a number, each value is a constant of the graph."""
+    head = ak.AMSoftmaxLoss(PLAIN.D, PLAIN.C, **{option: torch.tensor(0.25)})
+    features, _, labels, _ = PLAIN.tensors(torch.float32)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    module = torch.compile(head, fullgraph=True, backend=counter)
+    losses = []
+    for value in (0.25, 0.5, 0.75, 1.0):
+        getattr(head, option).fill_(value)
+        losses.append(module(features, labels))
+        expected = ak.am_softmax_loss(features, head.weight, labels, **{option: value})
+        assert relative(losses[-1].detach(), expected.detach()) < 1e-6
+    assert counter.frame_count == 1 and len({loss.item() for loss in losses}) == 4
 
 
 def test_compile_with_predictions() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import os
 import re
 import signal
@@ -159,6 +161,27 @@ def test_loaded_without_a_process_group(ranks: Ranks, tmp_path: Path) -> None:
         assert torch.equal(value, before[name]), name
 
 
+def copy_and_pickle() -> None:
+    head = ak.ShardedAMSoftmaxLoss(D, C, seed=1, sample_rate=0.5, device=device())
+    for module in (head, torch.nn.Sequential(head)):
+        with pytest.raises(TypeError, match=r"save head\.state_dict\(\)"):
+            torch.save(module, io.BytesIO())
+    copied = copy.deepcopy(head)
+    x, labels = torch.ones(2, D, device=device()), torch.tensor([0, 1], device=device())
+    assert copied.weight is not head.weight and copied.sampling_state is not head.sampling_state
+    assert torch.equal(copied(x, labels), head(x, labels))
+    copied(x, labels).backward()
+    assert copied.weight.grad is not None and head.weight.grad is None
+
+
+def test_a_sharded_head_is_copied_but_not_pickled(ranks: Ranks) -> None:
+    ranks.run(2, copy_and_pickle)
+    head = ak.ShardedAMSoftmaxLoss(D, C)  # without a group there is nothing that cannot be
+    torch.save(head, buffer := io.BytesIO())
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False).weight, head.weight)
+
+
 def write_insightface(folder: Path, weight: Tensor, world: int) -> None:
     """Files as PartialFC_V2 leaves them: the first C mod W ranks have one class more."""
     each, longer = divmod(len(weight), world)
@@ -204,6 +227,67 @@ def test_insightface_files_that_do_not_fit_change_nothing(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"checkpoint_gpu_2\.pt has no"):
         load_centres(head, tmp_path)
     assert torch.equal(head.weight, before)
+
+
+def old_files(folder: Path, weight: Tensor, world: int, zipped: bool) -> None:
+    """Files as PartialFC left them: a tensor alone, its momentum beside it."""
+    each, longer = divmod(len(weight), world)
+    for rank, part in enumerate(weight.split([each + (rank < longer) for rank in range(world)])):
+        for name, value in (("weight", part.clone()), ("weight_mom", torch.full_like(part, 7))):
+            path = folder / f"rank_{rank}_softmax_{name}.pt"
+            torch.save(value, path, _use_new_zipfile_serialization=zipped)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before PyTorch 1.6"])
+def test_insightface_files_of_older_code(tmp_path: Path, zipped: bool) -> None:
+    weight = torch.randn(C, D)
+    old_files(tmp_path, weight, 3, zipped)
+    for world_size in (None, 3):
+        load_centres(head := ak.AMSoftmaxLoss(D, C), tmp_path, world_size)
+        assert torch.equal(head.weight, weight)
+    with pytest.raises(FileNotFoundError, match=r"files of 4 ranks, but .* has no rank_3_softmax_weight\.pt"):
+        load_centres(head, tmp_path, 4)
+    with pytest.raises(ValueError, match=re.escape("over 2 ranks: rank_0_softmax_weight.pt should have shape [11, 6]")):
+        load_centres(head, tmp_path, 2)
+    for path in tmp_path.glob("*_weight.pt"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"checkpoint_gpu_0\.pt or rank_0_softmax_weight\.pt"):
+        load_centres(head, tmp_path)
+    assert torch.equal(head.weight, weight)
+
+
+def test_insightface_files_of_other_shapes(tmp_path: Path) -> None:
+    weight = torch.randn(C, D)
+    torch.save(weight, tmp_path / "checkpoint_gpu_0.pt")  # a tensor alone
+    load_centres(head := ak.AMSoftmaxLoss(D, C), tmp_path)
+    assert torch.equal(head.weight, weight)
+    unzipped = {"state_dict_softmax_fc": {"weight": -weight}}
+    torch.save(unzipped, tmp_path / "checkpoint_gpu_0.pt", _use_new_zipfile_serialization=False)
+    load_centres(head, tmp_path)
+    assert torch.equal(head.weight, -weight)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.95])
+def test_an_insightface_file_that_is_cut_short_is_named(tmp_path: Path, zipped: bool, kept: float) -> None:
+    old_files(tmp_path, torch.randn(C, D), 2, zipped)
+    path = tmp_path / "rank_1_softmax_weight.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read")):
+        load_centres(ak.AMSoftmaxLoss(D, C), tmp_path)
+
+
+def test_what_cannot_take_insightface_files(tmp_path: Path) -> None:
+    old_files(tmp_path, torch.randn(C, D), 1, True)
+    for world_size, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("1", TypeError)):
+        with pytest.raises(error, match="world_size must be"):
+            load_centres(ak.AMSoftmaxLoss(D, C), tmp_path, world_size)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"head must hold its centres.*to_empty"):
+        load_centres(ak.AMSoftmaxLoss(D, C, device="meta"), tmp_path)
+    torch.save({"state_dict_softmax_fc": Path("centres")}, tmp_path / "checkpoint_gpu_0.pt")
+    with pytest.raises(ValueError, match=r"checkpoint_gpu_0\.pt cannot be read with weights_only=True"):
+        load_centres(ak.AMSoftmaxLoss(D, C), tmp_path)
 
 
 # A run of torchrun's: each rank says that it is there; after some steps rank 1 is killed in the middle of one.

@@ -186,8 +186,6 @@ def choose(name: str | None, traits: Traits) -> str:
     return chosen
 
 
-# torch.compile takes the choice as a constant: it traces neither imports nor proofs. Of a tuple it would make an empty one.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _chosen(name: str | None, device: torch.device, compute_dtype: torch.dtype, *values: Any) -> str:
     # As which float32 is multiplied is PyTorch's setting, read for a GPU alone: a step asks.
     how = kind(compute_dtype) if device.type == "cuda" else None
@@ -197,6 +195,11 @@ def _chosen(name: str | None, device: torch.device, compute_dtype: torch.dtype, 
         traits = Traits(device, compute_dtype, *values)
         found = _choices[key] = _fastest(traits) if name is None else _named(name, traits)
     return found
+
+
+# torch.compile takes the choice as a constant: it traces neither imports nor proofs. Of a tuple it would make an empty one.
+# This is all that torch.compiler.assume_constant_result does, but for importing Dynamo, which takes longer than torch.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _named(name: str, traits: Traits) -> str:

@@ -24,7 +24,7 @@ from . import Forward, Needs, Problem, Request, Upstream, host_scale, one_chunk
 from .budget import BOUNDED_SCALE, kept_classes
 from .host_memory import advise_huge_pages
 from .margin import additive_margin as additive_margin
-from .norms import row_norms
+from .norms import are_usual, scaled
 from .products import product_nt
 from .targets import TargetPair, Targets
 
@@ -79,9 +79,9 @@ class _Shard:
         s: float | Tensor = norm + (norm - norm)  # NaN where it overflows
         if normalize:
             s = problem.scale.to(dtype) if known is None and problem.scale is not None else known or 0.0
-        x = pair.x * pair.x_inverse[:, None]
+        x = pair.x.to(dtype)
         return cls(
-            weight, x.to(dtype), s, dtype,
+            weight, x, s, dtype,
             operand_dtype=compute_dtype if half else dtype,
             panel_dtype=_panel_dtype(compute_dtype, device),
             bounded=normalize and known is not None and known <= BOUNDED_SCALE,
@@ -141,9 +141,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         best = shard.x.new_full((B if predict else 0,), -math.inf)
         best_class = labels.new_full((B if predict else 0,), -1)
         for start in range(0, C if B else 0, shard.chunk):
-            w = shard.centres(start)
-            inverse = inverse_norm[start : start + shard.chunk]
-            inverse.copy_(row_norms(w)[1])
+            w, _, inverse, power = scaled(shard.centres(start))
+            inverse_norm[start : start + shard.chunk] = inverse if power is None else inverse * power
             panel = shard.logits(shard.operand(w, inverse), inverse, x)
             if predict or not shard.bounded:
                 targets.mask_(panel, start, -math.inf)
@@ -209,9 +208,11 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         in_place = grad_weight.dtype == shard.dtype
         # Allocated once, if at all: a temporary of this size would be new memory from the system in every chunk.
         buffer = shard.x.new_empty(0 if in_place or not need_weight else min(shard.chunk, C), D)
+        usual = inverse_norm.device.type != "cpu" or are_usual(inverse_norm)
         for start in range(0, C if B and (need_rows or need_weight) else 0, shard.chunk):
-            w = shard.centres(start)
-            inverse = inverse_norm[start : start + shard.chunk]
+            w, inverse, power = shard.centres(start), inverse_norm[start : start + shard.chunk], None
+            if not usual:
+                w, _, inverse, power = scaled(w)
             operand = shard.operand(w, inverse)
             if start < kept.shape[0]:
                 terms = kept[start : start + shard.chunk]
@@ -235,6 +236,8 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
                 out = target if in_place else buffer[: len(grad)]
                 along = torch.mul(grad, w, out=out).sum(1) * inverse.square()
                 torch.addcmul(grad, w, along[:, None], value=-1, out=out)
+                if power is not None:
+                    out *= power[:, None]
                 targets.add_(out, start, target_rows)
                 if not in_place:
                     target.copy_(out)
@@ -246,7 +249,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
             row_coefficient = row_factor.double()
             x_coefficient = torch.zeros_like(row_coefficient) if grad_norm is None else grad_norm.double()
             if normalize_features:
-                along = pair.x_inverse * (pair.x * rows64).sum(1)  # x̂·(Eᵀŵ)
+                along = (pair.x * rows64).sum(1)  # x̂·(Eᵀŵ)
                 if need_scale:
                     grad_scale = (row_factor * along).sum().to(scale.device, scale.dtype)
                 row_coefficient = row_coefficient * shard.scale * pair.x_inverse

@@ -1,7 +1,7 @@
 """Problems of one chunk on a CPU, where the operations around the products cost more than the products.
 
 The same mathematics as :mod:`.chunked` in a third as many operations, for the common case: normalized features, no running
-maximum, no ignored row, no filter, no row without a direction. PyTorch's weight normalization (v g/‖v‖ a row, and its
+maximum, no ignored row, no filter, no row of an unusual norm. PyTorch's weight normalization (v g/‖v‖ a row, and its
 derivative) is one operation each way where norms, their inverses and the Jacobian are a dozen. The targets' gradient is put
 into the panel, so that the two products carry it; its projections then round as float32 does, where the general path has
 them in float64.
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from . import Forward, Problem, Upstream, host_scale
-from .norms import EPS
+from .norms import are_usual
 from .products import product_nt
 
 _LOG2E = math.log2(math.e)
 
 
 def forward(problem: Problem, dtype: torch.dtype, predict: bool) -> Forward | None:
-    """In the accumulate dtype, with all of E; None if a row has no direction."""
+    """In the accumulate dtype, with all of E; None if a row's norm is unusual."""
     labels = problem.labels
     x, w = problem.features.to(dtype).contiguous(), problem.weight.to(dtype).contiguous()
     scale = host_scale(problem)
@@ -31,7 +31,7 @@ def forward(problem: Problem, dtype: torch.dtype, predict: bool) -> Forward | No
     length = scale * _LOG2E  # of ŵ: it makes a dot product a logit to the base 2
     x_hat, x_norm = torch._weight_norm_interface(x, x.new_ones(len(x), 1), 0)
     w_scaled, w_norm = torch._weight_norm_interface(w, w.new_full((len(w), 1), length), 0)
-    if not (_have_directions(x_norm) and _have_directions(w_norm)):
+    if not (are_usual(x_norm) and are_usual(w_norm)):
         return None
     # The target apart from the product, summed in float64: its rounding would be multiplied by the scale.
     dots = w_scaled.index_select(0, labels).mul_(x_hat).sum(1, dtype=torch.float64)
@@ -50,7 +50,7 @@ def forward(problem: Problem, dtype: torch.dtype, predict: bool) -> Forward | No
 
 def regular(norm: Tensor, w_inverse: Tensor) -> bool:
     """Whether :func:`forward` did not refuse, from what either way saves."""
-    return _have_directions(norm) and _have_directions(w_inverse)
+    return are_usual(norm) and are_usual(w_inverse)
 
 
 def backward(problem: Problem, saved: Forward, upstream: Upstream, need_scale: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,8 +82,3 @@ def _jacobian(grad: Tensor, rows: Tensor, length: Tensor, norm: Tensor) -> Tenso
     """The gradient of ``rows`` from that of ``length``·rows/‖rows‖."""
     result: Tensor = torch.ops.aten._weight_norm_interface_backward(grad, rows, length, norm, 0)[0]
     return result
-
-
-def _have_directions(norm: Tensor) -> bool:
-    smallest, largest = torch.aminmax(norm)
-    return smallest.item() > EPS and largest.item() < math.inf

@@ -12,12 +12,12 @@ from .norms import row_norms
 
 @dataclass
 class TargetPair:
-    """Each row's feature and its own centre in float64, for an exact target."""
+    """Each row's feature and its own centre, normalized in float64, for an exact target."""
 
-    x: Tensor  # [B, D], zero where the row is ignored
+    x: Tensor  # [B, D] x̂, zero where the row is ignored
     x_norm: Tensor  # [B] ‖x‖
     x_inverse: Tensor  # [B] 1/‖x‖
-    w: Tensor  # [B, D] w_y; another class's where the target is absent
+    w: Tensor  # [B, D] ŵ_y; another class's where the target is absent
     w_inverse: Tensor  # [B] 1/‖w_y‖
     cosine: Tensor  # [B] t, 0 where the target is absent
     absent: Tensor  # [B] bool: no target in this shard
@@ -26,28 +26,32 @@ class TargetPair:
     def of(cls, features: Tensor, weight: Tensor, labels: Tensor) -> TargetPair:
         ignored = labels < 0
         absent = ignored | (labels >= weight.shape[0])
-        x = features.to(torch.float64, copy=True).masked_fill_(ignored[:, None], 0)
-        w = weight.index_select(0, labels.clamp(0, weight.shape[0] - 1)).double()
-        x_norm, x_inverse = row_norms(x)
-        w_inverse = row_norms(w)[1]
-        cosine = ((x * w).sum(1) * (x_inverse * w_inverse)).masked_fill_(absent, 0)
+        x, x_norm, x_inverse = _unit(features.to(torch.float64, copy=True).masked_fill_(ignored[:, None], 0))
+        w, _, w_inverse = _unit(weight.index_select(0, labels.clamp(0, weight.shape[0] - 1)).to(torch.float64))
+        cosine = (x * w).sum(1).masked_fill_(absent, 0)
         return cls(x, x_norm, x_inverse, w, w_inverse, cosine, absent)
 
     def grad_features(self, grad_cosine: Tensor, rows: Tensor, row_coefficient: Tensor, x_coefficient: Tensor) -> Tensor:
         """``rows`` and x̂ by their coefficients, plus ∂t/∂x = (ŵ − t x̂)/‖x‖ by the gradient of t: ``[B, D]``, in ``rows``."""
         g = self._of_targets(grad_cosine) * self.x_inverse
         rows *= row_coefficient[:, None]
-        rows.addcmul_(self.w, (g * self.w_inverse)[:, None])
-        return rows.addcmul_(self.x, ((x_coefficient - g * self.cosine) * self.x_inverse)[:, None])
+        rows.addcmul_(self.w, g[:, None])
+        return rows.addcmul_(self.x, (x_coefficient - g * self.cosine)[:, None])
 
     def grad_weight(self, grad_cosine: Tensor) -> Tensor:
         """∂t/∂w_y = (x̂ − t ŵ_y)/‖w_y‖ times the gradient of t: ``[B, D]``."""
         g = self._of_targets(grad_cosine) * self.w_inverse
-        rows = self.x * (g * self.x_inverse)[:, None]
-        return rows.addcmul_(self.w, (g * self.cosine * self.w_inverse)[:, None], value=-1)
+        rows = self.x * g[:, None]
+        return rows.addcmul_(self.w, (g * self.cosine)[:, None], value=-1)
 
     def _of_targets(self, grad_cosine: Tensor) -> Tensor:
         return grad_cosine.double().masked_fill(self.absent, 0)
+
+
+def _unit(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows normalized, 0 where they count as zero, their norms and the norms' inverses."""
+    norm, inverse = row_norms(rows)
+    return rows * inverse[:, None], norm, inverse
 
 
 class Targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from dataclasses import replace
@@ -185,6 +186,19 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
                 block[begin - first : end - first], self.std,
                 out=local[begin - self.shards.start : end - self.shards.start],
             )  # fmt: skip
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.shards.mesh is not None:
+            raise TypeError(
+                "a sharded head cannot be pickled, as it holds its process group: save head.state_dict(), with "
+                "torch.distributed.checkpoint where it is to be loaded on another number of ranks"
+            )
+        return super().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedAMSoftmaxLoss:
+        made = memo[id(self)] = type(self).__new__(type(self))  # as pickling would, which may not be
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        return made
 
     def forward(self, features: Tensor, labels: Tensor, return_predictions: bool = False) -> Any:
         """The loss over all ranks' rows, of this rank's ``features [b, D]`` with ``labels [b]`` in ``[0, C)``.

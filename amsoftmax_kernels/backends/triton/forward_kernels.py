@@ -9,8 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Rows with a norm at or below this have no direction (torch.nn.functional.normalize's eps).
-EPS = tl.constexpr(1e-12)
+# A row of this norm or less counts as zero: a gradient is divided by the norm and must stay in float32's range.
+EPS = tl.constexpr(1e-30)
+# Where the largest element of a row lies between 1/USUAL and USUAL, float32 holds the squares. Others are scaled by POWER.
+USUAL = tl.constexpr(2.0**30)
+POWER = tl.constexpr(2.0**80)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # log2(e)·64: up to here 2^logit and its sums stay inside float32's and bfloat16's range without a shift.
@@ -95,10 +98,14 @@ def prepare_centres(
     inside = (rows < N)[:, None]
     places = weight + rows[:, None] * stride_class + columns[None, :] * stride_dim
     w = tl.load(places, mask=inside & (columns < D)[None, :], other=0.0).to(tl.float32)
-    inverse = _inverse(tl.sqrt(tl.sum(w * w, 1)))
+    largest = tl.max(tl.abs(w), 1)
+    power = tl.where(largest > USUAL, 1 / POWER, tl.where(largest < 1 / USUAL, POWER, 1.0))
+    w *= power[:, None]
+    norm = tl.sqrt(tl.sum(w * w, 1))
+    inverse = tl.where(norm <= EPS * power, 0.0, 1.0 / norm) + (norm - norm)
     unit = _operand(w * inverse[:, None], w_hat.dtype.element_ty, TF32)
     tl.store(w_hat + rows[:, None] * D_padded + columns[None, :], unit, mask=inside & (columns < D_padded)[None, :])
-    tl.store(inverse_norm + rows, inverse, mask=rows < N)
+    tl.store(inverse_norm + rows, inverse * power, mask=rows < N)
 
 
 @triton.jit
