@@ -81,8 +81,8 @@ def am_softmax_loss(
 
     Args:
         features: ``[B, D]`` float64, float32, float16 or bfloat16, any strides.
-        weight: ``[C, D]`` class centres of any norm, on the same device. On a GPU ``"chunked"`` takes norms from 1e-18 to 1e19,
-            ``"cuda"`` from 1e-12 to 1e19: a shorter row counts as zero, a longer one gives NaN.
+        weight: ``[C, D]`` class centres of any norm, on the same device. On a GPU ``"chunked"`` takes norms from
+            1e-18 to 1e19, ``"cuda"`` from 1e-12 to 1e19: a shorter row counts as zero, a longer one gives NaN.
         labels: ``[B]`` integer class indices.
         scale: s, a positive float or a 0-d tensor (learned if it requires grad). Under ``torch.compile`` a scale or a
             margin that changes from step to step is to be a tensor: each number is a constant, and compiles anew.
