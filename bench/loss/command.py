@@ -108,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
         "× eager: times as fast as eager PyTorch. of mm floor: the step's time over the products' at the best rate of\n"
         "torch.mm; of floor: at the best rate of any product. peak MB: above inputs and gradients, in a fresh process."
     )
-    drawn = _picture(args.out / "loss.png", report)
+    drawn = picture.draw_report(args.out / "loss.png", report)
     print(f"\nwritten to {args.out}: loss.json" + (", loss.png" if drawn else " (no plot: matplotlib is not installed)"))
     wrong = [row for row in rows if row.get("disagrees")]
     return 1 if wrong else 0
@@ -238,18 +238,6 @@ def _row(B: Any, D: Any, C: Any, peer: str, *numbers: str) -> str:
 def _progress(text: str) -> None:
     if sys.stderr.isatty():
         print(f"\r{text:<90}", end="\r", file=sys.stderr, flush=True)
-
-
-def _picture(path: Path, report: dict[str, Any]) -> bool:
-    rows = []
-    for row in report["results"]:
-        if "median_s" in row:
-            peak = row["peak_bytes"] and row["peak_bytes"]["above_inputs_and_gradients"]
-            floor = 6 * row["B"] * row["D"] * row["C"] / row["rates"]["torch.mm"]
-            rows.append({**row, "peak_bytes": peak, "mm_floor_s": floor})
-    facts = report["machine"]
-    where = f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads, torch {facts['torch']}"
-    return bool(rows) and picture.draw(path, rows, f"{report['dtype']}\n{where}")
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

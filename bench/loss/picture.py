@@ -1,7 +1,12 @@
-"""The picture of a sweep: time and peak memory of a step against the number of classes."""
+"""The picture of a sweep: time and peak memory of a step against the number of classes.
+
+python -m bench.loss.picture LOSS.json PICTURE.png    # of a recorded result: the README's
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,3 +50,22 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return True
+
+
+def draw_report(path: Path, report: dict[str, Any]) -> bool:
+    """:func:`draw` what `python -m bench loss` has written."""
+    rows = []
+    for row in report["results"]:
+        if "median_s" in row:
+            peak = row["peak_bytes"] and row["peak_bytes"]["above_inputs_and_gradients"]
+            floor = 6 * row["B"] * row["D"] * row["C"] / row["rates"]["torch.mm"]
+            rows.append({**row, "peak_bytes": peak, "mm_floor_s": floor})
+    facts = report["machine"]
+    where = f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads, torch {facts['torch']}"
+    return bool(rows) and draw(path, rows, f"{report['dtype']}\n{where}")
+
+
+if __name__ == "__main__":
+    recorded, drawn = map(Path, sys.argv[1:])
+    if not draw_report(drawn, json.loads(recorded.read_text(encoding="utf-8"))):
+        raise SystemExit("no picture: matplotlib is not installed, or nothing was timed")
