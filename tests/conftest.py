@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the Triton backend then serves CPU tensors
 
 from amsoftmax_kernels import backends
-from amsoftmax_kernels.backends import chunked, chunking
+from amsoftmax_kernels.backends import chunking, shard
 from amsoftmax_kernels.backends.cuda import library as cuda_library
 
 from .cases import CHUNK
@@ -25,8 +25,9 @@ from .ranks import Ranks
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of a few classes, so that small problems take several."""
-    monkeypatch.setattr(chunked, "_chunk_size", lambda batch, dim, device: CHUNK)
+    """Chunks of a few classes, so that small problems take several, in streams."""
+    monkeypatch.setattr(shard, "_chunk_size", lambda batch, dim, device: CHUNK // 2)
+    monkeypatch.setattr(shard, "_SMALL", 0)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 import amsoftmax_kernels as ak
 from amsoftmax_kernels import __main__ as command
 from amsoftmax_kernels import backends
-from amsoftmax_kernels.backends import chunked, products
+from amsoftmax_kernels.backends import products, shard
 from amsoftmax_kernels.backends.budget import kept_classes
 from amsoftmax_kernels.backends.host_memory import advise_huge_pages
 
@@ -61,7 +61,7 @@ def test_either_product_gives_the_loss(onednn: bool, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("batch", "classes"), [(1, 10), (256, 100_000), (4096, 1000), (0, 10)])
 def test_kept_bytes_stay_within_the_budget(batch: int, classes: int) -> None:
-    chunk = chunked._chunk_size(batch, 512, CPU)
+    chunk = shard._chunk_size(batch, 512, CPU)
     assert chunk > 0 and chunk % 64 == 0
     for budget in (0, 1, 10**6, 10**8, 10**12):
         kept = kept_classes(batch, classes, torch.float32, budget, chunk)
@@ -101,7 +101,7 @@ def test_the_command_reports_this_machine(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_command_fails_on_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(chunked, "_LOG2E", 1.0)
+    monkeypatch.setattr(shard, "LOG2E", 1.0)
     assert command.main([]) == 1
     assert "FAILED" in capsys.readouterr().out
 

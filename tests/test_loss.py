@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, linear, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels.backends import chunked, products
+from amsoftmax_kernels.backends import products, shard
 
 from .cases import CASES, CHUNK, FLOAT32, FLOAT64, Case, relative
 
@@ -205,7 +205,7 @@ def test_a_wrong_result_would_be_seen(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("options", [{}, {"normalize_features": False}, {"scale": 100.0}], ids=["plain", "no-fn", "s100"])
 @pytest.mark.parametrize("save_bytes", [None, 0])
 def test_gradcheck(options: dict[str, Any], save_bytes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_chunk_size", lambda *_: 4)
+    monkeypatch.setattr(shard, "_chunk_size", lambda *_: 4)
     features, weight, labels, _ = Case("", "", B=5, C=11, D=3).tensors()
     labels[2] = -100
     scale = torch.tensor(options.get("scale", 5.0), dtype=torch.float64)

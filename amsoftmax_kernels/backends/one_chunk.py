@@ -16,10 +16,22 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from . import Forward, Problem, Upstream, host_scale
+from .budget import BOUNDED_SCALE
 from .norms import are_usual
 from .products import product_nt
 
 _LOG2E = math.log2(math.e)
+
+
+def serves(problem: Problem, largest: int) -> bool:
+    """Whether a problem of at most so many classes is of this kind; :func:`forward` still finds rows without a direction."""
+    B, C, device = problem.features.shape[0], problem.weight.shape[0], problem.features.device
+    if device.type != "cpu" or not problem.normalize_features or (host_scale(problem) or math.inf) > BOUNDED_SCALE:
+        return False
+    if B == 0 or largest < C or math.isfinite(problem.interclass_filter):
+        return False
+    lowest, highest = torch.aminmax(problem.labels)
+    return lowest.item() >= 0 and highest.item() < C
 
 
 def forward(problem: Problem, dtype: torch.dtype, predict: bool) -> Forward | None:

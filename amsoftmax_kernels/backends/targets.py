@@ -60,43 +60,41 @@ class Targets:
     def __init__(self, labels: Tensor, num_classes: int, chunk: int) -> None:
         self.labels, self.chunk = labels, chunk
         self.on_cpu = labels.device.type == "cpu"
-        self.bounds: list[int] = []
+        # On a CPU, of each chunk that has a target: the rows, and their classes in the chunk.
+        self.parts: dict[int, tuple[Tensor, Tensor]] = {}
         if not self.on_cpu:
             return
-        if num_classes <= chunk:
-            self.order = ((labels >= 0) & (labels < num_classes)).nonzero()[:, 0]
-            self.bounds = [0, len(self.order)]
-        else:
-            ordered, self.order = labels.sort(stable=True)
-            starts = torch.arange(0, num_classes + chunk, chunk, device=labels.device).clamp(max=num_classes)
-            self.bounds = torch.searchsorted(ordered, starts).tolist()
+        ordered, order = labels.sort(stable=True)
+        inside = (ordered >= 0) & (ordered < num_classes)
+        ordered, order = ordered[inside], order[inside]
+        chunks, counts = (ordered // chunk).unique_consecutive(return_counts=True)
+        sizes = counts.tolist()
+        parts = zip(order.split(sizes), (ordered % chunk).split(sizes), strict=True)
+        self.parts = dict(zip(chunks.tolist(), parts, strict=True))
 
-    def mask_(self, panel: Tensor, start: int, value: float) -> None:
-        """Set each target's entry of a panel ``[chunk, B]``."""
+    def mask_(self, panel: Tensor, index: int, value: float) -> None:
+        """Set each target's entry of a chunk's panel ``[chunk, B]``."""
         if self.on_cpu:
-            rows, classes = self._in_chunk(start)
-            panel[classes, rows] = value
+            if index in self.parts:
+                rows, classes = self.parts[index]
+                panel[classes, rows] = value
             return
         # Without reading the labels back: every column writes one entry, itself where its target is elsewhere.
-        inside, classes = self._inside(panel, start)
+        inside, classes = self._inside(panel, index)
         current = panel.gather(0, classes[None])
         panel.scatter_(0, classes[None], torch.where(inside, value, current))
 
-    def add_(self, grad: Tensor, start: int, target_rows: Tensor) -> None:
-        """Add each row of ``target_rows [B, D]`` to its class in ``grad [chunk, D]``."""
+    def add_(self, grad: Tensor, index: int, target_rows: Tensor) -> None:
+        """Add each row of ``target_rows [B, D]`` to its class in a chunk's ``grad [chunk, D]``."""
         if self.on_cpu:
-            rows, classes = self._in_chunk(start)
-            grad.index_add_(0, classes, target_rows[rows])
+            if index in self.parts:
+                rows, classes = self.parts[index]
+                grad.index_add_(0, classes, target_rows[rows])
             return
-        inside, classes = self._inside(grad, start)
+        inside, classes = self._inside(grad, index)
         # index_put_ sorts on a GPU; index_add_ would add in no fixed order.
         grad.index_put_((classes,), target_rows.masked_fill(~inside[:, None], 0), accumulate=True)
 
-    def _in_chunk(self, start: int) -> tuple[Tensor, Tensor]:
-        first = start // self.chunk
-        rows = self.order[self.bounds[first] : self.bounds[first + 1]]
-        return rows, self.labels[rows] - start
-
-    def _inside(self, panel: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        local = self.labels - start
+    def _inside(self, panel: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        local = self.labels - index * self.chunk
         return (local >= 0) & (local < panel.shape[0]), local.clamp(0, panel.shape[0] - 1)

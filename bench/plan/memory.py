@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from amsoftmax_kernels.backends import chunked, chunking
+from amsoftmax_kernels.backends import chunking, shard
 from amsoftmax_kernels.backends.budget import kept_classes
 from amsoftmax_kernels.backends.triton import tiles as triton_tiles
 from amsoftmax_kernels.functional import DEFAULT_SAVE_BYTES
@@ -68,7 +68,7 @@ class Run:
     def kept(self) -> int:
         """Of them, those whose B×C terms are kept for the backward pass."""
         if self.device == "cpu":
-            chunk = chunked._chunk_size(self.rows, self.dim, torch.device("cpu"))
+            chunk = shard.chunk_size(self.rows, self.dim, self.drawn, torch.device("cpu"))
             return kept_classes(self.rows, self.drawn, torch.float32, self.save_bytes, chunk)
         return min(chunking.kept_count(self.rows, self.drawn, self.dim, self.compute_dtype, self.save_bytes), self.drawn)
 
@@ -117,10 +117,12 @@ def _workspace(run: Run) -> dict[str, int]:
     rows, dim, classes = run.rows, run.dim, run.drawn
     parts = {"1/‖w‖": 4 * classes}
     if run.device == "cpu":
-        chunk = min(chunked._chunk_size(rows, dim, torch.device("cpu")), classes)
+        chunk = shard.chunk_size(rows, dim, classes, torch.device("cpu"))
         parts["kept terms E"] = 4 * run.kept * rows
         parts["features of all ranks, their gradient"] = rows * dim * 48  # much of it in float64, for exact targets
-        parts["chunks"] = 3 * 4 * chunk * (rows + dim) + _CPU_BUFFERS
+        count = shard.stream_count(rows, dim, classes, torch.device("cpu"))
+        parts["sums of the streams"] = count * rows * (4 * dim + 32)
+        parts["chunks, one a thread"] = torch.get_num_threads() * (3 * 4 * chunk * (rows + dim)) + _CPU_BUFFERS
         return parts
     compute, panel = run.compute_dtype.itemsize, chunking.panel_dtype(run.compute_dtype).itemsize
     width, again = chunking.padded(dim), run.kept < classes
