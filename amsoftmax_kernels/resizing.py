@@ -36,8 +36,8 @@ def resize_classes(
             and schedules stay.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or the head has a margin for each class: set ``head.margin`` to a number
-            first, and to the new margins afterwards.
+        TypeError, ValueError: an argument is wrong, the optimizer is not the head's, or the head has a margin for each class:
+            set ``head.margin`` to a number first, and to the new margins afterwards.
 
     Example:
         >>> import torch
@@ -49,10 +49,19 @@ def resize_classes(
         >>> head.weight.shape
         torch.Size([3, 8])
     """
+    if not isinstance(head, AMSoftmaxLoss):
+        raise TypeError(f"head must be an AMSoftmaxLoss or a ShardedAMSoftmaxLoss, but it is {type_name(head)}")
     num_classes = check_size("num_classes", num_classes)
     wanted = _wanted(head, num_classes, keep)
-    if isinstance(head.margin, Tensor) and head.margin.dim():
+    if _has_a_margin_a_class(head):
         raise ValueError("head has a margin for each class: set head.margin to a number first, to the new ones afterwards")
+    if optimizer is not None and not any(
+        each is head.weight for group in optimizer.param_groups for each in group["params"]
+    ):
+        raise ValueError("optimizer must be that of head.weight, but it does not hold it")
+    shards: Any = getattr(head, "shards", None)
+    if shards is not None and shards.mesh is None:
+        head.check_alone()  # type: ignore[operator]
     old, rows_of = head.weight, _taker(head)
     sampling_state: Any = getattr(head, "sampling_state", None)
 
@@ -61,7 +70,7 @@ def resize_classes(
     head.reset_parameters()
     if sampling_state is not None:  # the draws go on
         head.get_buffer("sampling_state").copy_(sampling_state)
-    shards: Any = getattr(head, "shards", None)
+    shards = getattr(head, "shards", None)  # others than before
     mine = wanted if shards is None else wanted[shards.start : shards.stop]
     mine = mine.to(old.device)
     kept = rows_of(old, mine)
@@ -86,6 +95,14 @@ def _wanted(head: AMSoftmaxLoss, num_classes: int, keep: Tensor | None) -> Tenso
     if len(keep) and (keep.min() < 0 or keep.max() >= old or len(keep.unique()) < len(keep)):
         raise ValueError(f"keep must hold distinct classes in [0, {old})")
     return torch.cat([keep, keep.new_full((num_classes - len(keep),), -1)])
+
+
+def _has_a_margin_a_class(head: AMSoftmaxLoss) -> bool:
+    margin: Any = head.margin
+    tensors = [margin, getattr(margin, "margin", None)]
+    if isinstance(margin, nn.Module):
+        tensors += [*margin.parameters(), *margin.buffers()]
+    return any(isinstance(each, Tensor) and each.dim() > 0 and each.shape[0] == head.num_classes for each in tensors)
 
 
 def _taker(head: AMSoftmaxLoss) -> Callable[[Tensor, Tensor], Tensor]:
@@ -114,7 +131,10 @@ def _hand_over(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, resiz
     if old not in optimizer.state:
         return
     state = optimizer.state.pop(old)
+    columns = old.shape[1:]
     optimizer.state[new] = {
-        key: resized(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+        key: resized(value)
+        if isinstance(value, Tensor) and value.dim() == 2 and len(value) == len(old) and value.shape[1:] in (columns, (1,))
+        else value
         for key, value in state.items()
     }

@@ -101,3 +101,22 @@ def test_small_problems_at_any_scale(scale: float) -> None:
     _, predictions = ak.am_softmax_loss(x, weight, labels, scale=scale, return_predictions=True)
     expected = ak.reference.cosine(features.double(), weight.double()).argmax(1)
     assert torch.equal(predictions, expected) and 5 < (predictions == labels).sum() < 60
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_a_centre_that_is_not_finite_predicts_nothing(backend: str, value: float, small_chunks: None) -> None:
+    """Not the label itself, which would be an accuracy of 1 with a loss that is NaN."""
+    features, weight, labels, _ = CASE.tensors(torch.float32)
+    weight = weight.clone()
+    weight[CASE.C // 2, 0] = value
+    labels[labels == CASE.C // 2] = 0
+    loss, predictions = ak.am_softmax_loss(features, weight, labels, return_predictions=True, backend=backend)
+    assert loss.isnan() and predictions.eq(-1).all()
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_a_zero_row_and_a_filter_below_zero(backend: str, small_chunks: None) -> None:
+    """Its cosines, all 0, exceed the filter: no negative is left."""
+    options = {"normalize_features": False, "interclass_filter": -0.2, "backend": backend}
+    assert ak.am_softmax_loss(torch.zeros(1, 8), torch.randn(700, 8), torch.tensor([3]), **options) == 0

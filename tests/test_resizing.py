@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import amsoftmax_kernels as ak
+from amsoftmax_kernels.margins import AdditiveMargin
 from amsoftmax_kernels.sharded.shards import whole
 
 from .ranks import Ranks, device
@@ -116,8 +117,39 @@ def test_errors_change_nothing(options: dict[str, Any], error: type[Exception], 
     assert head.weight is weight and head.num_classes == C
 
 
-def test_a_margin_for_each_class_is_refused() -> None:
-    head = ak.AMSoftmaxLoss(D, C, margin=torch.rand(C))
+class PerClass(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.margins = torch.nn.Parameter(torch.rand(C))
+
+    def forward(self, cosine: Tensor, labels: Tensor, norm: Tensor) -> Tensor:
+        return cosine - self.margins[labels]
+
+
+@pytest.mark.parametrize(
+    "margin", [torch.rand(C), AdditiveMargin(torch.rand(C)), PerClass()], ids=["tensor", "object", "module"]
+)
+def test_a_margin_for_each_class_is_refused(margin: Any) -> None:
+    head = ak.AMSoftmaxLoss(D, C, margin=margin)
     with pytest.raises(ValueError, match="margin"):
         ak.resize_classes(head, 20)
     assert head.num_classes == C
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.NAdam])
+def test_other_optimizers_go_on(make: Any) -> None:
+    head, _ = made(False)
+    optimizer = make(head.parameters(), lr=0.01)
+    stepped(head, optimizer, 0)
+    ak.resize_classes(head, 20, optimizer=optimizer)
+    stepped(head, optimizer, 1)
+    assert torch.isfinite(head.weight).all()
+
+
+def test_another_head_or_optimizer() -> None:
+    head, _ = made(False)
+    with pytest.raises(ValueError, match=r"head\.weight"):
+        ak.resize_classes(head, 20, optimizer=torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1))
+    assert head.num_classes == C
+    with pytest.raises(TypeError, match="head"):
+        ak.resize_classes(torch.nn.Linear(2, 2), 20)  # type: ignore[arg-type]

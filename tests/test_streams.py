@@ -187,6 +187,63 @@ except KeyboardInterrupt:
     assert process.returncode == 0
 
 
+def run_program(program: str) -> str:
+    head = """
+import atexit, threading, time, torch, amsoftmax_kernels as ak
+torch.set_num_threads(2)
+x, w, labels = torch.randn(256, 512, requires_grad=True), torch.randn(2304, 512, requires_grad=True), torch.arange(256)
+def step():
+    loss = ak.am_softmax_loss(x, w, labels)
+    loss.backward()
+    return loss.item()
+"""
+    done = subprocess.run([sys.executable, "-c", head + program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_thread_trains_on_when_the_main_one_has_ended() -> None:
+    program = """
+def train():
+    time.sleep(0.3)
+    print(len({step() for _ in range(3)}), flush=True)
+threading.Thread(target=train).start()
+"""
+    assert run_program(program) == "1\n"
+    assert run_program("atexit.register(lambda: print(step() > 0, flush=True))") == "True\n"
+
+
+def test_threads_that_cannot_be_started() -> None:
+    """The error comes out, the caller's threads stay as they were, and the next step works."""
+    program = """
+start = threading.Thread.start
+def failing(self):
+    if self.name.endswith("-1"):
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = failing
+try:
+    step()
+except RuntimeError as error:
+    print(error)
+print(torch.get_num_threads())
+threading.Thread.start = start
+print(step() > 0, flush=True)
+"""
+    assert run_program(program) == "can't start new thread\n2\nTrue\n"
+
+
+def test_another_default_device(threads: None) -> None:
+    """Temporaries lie where the centres do."""
+    torch.set_num_threads(1)
+    x, w, labels = torch.randn(B, D), torch.randn(C, D).bfloat16(), torch.randint(C, (B,))
+    streams._kept.__dict__.clear()
+    expected = ak.am_softmax_loss(x, w, labels, interclass_filter=0.99)
+    streams._kept.__dict__.clear()
+    with torch.device("meta"):
+        assert torch.equal(ak.am_softmax_loss(x, w, labels, interclass_filter=0.99), expected)
+
+
 def test_the_workspace_is_bounded() -> None:
     like = torch.empty(0)
     small = streams.workspace("test", (10, 20), like)

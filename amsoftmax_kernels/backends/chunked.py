@@ -102,7 +102,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         best = total.best
         if predict:
             # ‖x‖ = 0 without normalize_features: every cosine is 0.
-            best = (best / (shard.scale * LOG2E)).nan_to_num_(0.0, math.inf, -math.inf)
+            best = torch.where(best == 0, best, best / (shard.scale * LOG2E))
         ignored = labels < 0
         norm = pair.x_norm.to(shard.dtype).masked_fill(ignored, 1)
         z = total.z.to(shard.dtype).masked_fill_(ignored, 0)

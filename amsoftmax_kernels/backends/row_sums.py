@@ -30,10 +30,10 @@ class RowSums:
         )
 
     def take_best(self, best: Tensor, best_class: Tensor) -> None:
-        """The lowest class of equals."""
-        larger = (best > self.best) | ((best == self.best) & (best_class < self.best_class))
+        """The lowest class of equals; none, -1, where one is NaN, as such a row's prediction is."""
+        larger = (best > self.best) | ((best == self.best) & (best_class < self.best_class)) | best.isnan()
         self.best = torch.where(larger, best, self.best)
-        self.best_class = torch.where(larger, best_class, self.best_class)
+        self.best_class = torch.where(larger, best_class, self.best_class).masked_fill_(self.best.isnan(), -1)
 
     def raise_shift(self, maximum: Tensor) -> None:
         shift = torch.maximum(self.shift, maximum)

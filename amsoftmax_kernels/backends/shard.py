@@ -121,6 +121,8 @@ class Shard:
         """Leave out of a chunk's logits those of a larger cosine than the filter allows."""
         if math.isfinite(self.interclass_filter):
             panel.masked_fill_(panel > self.scale * (self.interclass_filter * LOG2E), -math.inf)
+            if self.interclass_filter < 0 and isinstance(self.scale, Tensor):  # ‖x‖ = 0: cosines of 0, and logits too
+                panel.masked_fill_(self.scale == 0, -math.inf)
 
     def temporary(self, name: str, *shape: int) -> Tensor:
         """Of undefined values, in the accumulate dtype; on a CPU in memory that the thread keeps."""
@@ -176,7 +178,11 @@ def inverse_norms(weight: Tensor, shard: Shard, count: int) -> tuple[Tensor, boo
 
     def finish() -> tuple[Tensor, bool]:
         usual = are_usual(norms)
-        return norms.reciprocal_() if usual else row_norms(weight.to(shard.dtype))[1], usual
+        if usual:
+            return norms.reciprocal_(), True
+        for rows, out in blocks:
+            out.copy_(row_norms(rows.to(shard.dtype))[1])
+        return norms, False
 
     return alone(count, finish)
 

@@ -7,11 +7,13 @@ many streams there are depends on the shapes, not on the threads, so that sums a
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ _T = TypeVar("_T")
 WORKSPACE_BYTES = 8 << 20  # that a thread keeps between steps
 
 _lock = threading.Lock()
-_pools: dict[int, ThreadPoolExecutor] = {}  # by their number of threads
+_pools: dict[int, _Pool] = {}  # by their number of threads
 _kept = threading.local()
 
 
@@ -58,7 +60,7 @@ def _on_threads(works: Sequence[Callable[[], _T]], stop: threading.Event) -> lis
             return work()
 
     pool = _pool(torch.get_num_threads())
-    futures = [pool.submit(moded, work) for work in works]
+    futures = [pool.submit(functools.partial(moded, work)) for work in works]
     try:
         return [future.result() for future in futures]
     except BaseException as error:
@@ -82,24 +84,52 @@ def _until(stop: threading.Event, items: Iterable[int]) -> Iterator[int]:
         yield item
 
 
-def _pool(threads: int) -> ThreadPoolExecutor:
+class _Pool:
+    """Threads of one core each. Of our own, as the library's stop serving where the main thread ends."""
+
+    def __init__(self, threads: int) -> None:
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        ready: SimpleQueue[None] = SimpleQueue()
+        started = 0
+        try:
+            for number in range(threads):
+                name = f"amsoftmax_kernels-{number}"
+                threading.Thread(target=self._serve, args=(ready,), name=name, daemon=True).start()
+                started += 1
+        except BaseException:
+            for _ in range(started):
+                self._tasks.put(None)
+            raise
+        finally:
+            for _ in range(started):
+                ready.get()
+            torch.set_num_threads(threads)  # what threads that are made later start from
+
+    def submit(self, work: Callable[[], _T]) -> Future[_T]:
+        future: Future[_T] = Future()
+        self._tasks.put((future, work))
+        return future
+
+    def _serve(self, ready: SimpleQueue[None]) -> None:
+        torch.get_num_threads()  # PyTorch sets up a thread at its first call, to the process's number
+        torch.set_num_threads(1)
+        ready.put(None)
+        while (task := self._tasks.get()) is not None:
+            future, work = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except BaseException as error:
+                    future.set_exception(error)
+            del task, future, work  # what they hold is the caller's
+
+
+def _pool(threads: int) -> _Pool:
     """The threads, made when they are first needed."""
     with _lock:
         if threads not in _pools:
-            _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="amsoftmax_kernels")
-            ready = threading.Barrier(threads + 1)
-            for _ in range(threads):
-                _pools[threads].submit(_alone, ready)
-            ready.wait()
-            torch.set_num_threads(threads)  # what threads that are made later start from
+            _pools[threads] = _Pool(threads)
         return _pools[threads]
-
-
-def _alone(ready: threading.Barrier) -> None:
-    """Set this thread's operations to one thread."""
-    torch.get_num_threads()  # PyTorch sets up a thread at its first call, to the process's number
-    torch.set_num_threads(1)
-    ready.wait()
 
 
 def _forget() -> None:
@@ -124,7 +154,7 @@ def workspace(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     found = buffers.get(key)
     if found is None or found.numel() < size:
         with torch.inference_mode(False):
-            found = torch.empty(size, dtype=like.dtype)
+            found = torch.empty(size, dtype=like.dtype, device=like.device)
         buffers.pop(key, None)
         if found.nbytes <= WORKSPACE_BYTES:
             if sum(each.nbytes for each in buffers.values()) + found.nbytes > WORKSPACE_BYTES:

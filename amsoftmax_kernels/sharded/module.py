@@ -128,6 +128,8 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         self.sampling_correction = sampling_correction
         self.rowwise_gradient, self.equal_batches = rowwise_gradient, equal_batches
 
+    check_alone = staticmethod(sharding.check_alone)
+
     def _empty_weight(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
         where = torch.get_default_device() if device is None else torch.device(device)
         mesh = self._mesh
