@@ -36,8 +36,8 @@ def resize_classes(
             and schedules stay.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, the optimizer is not the head's, or the head has a margin for each class:
-            set ``head.margin`` to a number first, and to the new margins afterwards.
+        TypeError, ValueError: an argument is wrong, or the optimizer is not the head's; or the head has a margin a class: set
+            ``head.margin`` to a number first, and to the new margins afterwards.
 
     Example:
         >>> import torch
