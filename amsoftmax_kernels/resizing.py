@@ -36,7 +36,7 @@ def resize_classes(
             and schedules stay.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or the optimizer is not the head's; or the head has a margin a class: set
+        TypeError, ValueError: an argument is wrong, the optimizer is not the head's, or the head has a margin a class: set
             ``head.margin`` to a number first, and to the new margins afterwards.
 
     Example:

@@ -21,7 +21,7 @@ from .targets import TargetPair, Targets
 _CHUNK_ELEMENTS = {"cpu": 3 << 18}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 26
 # Streams of chunks on a CPU: for as many cores there is work, and each stream has a sum [B, D] of its own.
-_STREAMS, _STREAM_BYTES = (8, 32), 16 << 20
+_STREAMS, _STREAM_BYTES = (8, 16), 8 << 20
 _SMALL = 1 << 28  # B·C·D of a problem whose operations are better split over threads than its chunks
 _NORM_ROWS = 4096  # of which norms are computed at a time
 
