@@ -158,3 +158,14 @@ def second_derivative(reduction: str) -> str:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_second_derivative_is_the_same_error_on_all_ranks(ranks: Ranks, reduction: str) -> None:
     assert all("differentiated once" in each for each in ranks.run(2, second_derivative, reduction))
+
+
+def wrapped_head() -> None:
+    head = ak.ShardedAMSoftmaxLoss(8, 20, device=device())
+    with pytest.raises(TypeError, match="Wrap the backbone alone"):
+        torch.nn.parallel.DistributedDataParallel(head)
+    head(torch.randn(4, 8, device=device()), torch.arange(4, device=device())).backward()  # it is as it was
+
+
+def test_a_head_wrapped_in_data_parallel_says_what_to_do(ranks: Ranks) -> None:
+    ranks.run(2, wrapped_head)

@@ -181,6 +181,16 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
                 out=local[begin - self.shards.start : end - self.shards.start],
             )  # fmt: skip
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> tuple[str, ...]:
+        """What DistributedDataParallel asks the module for that it is given."""
+        if self.shards.mesh is not None:
+            raise TypeError(
+                "a sharded head is not to be wrapped in DistributedDataParallel: each rank holds other classes, and their "
+                "gradients are whole. Wrap the backbone alone; docs/sharded.md has a model that contains the head"
+            )
+        return ()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.shards.mesh is not None:
             raise TypeError(
