@@ -2,7 +2,7 @@
 #pragma once
 
 #include "arithmetic.h"
-#include "portable.cuh"
+#include "elements.cuh"
 
 namespace ak {
 

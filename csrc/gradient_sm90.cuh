@@ -40,23 +40,6 @@ struct GradientShared {
     float along[kParts][2][kCentres];
 };
 
-// Until a phase of what another block sends is over. CUTLASS's own wait acquires what this block has written, no other's;
-// this one empties the L1 cache.
-__device__ inline void wait_for_the_cluster(const cutlass::arch::ClusterTransactionBarrier& barrier, uint32_t phase) {
-    uint32_t over;
-    do {
-        asm volatile(
-            "{\n"
-            ".reg .pred over;\n"
-            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2, %3;\n"
-            "selp.b32 %0, 1, 0, over;\n"
-            "}"
-            : "=r"(over)
-            : "r"(cute::cast_smem_ptr_to_uint(&barrier)), "r"(phase), "r"(10'000'000)  // nanoseconds at most, and again
-            : "memory");
-    } while (!over);
-}
-
 // Where a block is in its cluster: which half of the columns, which of the classes.
 struct Place {
     int halves, half, share;
@@ -124,7 +107,7 @@ struct GradientWork {
             const int column = place.half * COLUMNS + line % (COLUMNS / kLine) * kLine;
             if (row >= weight.rows || column >= weight.columns) continue;
             const W* from = static_cast<const W*>(weight.data) + row * weight.row_stride + column;
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+            prefetch_to_l2(from);
         }
     }
     __device__ void wait_once(int) {}
@@ -167,7 +150,7 @@ struct GradientWork {
             cute::store_shared_remote(__float_as_uint(lane ? sums[1] : sums[0]),
                                       cute::cast_smem_ptr_to_uint(along + (lane ? mine.classes[1] : mine.classes[0])),
                                       cute::cast_smem_ptr_to_uint(&sent), uint32_t(place.rank(1 - place.half, place.share)));
-        wait_for_the_cluster(sent, uint32_t(tiles / 2 % 2));
+        wait_for_the_cluster(&sent, uint32_t(tiles / 2 % 2));
         CUTE_UNROLL
         for (int i = 0; i < 2; ++i) sums[i] += along[mine.classes[i]];
     }
@@ -177,7 +160,7 @@ template <int COLUMNS, class W>
 __global__ void __launch_bounds__(kThreads, 1) grad_centres(const __grid_constant__ GradientParameters parameters) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using Memory = GradientShared<COLUMNS>;
-    extern __shared__ __align__(1024) unsigned char memory[];
+    AK_DYNAMIC_SHARED(memory);
     Memory& shared = *reinterpret_cast<Memory*>(memory);
     const AkGradCentres& p = parameters.p;
     const int group = cutlass::canonical_warp_group_idx() - 1;  // -1 loads

@@ -181,7 +181,7 @@ template <class T, bool GENERAL, bool STAYS>
 __global__ void __launch_bounds__(kThreads, 1) cosine_exp(const __grid_constant__ Parameters parameters) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using Memory = Shared<T, STAYS>;
-    extern __shared__ __align__(1024) unsigned char memory[];
+    AK_DYNAMIC_SHARED(memory);
     Memory& shared = *reinterpret_cast<Memory*>(memory);
     const AkCosine& p = parameters.p;
     const int group = cutlass::canonical_warp_group_idx() - 1;  // -1 loads

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "library.h"
-#include "portable.cuh"
+#include "elements.cuh"
 
 namespace ak {
 
@@ -36,11 +36,9 @@ inline const char* launch_error() {
 
 #ifdef AK_CUTLASS
 // Its own kernels' instructions are those of 9.0a alone: neither 8.x nor 10.x has them.
-inline bool is_hopper([[maybe_unused]] int device) {
-    int major = 9;
-#ifndef AK_EMULATE
+inline bool is_hopper(int device) {
+    int major = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-#endif
     return major == 9;
 }
 #endif

@@ -13,6 +13,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/pipeline/sm90_pipeline.hpp>
 
+#include "device.cuh"
 #include "schedule_sm90.h"
 
 namespace ak {
@@ -21,9 +22,6 @@ namespace {
 
 constexpr int kThreads = 384, kGroup = 128;
 constexpr uint64_t kCacheHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-
-// CUTLASS's barriers and fences leave it to the compiler whether loads and stores in C++ stay on their side.
-__device__ inline void keep_accesses_here() { asm volatile("" ::: "memory"); }
 
 // c plus the products of a stage, on their way when this returns; the first of a tile starts from zero.
 template <class Mma, class A, class B, class C>

@@ -23,7 +23,8 @@ from amsoftmax_kernels.backends.cuda import library as cuda_library
 from amsoftmax_kernels.backends.kernels import Cosines, Rows
 
 from .cases import CASES, CHUNK, Case, in_turn, relative
-from .emulation import build_changed, serve
+from .emulation import Change, serve
+from .emulation import emulated as compiled
 from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel, on_the_device
 from .test_loss import eager, evaluate, oracle
 
@@ -99,11 +100,10 @@ def check_the_cosine_kernel(
 
 @pytest.mark.parametrize("wrong", ["kStages - 1", "kStages"])
 def test_a_wait_for_too_few_copies_would_be_seen(
-    wrong: str, emulated_library: cuda_library.Library, poisoned: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wrong: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = "wait_copies<kStages - 2>"
-    changed = build_changed(emulated_library, tmp_path, "cosine_sm80.cu", right, f"wait_copies<{wrong}>")
-    serve(changed, monkeypatch)
+    changed = Change("cosine_sm80.cu", "wait_copies<kStages - 2>", f"wait_copies<{wrong}>")
+    serve(compiled(changes=[changed]), monkeypatch)
     with pytest.raises(AssertionError):
         check_the_cosine_kernel(127, 129, 160, torch.float16, 2)
 

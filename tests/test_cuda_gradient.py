@@ -17,7 +17,7 @@ from amsoftmax_kernels.backends.cuda import library as cuda_library
 from bench.kernels.library import IN_FLIGHT
 
 from .cases import CASES, CHUNK, Case, in_turn, relative
-from .emulation import serve
+from .emulation import seed, serve
 from .test_cuda import CPU, DTYPES, NVCC, check, ours
 from .test_cuda_hopper import CUTLASS
 from .test_loss import oracle
@@ -31,6 +31,7 @@ SHAPES = [
     (70, 63, 264),
     (9, 300, 512),
     (4, 1100, 256),
+    (200, 1600, 512),  # more stages than there are, more tiles than clusters
 ]
 
 
@@ -62,8 +63,11 @@ def check_the_gradient_kernel(B: int, N: int, D: int, dtype: torch.dtype, device
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("B", "N", "D"), SHAPES)
-def test_the_gradient_kernel(B: int, N: int, D: int, dtype: torch.dtype, hopper: None) -> None:
+def test_the_gradient_kernel(
+    B: int, N: int, D: int, dtype: torch.dtype, order: int, hopper: None, hopper_library: cuda_library.Library
+) -> None:
     """At every edge of a tile, of the columns of a block and of a cluster; rows of centres in halves and whole."""
+    seed(hopper_library, order)
     check_the_gradient_kernel(B, N, D, dtype)
 
 
