@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,9 +54,12 @@ def emulated(hopper: bool = False, changes: Sequence[Change] = ()) -> cuda_libra
     folder = build.cache() / "emulated"
     objects = [folder / f"{name}-{_key(_command(name, hopper), texts, name)}.o" for name in sources]
     library = folder / f"{hashlib.sha256(str(objects).encode()).hexdigest()[:24]}.so"
-    with _alone(folder), tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+    with _alone(library), tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         for file, text in texts.items():
             (Path(name) / file).write_text(text, encoding="utf-8")
+        for path in (*objects, library):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
         missing = [pair for pair in zip(sources, objects, strict=True) if not pair[1].exists()]
         list(pool.map(lambda pair: _make([*_command(pair[0], hopper), "-c", f"{name}/{pair[0]}"], pair[1]), missing))
         if not library.exists():
@@ -68,6 +72,12 @@ def emulated(hopper: bool = False, changes: Sequence[Change] = ()) -> cuda_libra
 def seed(library: cuda_library.Library, number: int) -> None:
     """What decides the order of events from now on."""
     ctypes.c_uint.in_dll(library._library, "emulator_seed").value = number
+
+
+def last_block(library: cuda_library.Library) -> tuple[int, int]:
+    """Threads of a block of the last launch, and its bytes of dynamic shared memory."""
+    threads, shared = (ctypes.c_uint.in_dll(library._library, f"emulator_{name}").value for name in ("threads", "shared"))
+    return threads, shared
 
 
 @contextlib.contextmanager
@@ -127,7 +137,8 @@ def _key(command: Sequence[str], texts: dict[str, str], source: str) -> str:
 
 def _command(source: str, hopper: bool) -> list[str]:
     flags = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-x", "c++"]
-    flags += [f"-DAK_CONTRACT={build.contract()}", *(["-DAK_CUTLASS"] if hopper else [])] if source != "emulator.cpp" else []
+    if source in ("library.cu", *build.HOPPER_SOURCES):
+        flags += [f"-DAK_CONTRACT={build.contract()}", *(["-DAK_CUTLASS"] if hopper else [])]
     if source not in build.HOPPER_SOURCES:
         return [*flags, "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     cutlass, headers = build.find_cutlass(), _cuda_headers()
@@ -145,9 +156,13 @@ def _make(command: list[str], out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """The first process to come builds, the others find it built."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w", encoding="utf-8") as lock:
+def _alone(library: Path) -> Iterator[None]:
+    """The first process to come builds, the others find it built. What has not been asked for in a week goes."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    for path in library.parent.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > 7 * 24 * 3600:
+                path.unlink()
+    with open(library.with_suffix(".lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

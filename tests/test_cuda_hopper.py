@@ -22,14 +22,13 @@ from amsoftmax_kernels.backends import Problem, chunking, cuda
 from amsoftmax_kernels.backends.cuda import build
 from amsoftmax_kernels.backends.cuda import library as cuda_library
 from amsoftmax_kernels.backends.kernels import Cosines, Rows
-from bench.kernels.library import IN_FLIGHT
+from bench.kernels import library as read
 
 from .cases import CASES, CHUNK, Case, in_turn
-from .emulation import seed
-from .test_cuda import BY_NAME, CPU, DTYPES, NVCC, check, check_the_cosine_kernel, ours
+from .emulation import last_block, seed, serve
+from .test_cuda import BY_NAME, CPU, CUTLASS, DTYPES, NVCC, check, check_the_cosine_kernel, ours
+from .test_cuda_gradient import check_the_gradient_kernel
 from .test_loss import oracle
-
-CUTLASS = pytest.mark.skipif(build.find_cutlass() is None, reason=f"no CUTLASS headers: pip install {build.CUTLASS}")
 
 
 def test_one_block_of_few_rows_and_two_that_share_classes(hopper_library: cuda_library.Library) -> None:
@@ -50,7 +49,7 @@ def test_the_cosine_kernel(
     B: int, N: int, width: int, partial_sums: int, dtype: torch.dtype, order: int, hopper: None,
     hopper_library: cuda_library.Library,
 ) -> None:  # fmt: skip
-    """At every edge of a tile, one block and two, rows of x̂ that stay and that come again, streams of many tiles and of none."""
+    """At tiles' edges, one block and two, rows of x̂ that stay and that come again, streams of many tiles and of none."""
     seed(hopper_library, order)
     check_the_cosine_kernel(B, N, width, dtype, partial_sums)
 
@@ -126,6 +125,46 @@ def test_predictions(hopper: None, short_chunks: None) -> None:
     assert (predictions == expected).float().mean() > 0.9
 
 
+def test_blocks_are_as_the_benchmarks_count_them(
+    hopper: None, hopper_library: cuda_library.Library, emulated_library: cuda_library.Library,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for width, variant in ((512, "x̂ stays"), (528, read.COMES_AGAIN)):
+        check_the_cosine_kernel(1, 1, width, torch.bfloat16, 2)
+        assert last_block(hopper_library) == read.block(read.COSINE, variant)
+    for width in (128, 512):
+        check_the_gradient_kernel(1, 1, width, torch.float32)
+        assert last_block(hopper_library) == read.block(read.GRADIENT, "")
+    serve(emulated_library, monkeypatch)
+    check_the_cosine_kernel(1, 1, 16, torch.bfloat16, 1)
+    assert last_block(emulated_library) == read.block(read.PORTABLE, "")
+
+
+def test_kernels_are_left_out_one_by_one(
+    hopper: None, hopper_library: cuda_library.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the environment: the portable kernel and the pass over the library's product serve in their place."""
+    for names, parts, clusters in (
+        ("", 2, 3),
+        ("cosine_sm90", 1, 3),
+        ("gradient_sm90", 2, 0),
+        (" cosine_sm90, gradient_sm90", 1, 0),
+    ):
+        monkeypatch.setenv("AMSOFTMAX_KERNELS_WITHOUT", names)
+        library = cuda_library.Library(hopper_library.path)
+        library.check(CPU)
+        assert library.tiling(CPU, 300, 512, torch.bfloat16).parts == parts
+        assert library.grad_clusters(CPU, 512, torch.float32) == clusters
+        assert library.has_hopper == (parts == 2 or clusters > 0)
+        serve(library, monkeypatch)
+        check_the_cosine_kernel(130, 300, 16, torch.bfloat16, 2)
+        if clusters:
+            check_the_gradient_kernel(3, 64, 64, torch.float32)
+    monkeypatch.setenv("AMSOFTMAX_KERNELS_WITHOUT", "cosine_sm80")
+    with pytest.raises(ValueError, match=r"AMSOFTMAX_KERNELS_WITHOUT names 'cosine_sm80', .* cosine_sm90, gradient_sm90"):
+        cuda_library.Library(hopper_library.path)
+
+
 def test_an_odd_number_of_partial_sums_is_an_error(hopper: None) -> None:
     with pytest.raises(RuntimeError, match="ak_cosine_exp: an odd number of partial sums"):
         check_the_cosine_kernel(1, 1, 16, torch.float16, 3)
@@ -153,7 +192,7 @@ def test_the_machine_code() -> None:
         for instruction in (products, *copies, *registers, r"MUFU\.EX2"):
             assert re.search(rf"\b{instruction}(?![\w.])", code), instruction
         assert not re.search(r"\b(LDL|STL)\b", code)
-        assert len(re.findall(rf"\b{IN_FLIGHT}\b", code)) > 2, "each group of products is waited for"
+        assert len(re.findall(rf"\b{read.IN_FLIGHT}\b", code)) > 2, "each group of products is waited for"
         # The warps that load give all but 24 registers away.
         loads = re.search(r"USETMAXREG\.DEALLOC\.CTAPOOL 0x18 ;(.*?)\bEXIT\b", code, re.DOTALL)
         assert loads is not None and max(int(each) for each in re.findall(r"\bR(\d+)\b", loads[1])) < 24
@@ -203,12 +242,12 @@ def test_cutlass_is_for_hopper_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_headers_that_do_not_compile_leave_the_portable_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of a CUTLASS that is too old or too new; in strict builds, and of our own mistakes, an error."""
     commands: list[list[str]] = []
-    faulty = build.HOPPER_SOURCES[0]
+    faulty, said = build.HOPPER_SOURCES[0], "x.hpp(1): error: no such thing"
 
     def run(command: list[str]) -> None:
         commands.append(command)
         if any(part.endswith(faulty) for part in command):
-            raise build.BuildError(f"{' '.join(command)}\nx.hpp(1): error: no such thing\n")
+            raise build.BuildError(f"{' '.join(command)}\n{said}\n")
         Path(command[-1]).touch()
 
     monkeypatch.setattr(build, "_run", run)
@@ -223,6 +262,9 @@ def test_headers_that_do_not_compile_leave_the_portable_kernels(monkeypatch: pyt
         assert build.cached("90a").is_file()
     first = commands.index(next(each for each in commands if "-DAK_CUTLASS" not in each))
     assert not any("AK_CUTLASS" in part or part.endswith(build.HOPPER_SOURCES) for each in commands[first:] for part in each)
+    said = "cute/config.hpp:42:10: fatal error: cuda/std/utility: No such file or directory"
+    (remark,) = build.build(["90a"], tmp_path / "library.so")
+    assert f"CCCL's, which nvcc does not find: pip install {build.CCCL}" in remark and build.CUTLASS not in remark
     faulty = "rows.cu"
     with pytest.raises(build.BuildError, match=faulty):
         build.build(["90a"], tmp_path / "library.so")
@@ -338,7 +380,7 @@ def test_hoppers_own_kernels_built_ahead_come_first(
     monkeypatch.setattr(cuda, "_builds", lambda device: (looked.append(device), True)[1])
     monkeypatch.setattr(cuda, "_library", lambda device: type("Library", (), {"has_hopper": has_hopper}))
     monkeypatch.setattr(build, "prebuilt_name", lambda: "library.so" if prebuilt else "")
-    monkeypatch.setattr(build, "missing", lambda: None)
+    monkeypatch.setattr(build, "missing", lambda *_: None)
     triton = backends.load("triton")
     monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
     monkeypatch.setattr(triton, "refusal", lambda device, dtype: None)

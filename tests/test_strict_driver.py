@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from amsoftmax_kernels.backends import chunking, cuda, fused
-from amsoftmax_kernels.backends.cuda import library as cuda_library
 
 from . import strict_driver
 from .emulation import only_checked, serve
@@ -81,9 +80,7 @@ def test_what_the_driver_says_of_a_tensor_map(
 
 
 @pytest.mark.parametrize("kernels", ["emulated_library", "hopper_library"])
-def test_no_cpp_launch_is_refused(
-    kernels: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_cpp_launch_is_refused(kernels: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the portable kernels, and of Hopper's own, whose matrices are described to bulk copies besides."""
     library = request.getfixturevalue(kernels)
     serve(library, monkeypatch)

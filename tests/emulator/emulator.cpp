@@ -18,10 +18,11 @@
 #include <string>
 #include <vector>
 
-// For the tests: what decides the order of events, whether launches are only checked, and how many there were.
+// For the tests: what decides the order of events, whether launches are only checked, how many there were.
 extern "C" {
 __attribute__((visibility("default"))) unsigned emulator_seed = 0, emulator_only_checks = 0;
 __attribute__((visibility("default"))) unsigned long long emulator_launches = 0;
+__attribute__((visibility("default"))) unsigned emulator_threads = 0, emulator_shared = 0;  // of the last one's blocks
 }
 
 namespace emulator {
@@ -525,7 +526,7 @@ void allow_shared(const void* kernel, size_t bytes) {
 
 void launch(const void* kernel, Index grid_, Index cluster_, Index block, size_t shared, const std::function<void()>& call) {
     grid = grid_, cluster = cluster_, threads_of_block = block, call_kernel = &call;
-    ++emulator_launches;
+    ++emulator_launches, emulator_threads = block.x, emulator_shared = unsigned(shared);
     failed = false;
     if (const char* refused = refusal(kernel, shared)) {
         error = refused;

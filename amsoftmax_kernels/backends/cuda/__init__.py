@@ -37,7 +37,7 @@ def unavailable_reason() -> str | None:
     if _failed and _architecture() in _failed:
         return _failed[_architecture()]
     # To look for nvcc takes some 50 µs, and a step asks each time.
-    return None if c.library.cache_info().currsize else build.missing()
+    return None if c.library.cache_info().currsize else build.missing(_architecture())
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -85,8 +85,10 @@ def remark() -> str | None:
     device = torch.device("cuda", torch.cuda.current_device())
     if torch.cuda.get_device_capability(device)[0] != 9 or not _builds(device) or _library(device).has_hopper:
         return None
+    if c.without():
+        return f"by the portable kernel: {build.WITHOUT} leaves Hopper's own out"
     if build.prebuilt() is None and build.find_cutlass() is not None:
-        return f"by the portable kernel: Hopper's own did not compile ({build.COMMAND} --arch 90a says why)"
+        return f"by the portable kernel: Hopper's own did not compile ({build.COMMAND} --arch 90a --out FILE.so says why)"
     return f"by the portable kernel: Hopper's own takes CUTLASS's headers, pip install {build.CUTLASS}"
 
 
@@ -192,10 +194,9 @@ class _Kernels:
         B = saved.z.shape[0]
         loss, derivatives = torch.empty_like(saved.z), saved.z.new_empty(3, B)
         parameters = c.Margin(
-            z=c.pointer(saved.z), shift=c.pointer(saved.shift), cosine=c.pointer(saved.cosine), norm=c.pointer(saved.norm),
-            labels=c.pointer(problem.labels), loss=c.pointer(loss), derivatives=c.pointer(derivatives), margin=margin,
-            batch=B, classes=problem.weight.shape[0], scale=c.scale(s, problem.normalize_features), need_scale=1,
-            features=c.matrix(problem.features),
+            c.pointer(saved.z), c.pointer(saved.shift), c.pointer(saved.cosine), c.pointer(saved.norm),
+            c.pointer(problem.labels), c.pointer(loss), c.pointer(derivatives), margin, B, problem.weight.shape[0],
+            c.scale(s, problem.normalize_features),
         )  # fmt: skip
         self._call("ak_constant_margin", parameters, loss)
         return loss, derivatives
@@ -222,7 +223,6 @@ class _Kernels:
             c.matrix(weight),
             c.matrix(grad),
             c.pointer(inverse_norm),
-            None,
             clusters,
             0,
         )
@@ -239,7 +239,7 @@ class _Kernels:
             c.matrix(problem.features), c.matrix(problem.weight), c.matrix(rows), c.matrix(grads.features),
             c.matrix(grads.weight), c.pointer(problem.labels), c.pointer(saved.norm), c.pointer(saved.cosine),
             c.pointer(upstream.row_factor), c.pointer(upstream.cosine), c.pointer(upstream.norm), c.pointer(grads.scale),
-            None, c.scale(s, problem.normalize_features),
+            c.scale(s, problem.normalize_features),
         )  # fmt: skip
         self._call("ak_finish_rows", parameters, upstream.row_factor)
 
