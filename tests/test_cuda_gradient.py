@@ -14,7 +14,7 @@ from torch import Tensor
 from amsoftmax_kernels.backends import cuda
 from amsoftmax_kernels.backends.cuda import build
 from amsoftmax_kernels.backends.cuda import library as cuda_library
-from bench.kernels.library import IN_FLIGHT
+from bench.kernels import library as read
 
 from .cases import CASES, CHUNK, Case, in_turn, relative
 from .emulation import seed, serve
@@ -170,7 +170,9 @@ def test_the_machine_code() -> None:
         for instruction in (products, r"UTMALDG\.2D\.MULTICAST", r"USETMAXREG\.TRY_ALLOC\.CTAPOOL", "STAS"):
             assert re.search(rf"\b{instruction}(?![\w.])", code), instruction
         assert not re.search(r"\b(LDL|STL)\b", code)
-        assert len(re.findall(rf"\b{IN_FLIGHT}\b", code)) > 2, "each group of products is waited for"
+        # Each stage's products are waited for once the next one's are under way, and the last ones alone.
+        waits = "".join("A" if each == "ARRIVE" else each[-1] for each in re.findall(rf"WARPGROUP\.({read.WAITS})", code))
+        assert re.fullmatch("(A1)+0", waits), waits
         # What the other half sent is read after a wait that acquires another block's: one that empties the L1 cache.
         wait = r"\bSYNCS\.PHASECHK\.TRANS64\.TRYWAIT\b"
         assert re.search(rf"\bSTAS\b.*?{wait}.*?\bCCTL\.IVALL\b.*?\bLDS\b", code, re.DOTALL)

@@ -192,7 +192,9 @@ def test_the_machine_code() -> None:
         for instruction in (products, *copies, *registers, r"MUFU\.EX2"):
             assert re.search(rf"\b{instruction}(?![\w.])", code), instruction
         assert not re.search(r"\b(LDL|STL)\b", code)
-        assert len(re.findall(rf"\b{read.IN_FLIGHT}\b", code)) > 2, "each group of products is waited for"
+        # Each stage's products are waited for once the next one's are under way, and the last ones alone.
+        waits = "".join("A" if each == "ARRIVE" else each[-1] for each in re.findall(rf"WARPGROUP\.({read.WAITS})", code))
+        assert re.fullmatch("(A1)+0", waits), waits
         # The warps that load give all but 24 registers away.
         loads = re.search(r"USETMAXREG\.DEALLOC\.CTAPOOL 0x18 ;(.*?)\bEXIT\b", code, re.DOTALL)
         assert loads is not None and max(int(each) for each in re.findall(r"\bR(\d+)\b", loads[1])) < 24

@@ -10,6 +10,7 @@ from amsoftmax_kernels.backends.cuda import build
 
 from .estimate import CARDS
 
+WAITS = r"ARRIVE|DEPBAR\.LE gsb0, 0x\d"  # of WARPGROUP: products begin, and are waited for but for the last so many groups
 IN_FLIGHT = r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1"  # a wait that leaves the last group of HGMMAs at work
 INSTRUCTIONS = {
     "local": r"LDL|STL",
