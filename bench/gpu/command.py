@@ -1,9 +1,9 @@
 """`python -m bench gpu`: everything a GPU is needed for, in one run under nine minutes, each row written as it comes.
 
 Everything is compiled first, in parallel, outside every later limit. Then right before fast: whether each backend runs at
-all, in a process of its own, correctness, determinism, the kernel of z and E by itself, CUDA graphs; then what only a GPU
-can decide, this card's ceilings, time and peak memory beside the peers, and a profile of our own kernels; the sanitizer and the
-repository's tests last, in what time is left.
+all, in a process of its own, correctness, determinism, the kernel of z and E by itself, CUDA graphs. Then what only a GPU
+can decide, this card's ceilings, time and peak memory beside the peers, and a profile of our own kernels; the sanitizer
+and the repository's tests last, in what time is left.
 """
 
 from __future__ import annotations
