@@ -366,6 +366,8 @@ def test_hopper_without_its_own_kernel_says_so(has_hopper: bool, headers: bool, 
     said = "did not compile" if headers else f"pip install {build.CUTLASS}"
     remark = cuda.remark()
     assert remark is None if has_hopper else remark is not None and said in remark
+    monkeypatch.setenv("AMSOFTMAX_KERNELS_WITHOUT", "gradient_sm90")
+    assert "AMSOFTMAX_KERNELS_WITHOUT leaves out gradient_sm90" in (cuda.remark() or "")
     _pretend(monkeypatch, (8, 0))
     assert cuda.remark() is None
 

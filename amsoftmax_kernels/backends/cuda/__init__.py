@@ -10,6 +10,7 @@ is first needed; one that was built ahead of time and is named is a candidate by
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from typing import Any
 
@@ -83,10 +84,12 @@ def built(device: torch.device) -> bool:
 def remark() -> str | None:
     """What would make this backend faster here; None if nothing."""
     device = torch.device("cuda", torch.cuda.current_device())
-    if torch.cuda.get_device_capability(device)[0] != 9 or not _builds(device) or _library(device).has_hopper:
+    if torch.cuda.get_device_capability(device)[0] != 9 or not _builds(device):
         return None
     if c.without():
-        return f"by the portable kernel: {build.WITHOUT} leaves Hopper's own out"
+        return f"of Hopper's own kernels {build.WITHOUT} leaves out {os.environ[build.WITHOUT]}"
+    if _library(device).has_hopper:
+        return None
     if build.prebuilt() is None and build.find_cutlass() is not None:
         return f"by the portable kernel: Hopper's own did not compile ({build.COMMAND} --arch 90a --out FILE.so says why)"
     return f"by the portable kernel: Hopper's own takes CUTLASS's headers, pip install {build.CUTLASS}"
