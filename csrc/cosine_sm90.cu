@@ -1,17 +1,12 @@
-// Piece 2 of a step on Hopper. A block has 128 rows of x̂ and a stream of tiles of 128 classes, every so manieth. Built only
-// with CUTLASS's headers.
+// Piece 2 of a step on Hopper: E and z. A block has 128 rows of x̂ and a stream of tiles of 128 classes, every so manieth.
 //
-// Shared memory, 225 KiB: x̂ (8 steps of 128 bytes a row, 128 KiB; wider rows come again with each tile, a stage at a time),
-// 5 stages of ŵ (16 KiB each; 6 where x̂ comes again), a box of E for each multiplying warpgroup (8 KiB), barriers.
+// Shared memory, 225 KiB: x̂ (8 steps of 128 bytes a row, 128 KiB; wider rows come again with each tile, a stage at a time), 5
+// stages of ŵ (16 KiB each; 6 where x̂ comes again), a box of E for each warpgroup that multiplies (8 KiB), barriers.
 //
-// Warpgroup 0 loads: one thread, a stage of ŵ after the other. A cluster of two blocks takes each tile of ŵ once, either block
-// loading half of it for both; a batch of 128 rows or less has clusters of one. Warpgroups 1 and 2 take turns: one has the
-// tensor cores for a tile while the other does its epilogue (exponentials, mask, sums, E to a box and out).
-//
-// That is 256 flops a byte from the L2 cache; a tile of 128 x 128 of whose operands both stream has 85, and is why this loop is
-// not a collective of CUTLASS's. The turns hide the epilogue's 1024 clocks of the special-function units under a tile's 4096 of
-// the tensor cores, at a width of 512. Rows of the batch are the M of the products: a row's sum is over a thread's registers and
-// its quad's, always in one order, and E lies as the backward pass's products take it.
+// Warpgroup 0 loads, by one thread. Of a cluster of two blocks (one, of 128 rows or less) either loads half of each tile of ŵ
+// for both: 256 flops a byte from the L2 cache, where a product that streams both operands has 85. Warpgroups 1 and 2 take turns
+// at the tensor cores, a tile each: one's epilogue (exponentials, mask, sums, E to a box and out) hides under the other's
+// products. Rows of the batch are the M of the products, so that a row's sum is over a quad's registers, always in one order.
 #ifdef AK_CUTLASS
 
 #include "sm90.cuh"

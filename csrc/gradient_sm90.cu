@@ -1,17 +1,13 @@
 // Pieces 4 and 5 of a step for the centres on Hopper, as one: dŵ = Eᵀ(a∘x̂), and dw through the normalization's derivative
-// while dŵ is still in registers. The gradient is written once, and but for the batch's own classes never read back. Built
-// only with CUTLASS's headers.
+// while dŵ is still in registers. The gradient is written once, and but for the batch's own classes never read back.
 //
-// Shared memory, 194 KiB: 4 stages (6 of 128 columns) of 64 rows of the batch, each E of 64 classes for either
-// multiplying warpgroup (8 KiB) and a∘x̂ of 256 columns (32 KiB; 16 of 128); barriers; what another block sends.
+// Shared memory, 194 KiB: 4 stages (6 of 128 columns) of 64 rows of the batch, each E of 64 classes for either warpgroup that
+// multiplies (8 KiB) and a∘x̂ of 256 columns (32 KiB; 16 of 128); barriers; what another block sends.
 //
-// The derivative wants whole rows of dŵ. A cluster of two by four blocks has 512 classes: a block has 128 of them and half of
-// the columns; up to a width of 256 it has whole rows, and there are four blocks. Warpgroup 0 loads by one thread: E for the
-// block beside this one too, a∘x̂ for the three below: 256 flops a byte from the L2 cache, where one block by itself has 57.
-// Warpgroups 1 and 2 have 64 classes each of the same stages, and the halves of a row send one another Σ dŵ·ŵ.
-//
-// To take turns, as in the cosine kernel, would hide the epilogue, but each warpgroup would want a∘x̂ for itself: shared memory
-// would have 160 bytes a clock to move for the tensor cores' full rate, and has 128. Together they have 128.
+// The derivative wants whole rows of dŵ: a cluster of 2 x 4 blocks has 512 classes, a block 128 of them and half of the columns
+// (up to a width of 256 all, and there are four blocks). Warpgroup 0 loads, by one thread, E for the block beside too, a∘x̂ for the
+// three below: 256 flops a byte from the L2 cache. Warpgroups 1 and 2 have 64 classes each of the same stages, as turns would want
+// a∘x̂ twice: 160 bytes a clock of shared memory's 128. The halves of a row send one another Σ dŵ·ŵ.
 #ifdef AK_CUTLASS
 
 #include "sm90.cuh"

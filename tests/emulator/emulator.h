@@ -11,8 +11,10 @@
 // are; a launch that the driver would refuse.
 //
 // Not modelled: the order in which other threads see writes to memory (what acquire and release give, and their scope);
-// which writes a proxy's fence makes visible, beyond that there was one; the register's side of wgmma.fence; whether an
-// instruction's threads have converged; caches and prefetches; time. The machine code's tests look at some of it.
+// which writes a proxy's fence makes visible, beyond that there was one; the registers' side of wgmma.fence; whether an
+// instruction's threads have converged; clusters of a grid beside one another; caches, prefetches and banks; the compiler's use
+// of registers; time. The machine code's tests look at some of it. Nor are a thread's own loads and stores checked: one outside
+// of its array reads or writes what is there.
 #pragma once
 
 #include <cstddef>
