@@ -99,7 +99,7 @@ def _gradients(name: str, B: int, D: int, C: int, device: torch.device) -> Ways:
         return (grad,)
 
     def apart(grad: Tensor) -> tuple[Tensor]:
-        with smoke.without(name, "grad_centres"):
+        with smoke.without_gradient(name):
             return at_once(grad)
 
     ways: Ways = {"product and pass": functools.partial(apart, torch.empty_like(weight))}
