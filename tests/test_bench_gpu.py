@@ -24,6 +24,7 @@ from bench.gpu import smoke as gpu_smoke
 from bench.gpu import terms as gpu_terms
 from bench.gpu import times as gpu_times
 from bench.gpu import undecided as gpu_undecided
+from bench.gpu import whole_steps as gpu_whole_steps
 from bench.loss.peers import MARGIN, SCALE, eager, problem
 
 from .cases import relative
@@ -43,6 +44,7 @@ SHAPES: dict[str, Any] = {
         "chunks": [(8, 16, 48)], "steps": [(8, 16, 40)], "backbone": (4, 16, 40, 8), "make": small_backbone,
     },
     "times": [(8, 16, 40)],
+    "steps": {"shapes": [(8, 16, 40)], "checked": [(8, 16, 40)]},
     "size": 64,
     "profile": {"shapes": ((8, 16, 40),)},
 }  # fmt: skip
@@ -55,7 +57,7 @@ def nothing_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checks, "left_out", {})
     monkeypatch.setattr(gpu_checks.clock, "ends", math.inf)
     gpu_checks.not_compiled.clear()
-    for module in (gpu_graphs, gpu_undecided):
+    for module in (gpu_graphs, gpu_undecided, gpu_whole_steps):
         monkeypatch.setattr(module, "SECONDS", 0.0)
     for name in ("triton", "cuda"):
         kernels: Any = backends.load(name)._Kernels  # type: ignore[attr-defined]
@@ -64,7 +66,7 @@ def nothing_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "NAMES", ("chunked", "reference"))  # others are interpreted
-    stages = ("compile", "smoke", "correctness", "determinism", "graph", "undecided", "times", "profile")
+    stages = ("compile", "smoke", "correctness", "determinism", "graph", "undecided", "times", "steps", "profile")
     assert gpu.run_stages(tmp_path, stages, True, CPU, SHAPES) == 0
     (path,) = tmp_path.glob("*.json")
     report = json.loads(path.read_text())
@@ -82,6 +84,9 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     }  # fmt: skip
     timed = {row["peer"] for row in found["times"] if "median_s" in row}
     assert timed >= {"eager PyTorch", "PartialFC algorithm"}
+    steps = {row["way"]: row["median_s"] for row in found["steps"] if "way" in row}
+    assert found["steps"][0]["ok"] and found["steps"][0]["apart"] < 1e-5 and min(steps.values()) > 0
+    assert {name.split(", ")[-1] for name in steps} == {"FusedSGD", "torch.optim.SGD"} and len(steps) == 5
     printed = capsys.readouterr().out
     assert "every check that ran passed" in printed and "every check ran" in printed
 

@@ -2,8 +2,8 @@
 
 Everything is compiled first, in parallel, outside every later limit. Then right before fast: whether each backend runs at
 all, in a process of its own, correctness, determinism, the kernel of z and E by itself, CUDA graphs. Then what only a GPU
-can decide, this card's ceilings, time and peak memory beside the peers, and a profile of our own kernels; the sanitizer
-and the repository's tests last, in what time is left.
+can decide, this card's ceilings, time and peak memory beside the peers, of the loss and of a whole step with the centres'
+update, and a profile of our own kernels; the sanitizer and the repository's tests last, in what time is left.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 import amsoftmax_kernels as ak
 
 from .. import machine
-from . import checks, compilation, graphs, smoke, terms, times, undecided
+from . import checks, compilation, graphs, smoke, terms, times, undecided, whole_steps
 
-QUICK = ("compile", "smoke", "correctness", "determinism", "graph", "ceilings", "times", "profile")
+QUICK = ("compile", "smoke", "correctness", "determinism", "graph", "ceilings", "times", "steps", "profile")
 STAGES = (*QUICK[:4], "terms", "graph", "undecided", *QUICK[5:], "sanitizer", "races", "tests")
 _LONG = ("kernels", "shapes", "compiled", "failed")  # of a row, in the file and not on the screen
 OUT_OF_TIME = {"ok": None, "skipped": "out of time"}
@@ -142,6 +142,7 @@ def _actions(
         "sanitizer": lambda: checks.sanitizer(device, checks.MEMORY),
         "ceilings": lambda: times.ceilings(device, shapes.get("times"), shapes.get("size", 8192)),
         "times": lambda: times.times(device, known_ceilings(), quick, shapes.get("times")),
+        "steps": lambda: whole_steps.whole_steps(device, known_ceilings(), quick, **shapes.get("steps", {})),
         "profile": lambda: times.profile(device, **shapes.get("profile", {})),
         "races": lambda: checks.sanitizer(device, checks.RACES),
         "tests": lambda: checks.gpu_tests(),
