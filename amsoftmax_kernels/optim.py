@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .arguments import FLOATS
 from .backends.update import SGD, AdamW, Update
+from .functional import loss_of
 from .modules import AMSoftmaxLoss, Link
 from .sharded.mixed import mixed_parameters as mixed_parameters
 from .sharded.shards import is_initialized, local_part, world_size
@@ -56,6 +57,15 @@ class _Fused(torch.optim.Optimizer):
         """Updates of single classes that were left out so far, as their gradient was not finite. Waits for a GPU."""
         self._skipped = [sum(int(each) for each in self._skipped)]
         return int(self._skipped[0])
+
+    # What changes the centres is no part of a compiled graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def loss(self, head: AMSoftmaxLoss, features: Tensor, labels: Tensor, return_predictions: bool) -> Any:
+        """The head's loss, whose backward pass updates its centres; the head's forward pass calls it."""
+        return loss_of(
+            features, head.weight, labels, self, head.scale, head.margin, head.normalize_features, head.reduction,
+            head.ignore_index, head.interclass_filter, return_predictions, head.backend, head.save_bytes,
+        )  # fmt: skip
 
     @contextmanager
     def updating(self) -> Iterator[Update]:
