@@ -25,8 +25,6 @@ from amsoftmax_kernels.backends.cuda import library as cuda_library
 from amsoftmax_kernels.backends.kernels import Cosines, Rows
 
 from .cases import CASES, CHUNK, Case, in_turn, relative
-from .emulation import Change, serve
-from .emulation import emulated as compiled
 from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel, on_the_device
 from .test_loss import eager, evaluate, oracle
 
@@ -98,14 +96,6 @@ def check_the_cosine_kernel(
         assert torch.allclose(best.max(0).values.double(), allowed, atol=1e-6)
         kernels.cosine_exp(problem, 1000, rows, w_hat, maxima)
         assert best.max() == -math.inf or (factor > 92.33).any()
-
-
-@pytest.mark.parametrize("wrong", ["kStages - 1", "kStages"])
-def test_a_wait_for_too_few_copies_would_be_seen(wrong: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = Change("cosine_sm80.cu", "wait_copies<kStages - 2>", f"wait_copies<{wrong}>")
-    serve(compiled(changes=[changed]), monkeypatch)
-    with pytest.raises(AssertionError):
-        check_the_cosine_kernel(127, 129, 160, torch.float16, 2)
 
 
 def check(case: Case, actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:

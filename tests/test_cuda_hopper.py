@@ -18,7 +18,7 @@ from torch import Tensor
 import amsoftmax_kernels as ak
 from amsoftmax_kernels import __main__ as command
 from amsoftmax_kernels import backends
-from amsoftmax_kernels.backends import Problem, chunking, cuda
+from amsoftmax_kernels.backends import Problem, chunking, cuda, proof
 from amsoftmax_kernels.backends.cuda import build
 from amsoftmax_kernels.backends.cuda import library as cuda_library
 from amsoftmax_kernels.backends.kernels import Cosines, Rows
@@ -160,6 +160,11 @@ def test_kernels_are_left_out_one_by_one(
         check_the_cosine_kernel(130, 300, 16, torch.bfloat16, 2)
         if clusters:
             check_the_gradient_kernel(3, 64, 64, torch.float32)
+    facts = []
+    for names in ("", "cosine_sm90"):  # what serves is proven, whatever is left out
+        monkeypatch.setenv("AMSOFTMAX_KERNELS_WITHOUT", names)
+        facts.append([proof._facts(name, _traits(CPU, torch.bfloat16)) for name in ("cuda", "triton")])
+    assert facts[0][0] != facts[1][0] and facts[0][1] == facts[1][1]
     monkeypatch.setenv("AMSOFTMAX_KERNELS_WITHOUT", "cosine_sm80")
     with pytest.raises(ValueError, match=r"AMSOFTMAX_KERNELS_WITHOUT names 'cosine_sm80', .* cosine_sm90, gradient_sm90"):
         cuda_library.Library(hopper_library.path)

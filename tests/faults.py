@@ -1,4 +1,4 @@
-"""Faults to be planted in Hopper's kernels, each of which the emulation must show.
+"""Faults to be planted in the C++ kernels, each of which the emulation must show.
 
 To add one: the text to be replaced, which its file must have once, what to put there, and why it would matter. The ``quick``
 ones run in every test run, the others as slow tests.
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from .emulation import Change
 
-COSINE, GRADIENT, COMMON = "cosine_sm90.cu", "gradient_sm90.cu", "sm90.cuh"
+COSINE, GRADIENT, COMMON = "cosine_sm90.cu", "gradient_sm90.cu", "sm90.cuh"  # Hopper's own
+PORTABLE = "cosine_sm80.cu"
 
 
 class Fault(NamedTuple):
@@ -138,10 +139,24 @@ FAULTS = [
         "centres' columns past their end", "a row's last columns are another row's first", GRADIENT,
         "if (8 * (batch + k) < left[i]) *", "*",
     ),
+    Fault(
+        "a wait for too few copies", "products of what is not there yet", PORTABLE,
+        "wait_copies<kStages - 2>", "wait_copies<kStages - 1>", True,
+    ),
+    Fault(
+        "a tile of E written over", "the next tile's operands come where E still leaves from", PORTABLE,
+        "        __syncthreads();  // the last tile of E has left the shared memory\n", "",
+    ),
+    Fault(
+        "a stage written over", "a warp still reads the stage that the next copies go to", PORTABLE,
+        "            __syncthreads();  // this step's operands are there, and the stage before it has been read by all\n",
+        "",
+    ),
 ]  # fmt: skip
 
 # What the changed sources need not be compiled for, to save time: one type of operands, of centres.
-ONE_TYPE = {
+ONE_TYPE: dict[str, list[Change]] = {
+    PORTABLE: [],
     COSINE: [
         Change(COSINE, "        case AK_FLOAT16: return variant<cutlass::half_t>(general, width);\n", ""),
         Change(COSINE, "variant<cutlass::tfloat32_t>(", "variant<cutlass::bfloat16_t>("),

@@ -1,4 +1,4 @@
-"""Faults planted in Hopper's kernels (hopper_faults.py): the emulation that passes them as they stand must show each."""
+"""Faults planted in the C++ kernels (faults.py): the emulation that passes them as they stand must show each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from amsoftmax_kernels.backends.cuda import library as cuda_library
 
 from .emulation import Change, emulated, seed, serve
-from .hopper_faults import COSINE, FAULTS, GRADIENT, ONE_TYPE, Fault
+from .faults import COSINE, FAULTS, GRADIENT, ONE_TYPE, PORTABLE, Fault
 from .test_cuda import check_the_cosine_kernel
 from .test_cuda_gradient import check_the_gradient_kernel
 
@@ -22,7 +22,9 @@ NOTHING, SHOWN = 0, 3  # a child's exit status
 
 def check(kernel: str) -> None:
     """Rows that stay and that come again, two blocks a cluster; tiles for every warpgroup and more stages than there are."""
-    if kernel == COSINE:
+    if kernel == PORTABLE:
+        check_the_cosine_kernel(130, 300, 160, torch.bfloat16, 1)
+    elif kernel == COSINE:
         check_the_cosine_kernel(130, 700, 144, torch.bfloat16, 2)
         check_the_cosine_kernel(130, 300, 528, torch.bfloat16, 2)
     else:
@@ -53,18 +55,17 @@ def shown(library: cuda_library.Library, kernel: str, seeds: int) -> bool:
     return code != NOTHING
 
 
-@pytest.mark.parametrize("kernel", [COSINE, GRADIENT])
-def test_the_kernels_without_a_fault(
-    kernel: str, hopper_library: cuda_library.Library, poisoned: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    serve(hopper_library, monkeypatch)
-    assert not shown(hopper_library, kernel, 3)
+@pytest.mark.parametrize("kernel", [COSINE, GRADIENT, PORTABLE])
+def test_the_kernels_without_a_fault(kernel: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = emulated(kernel != PORTABLE)
+    serve(library, monkeypatch)
+    assert not shown(library, kernel, 4)
 
 
 @pytest.mark.parametrize(
     "fault", [pytest.param(each, id=each.name, marks=[] if each.quick else [pytest.mark.slow]) for each in FAULTS]
 )
 def test_a_fault_is_shown(fault: Fault, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = emulated(True, [Change(fault.file, fault.old, fault.new), *ONE_TYPE[fault.kernel]])
+    library = emulated(fault.kernel != PORTABLE, [Change(fault.file, fault.old, fault.new), *ONE_TYPE[fault.kernel]])
     serve(library, monkeypatch)
     assert shown(library, fault.kernel, 4), fault.why
