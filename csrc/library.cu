@@ -55,7 +55,7 @@ const char* wrong(const AkGradCentres& p) {
 
 extern "C" {
 
-int32_t ak_version() { return 6; }
+int32_t ak_version() { return 7; }
 
 int32_t ak_contract() { return AK_CONTRACT; }
 

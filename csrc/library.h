@@ -112,6 +112,20 @@ struct AkGradTiling {
     int32_t type, clusters;  // given: of the centres; the answer: that run at once, 0 where there is no such kernel
 };
 
+// The centres' step: of their gradient by ŵ, or of the whole one (`whole`); `out` has data: the whole gradient is left there.
+struct AkUpdateCentres {
+    AkMatrix grad_unit, centres, target_rows, out;  // [N, width] float32, [N, D], [B, D] float32, [N, D] float32
+    AkMatrix weight, first, second;                 // [*, D]: what is written; data null where the rule has no such state
+    const float* inverse_norm;                      // [N]
+    const int32_t* slots;                           // [N] the row of target_rows with a class's part, -1: none
+    const int64_t* rows;                            // [N] where the classes are in weight and state; null: from `start` on
+    int32_t* skipped;                               // [N] 1 where the gradient is not finite and nothing was written
+    int64_t weight_key, first_key, second_key;      // of random bits
+    int64_t start, class_start;
+    float loss_scale, lr, decay, first_rate, second_rate, third, correction;
+    int32_t whole, nesterov, stochastic;
+};
+
 struct AkFinishRows {
     AkMatrix features, weight, unit_rows, grad_features, grad_weight;  // unit_rows [B, width] float32; null grads: unwanted
     const int64_t* labels;
@@ -127,6 +141,7 @@ AK_EXPORT const char* ak_reduce(const AkReduce*, const AkWhere*);
 AK_EXPORT const char* ak_constant_margin(const AkMargin*, const AkWhere*);
 AK_EXPORT const char* ak_factor_rows(const AkFactor*, const AkWhere*);
 AK_EXPORT const char* ak_finish_centres(const AkFinishCentres*, const AkWhere*);
+AK_EXPORT const char* ak_update_centres(const AkUpdateCentres*, const AkWhere*);
 AK_EXPORT const char* ak_finish_rows(const AkFinishRows*, const AkWhere*);
 AK_EXPORT const char* ak_grad_centres(const AkGradCentres*, const AkWhere*);
 

@@ -238,14 +238,22 @@ class _Kernels:
         self._call("ak_finish_centres", parameters, grad)
 
     def update_centres(
-        self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, parts: TargetParts, start: int, update: Update
-    ) -> None:
-        """There is no kernel for it: in plain PyTorch, which goes over the gradient and the centres several times."""
-        grad = torch.empty_like(weight, dtype=torch.float32)
-        self.finish_centres(grad_unit, weight.float(), inverse_norm, grad)
-        has_target = (parts.slots >= 0)[:, None]
-        grad += torch.where(has_target, parts.rows.index_select(0, parts.slots.clamp(min=0)), 0)
-        update.apply_(start, update.unscaled(grad))
+        self, grad: Tensor, weight: Tensor, inverse_norm: Tensor, parts: TargetParts, start: int, update: Update,
+        whole: bool, out: Tensor | None,
+    ) -> None:  # fmt: skip
+        N, rows = len(weight), update.rows
+        first, second = (*update.state, None, None)[:2]
+        skipped = parts.slots.new_empty(N)
+        parameters = c.UpdateCentres(
+            c.matrix(grad), c.matrix(weight), c.matrix(parts.rows), c.matrix(out),
+            c.matrix(update.weight), c.matrix(first), c.matrix(second),
+            c.pointer(inverse_norm), c.pointer(parts.slots), c.pointer(None if rows is None else rows[start : start + N]),
+            c.pointer(skipped), *update.keys(), start, update.class_start, update.loss_scale, *update.rule.numbers(),
+            int(whole), int(getattr(update.rule, "nesterov", False)), int(update.seed is not None),
+        )  # fmt: skip
+        self._call("ak_update_centres", parameters, grad)
+        if out is None:
+            update.count(skipped.sum())
 
     def finish_rows(self, problem: Problem, saved: Forward, s: float | Tensor, upstream: Upstream, grads: Grads) -> None:
         rows = saved.rows if saved.rows.dim() == 2 else None

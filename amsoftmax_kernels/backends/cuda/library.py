@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import build
 
-VERSION = 6  # of the contract: ak_version()
+VERSION = 7  # of the contract: ak_version()
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OPERANDS = _TYPES | {torch.float32: 3}  # multiplied as TF32
 
@@ -63,6 +63,13 @@ GradCentres = _structure(
     **_named(c_int32, "clusters reserved"),
 )  # fmt: skip
 GradTiling = _structure("AkGradTiling", width=c_int64, **_named(c_int32, "type clusters"))
+UpdateCentres = _structure(
+    "AkUpdateCentres", **_named(Matrix, "grad_unit centres target_rows out weight first second"),
+    **_named(c_void_p, "inverse_norm slots rows skipped"),
+    **_named(c_int64, "weight_key first_key second_key start class_start"),
+    **_named(c_float, "loss_scale lr decay first_rate second_rate third correction"),
+    **_named(c_int32, "whole nesterov stochastic"),
+)  # fmt: skip
 FinishRows = _structure(
     "AkFinishRows", **_named(Matrix, "features weight unit_rows grad_features grad_weight"),
     **_named(c_void_p, "labels norm cosine row_factor grad_cosine grad_norm grad_scale"), scale=Scale,
@@ -71,7 +78,8 @@ FinishRows = _structure(
 LAUNCHERS = {
     "ak_prepare_rows": Rows, "ak_prepare_centres": Centres, "ak_tiling": Tiling, "ak_cosine_exp": Cosine,
     "ak_reduce": Reduce, "ak_constant_margin": Margin, "ak_factor_rows": Factor, "ak_finish_centres": FinishCentres,
-    "ak_finish_rows": FinishRows, "ak_grad_centres": GradCentres, "ak_grad_tiling": GradTiling,
+    "ak_update_centres": UpdateCentres, "ak_finish_rows": FinishRows, "ak_grad_centres": GradCentres,
+    "ak_grad_tiling": GradTiling,
 }  # fmt: skip
 CONSTANTS = ("ak_version", "ak_contract", "ak_has_hopper")
 KERNELS = {"cosine_sm90": 1, "gradient_sm90": 2}  # Hopper's own, as AkKernel has them
