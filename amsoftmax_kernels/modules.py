@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from typing import Any, Literal, Protocol, overload
 
@@ -15,9 +16,17 @@ from .functional import Updater, am_softmax_loss
 from .margins import Margin
 from .values import is_number, plain, type_name, whole
 
+TORN = (
+    "a backward pass was broken off while it updated the centres: some of them have had their step, others have not. Load "
+    "centres and optimizer from a checkpoint"
+)
+
 
 class HeadUpdater(Updater, Protocol):
     """An optimizer that updates a head's centres."""
+
+    def agreement(self) -> Any:
+        """What must be alike on all ranks of a sharded head."""
 
     def loss(
         self, head: AMSoftmaxLoss, features: Tensor, labels: Tensor, return_predictions: bool
@@ -84,6 +93,7 @@ class AMSoftmaxLoss(nn.Module):
     """
 
     _centres_optimizer: Link | None = None  # set by an optimizer of amsoftmax_kernels.optim that updates the centres
+    _torn = False  # its backward pass was broken off: some centres have had their step, others have not
 
     def __init__(
         self,
@@ -159,6 +169,16 @@ class AMSoftmaxLoss(nn.Module):
         own = self._own_rows(centres)
         weight: Tensor = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight  # of a DTensor
         weight.copy_(own)
+        self._torn = False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._torn = self._torn and f"{prefix}weight" not in state_dict
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self._torn:
+            warnings.warn(f"{prefix}weight: {TORN}", RuntimeWarning, stacklevel=3)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _own_rows(self, centres: Tensor) -> Tensor:
         """Those of ``centres [C, D]`` that this process holds."""

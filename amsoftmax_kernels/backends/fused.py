@@ -231,6 +231,7 @@ class Fused:
         span: range, terms: Tensor, x_factored: Tensor,
     ) -> None:  # fmt: skip
         """The step of a chunk's centres, a few thousand classes at a time."""
+        update.tally.begun = True
         for mine, unit in _unit_gradients(terms, x_factored, None):
             classes = slice(span.start + mine.start, span.start + mine.stop)
             weight, inverse, of_them = (

@@ -253,7 +253,7 @@ class _Kernels:
         )  # fmt: skip
         self._call("ak_update_centres", parameters, grad)
         if out is None:
-            update.count(skipped.sum())
+            update.tally.count(skipped.sum())
 
     def finish_rows(self, problem: Problem, saved: Forward, s: float | Tensor, upstream: Upstream, grads: Grads) -> None:
         rows = saved.rows if saved.rows.dim() == 2 else None

@@ -202,7 +202,7 @@ class _Kernels:
             whole, applied, *(applied and flag for flag in flags), rows, block,
         )  # fmt: skip
         if applied:
-            update.count(skipped.sum())
+            update.tally.count(skipped.sum())
 
     def finish_rows(self, problem: Problem, saved: Forward, s: float | Tensor, upstream: Upstream, grads: Grads) -> None:
         features, weight = problem.features, problem.weight
