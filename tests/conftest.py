@@ -72,7 +72,9 @@ def hopper(hopper_library: cuda_library.Library, poisoned: None, monkeypatch: py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seeds", type=int, default=3, help="orders of events in which Hopper's kernels are emulated")
+    parser.addoption(
+        "--seeds", type=int, default=2, help="times that Hopper's kernels are emulated, in other orders of events"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -63,7 +63,7 @@ FAULTS = [
     ),
     Fault(
         "a box written over", "a box is written while the one before is read from it", COSINE,
-        "    if (thread == 0) cute::tma_store_wait<0>();  // the box before has been read\n", "", True,
+        "    if (thread == 0) cute::tma_store_wait<0>();  // the box before has been read\n", "",
     ),
     Fault(
         "x̂ by the stage", "it lies by the step", COSINE, "STAYS ? step : int(state.index())", "int(state.index())",
@@ -106,7 +106,7 @@ FAULTS = [
     ),
     Fault(
         "accumulators read too early", "the last products are still under way", COSINE,
-        "        wait_for_products<0>(c);\n", "", True,
+        "        wait_for_products<0>(c);\n", "",
     ),
     Fault(
         "a multicast for one block", "half of every tile comes to one of two", COSINE, "uint16_t(3)", "uint16_t(1)",
