@@ -11,7 +11,7 @@ import torch
 
 from . import inputs
 from .counting import BINS, UNITS, Array
-from .passes import AllPairs
+from .passes import AllPairs, alone
 from .results import Curve, Result, at_threshold, percent, roc
 from .search import Condition, Counts, Pass, Point, crossing, find, rank
 
@@ -87,7 +87,7 @@ def verification(features: Any, labels: Any, far: Any = (1e-3, 1e-4), *, progres
     people = inputs.people("labels", labels, len(matrix))
     fars = inputs.rates("far", far)
     order = people.argsort(stable=True)
-    rows = inputs.unit_rows("features", matrix)[order.to(matrix.device)]
+    rows = alone(matrix.device, lambda: inputs.unit_rows("features", matrix)[order.to(matrix.device)])
     sizes = torch.bincount(people).tolist()
     genuine = sum(size * (size - 1) // 2 for size in sizes)
     pairs = len(rows) * (len(rows) - 1) // 2

@@ -16,7 +16,7 @@ from . import inputs
 from .all_pairs import rates, roc_curve, search
 from .counting import KEPT, UNITS, Array, Budget, Interval
 from .feature_files import Stream
-from .passes import AllPairs, Progress, merge_passes, new_pass, run, sampled
+from .passes import AllPairs, Progress, alone, merge_passes, new_pass, run, sampled
 from .results import Curve, Result, at_threshold, percent
 from .search import Counts, Pass, Sample
 
@@ -91,7 +91,7 @@ def megaface(
     stream = Stream("distractors", distractors, matrix.shape[1])
     chosen, fars = inputs.sizes("sizes", sizes), inputs.rates("far", far)
     order = people.argsort(stable=True)
-    rows = inputs.unit_rows("probes", matrix)[order.to(matrix.device)]
+    rows = alone(matrix.device, lambda: inputs.unit_rows("probes", matrix)[order.to(matrix.device)])
     people = people[order]
     counts = torch.bincount(people)
     genuine = int((counts * (counts - 1) // 2).sum())

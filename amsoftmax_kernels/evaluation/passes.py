@@ -18,7 +18,8 @@ from .counting import BINS, KEPT, NO_SCORE, UNITS, Array, Budget, Interval, Tall
 from .search import Pass, Sample
 
 T = TypeVar("T")
-_SAMPLED = 2048  # rows of each side of a sample
+_SAMPLED = 2048  # rows of each side of a sample, and pairs of each distance
+_APART = 8  # places that genuine pairs of a sample are apart, at most
 
 
 class Progress:
@@ -120,36 +121,49 @@ class AllPairs:
         count = len(self.rows)
         chosen = [torch.arange(start, count, max(count // _SAMPLED, 1)) for start in (0, count // _SAMPLED // 2)]
         impostors = sampled(self.rows, chosen[0], self.rows, chosen[1], self.labels)
-        people, sizes = np.unique(self.labels, return_counts=True)
-        size = sizes[np.searchsorted(people, self.labels)]
-        genuine, number = np.zeros(BINS), 0
-        for apart in range(1, min(9, count)):
-            same = np.flatnonzero(self.labels[apart:] == self.labels[:-apart])
-            same = same[:: len(same) // (1 << 16) + 1]
-            if not len(same):
-                break
-            index = torch.from_numpy(same).to(self.rows.device)
-            scores = (self.rows[index] * self.rows[index + apart]).sum(1) * UNITS
-            # Every person's pairs, of which those up to eight apart are looked at.
-            weights = torch.from_numpy(size[same] * (size[same] - 1.0) / np.minimum(size[same] - 1.0, 8)).double()
-            genuine += torch.bincount(scores.cpu().to(torch.int64) + BINS // 2, weights, BINS).numpy()
-            number += len(same)
+        apart = range(1, min(_APART + 1, count))
+        found = [
+            each for part in run(self.rows.device, len(apart), lambda n: [self._apart(apart[i]) for i in n]) for each in part
+        ]
+        genuine = sum((each[0] for each in found), np.zeros(BINS))
+        number = sum(each[1] for each in found)
         return Sample(impostors / max(impostors.sum(), 1), genuine / max(genuine.sum(), 1), int(impostors.sum()), number)
+
+    def _apart(self, places: int) -> tuple[Array, int]:
+        """Genuine pairs so many places apart: the histogram of some, weighted by all that a person has, and their number."""
+        first = np.flatnonzero(self.labels[places:] == self.labels[:-places])
+        first = first[:: len(first) // _SAMPLED + 1]
+        sizes = np.bincount(self.labels)[self.labels[first]]
+        index = torch.from_numpy(first).to(self.rows.device)
+        scores = (self.rows[index] * self.rows[index + places]).sum(1) * UNITS
+        weights = torch.from_numpy(sizes * (sizes - 1.0) / np.minimum(sizes - 1.0, _APART)).double()
+        return torch.bincount(scores.cpu().to(torch.int64) + BINS // 2, weights, BINS).numpy(), len(first)
 
 
 def sampled(first: Tensor, rows: Tensor, second: Tensor, columns: Tensor, labels: Array | None = None) -> Array:
     """The histogram of the scores of some rows with some others; with labels, of those that differ."""
-    counts = np.zeros(BINS)
-    for part in rows.split(256):
-        scores = product_nt(first[part.to(first.device)] * UNITS, second[columns.to(second.device)])
-        if labels is not None:
-            same = torch.from_numpy(labels[part.numpy(), None] == labels[None, columns.numpy()]).to(scores.device)
-            scores.masked_fill_(same, NO_SCORE)
-        counts += torch.bincount(scores.view(-1).to(torch.int16).add_(BINS // 2), minlength=BINS).cpu().numpy()
-    counts[0] = 0  # NO_SCORE
-    return counts
+    parts, right = rows.split(256), second[columns.to(second.device)]
+
+    def work(numbers: Iterable[int]) -> Array:
+        counts = np.zeros(BINS)
+        for number in numbers:
+            scores = product_nt(first[parts[number].to(first.device)] * UNITS, right)
+            if labels is not None:
+                same = torch.from_numpy(labels[parts[number].numpy(), None] == labels[None, columns.numpy()])
+                scores.masked_fill_(same.to(scores.device), NO_SCORE)
+            counts += torch.bincount(scores.view(-1).to(torch.int16).add_(BINS // 2), minlength=BINS).cpu().numpy()
+        return counts
+
+    total: Array = np.sum(run(first.device, len(parts), work), 0)
+    total[0] = 0  # NO_SCORE
+    return total
 
 
 def run(device: torch.device, count: int, work: Callable[[Iterable[int]], T]) -> list[T]:
     """``work`` on the tiles of each thread; on a GPU, on all."""
     return streams.run(torch.get_num_threads() if device.type == "cpu" else 1, count, work)
+
+
+def alone(device: torch.device, work: Callable[[], T]) -> T:
+    """``work()`` on one thread: those that share an operation spin for a while, where a pass wants the cores."""
+    return streams.alone(work) if device.type == "cpu" else work()

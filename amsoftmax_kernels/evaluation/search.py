@@ -175,7 +175,7 @@ def _guess(goal: Condition, total: Counts, sample: Sample) -> Interval:
     numbers = (sample.impostor_count, sample.genuine_count)
 
     def slack(share: float, number: int) -> float:
-        return 0.08 * share + 10 * math.sqrt(share / max(number, 1)) + 10 / max(number, 1)
+        return min(0.08 * share, 0.004) + 10 * math.sqrt(share / max(number, 1)) + 10 / max(number, 1)
 
     def holds(index: int, sign: int) -> bool:
         found = []
