@@ -71,7 +71,7 @@ def check(result: ev.Verification, scores: Scores, fars: tuple[float, ...] = FAR
     assert abs(result.auc - wins) <= result.auc_error + 1e-12
 
 
-@pytest.fixture(params=["all kept", "sampled", "too many to keep"])
+@pytest.fixture(params=["all kept", "sampled", "too many to keep", "as on a GPU"])
 def effort(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """How a search goes: everything at hand, an interval at hand by a sample's advice, or hardly any score kept."""
     if request.param != "all kept":
@@ -81,6 +81,8 @@ def effort(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "too many to keep":
         for module in (passes, distractors):
             monkeypatch.setattr(module, "KEPT", 20)
+    if request.param == "as on a GPU":  # PyTorch's operations in the place of NumPy's
+        monkeypatch.setattr(counting, "in_numpy", lambda scores: False)
     yield request.param
 
 
@@ -146,6 +148,48 @@ def test_same_bits_for_any_threads_and_order() -> None:
     finally:
         torch.set_num_threads(threads)
     assert found[0] == found[1] == found[2]
+
+
+def test_products_are_in_float32_whatever_training_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within, and as it was after, an error too."""
+    generator = torch.Generator().manual_seed(21)
+    features, labels = torch.randn(300, 64, generator=generator), torch.arange(300) // 3
+    expected = [
+        each.as_json() for each in (ev.verification(features, labels), ev.megaface(features, labels, features.flip(1)))
+    ]
+    seen: list[str] = []
+    product = passes.product_nt
+
+    def spy(left: Tensor, right: Tensor) -> Tensor:
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return product(left, right)
+
+    monkeypatch.setattr(passes, "product_nt", spy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # autocast is a thread's own: the work is in this one
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [ev.verification(features, labels), ev.megaface(features, labels, features.flip(1))]
+            with pytest.raises(ValueError, match="distractors must be finite"):
+                ev.megaface(features, labels, features * math.nan)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(threads)
+    assert [each.as_json() for each in found] == expected and set(seen) == {"ieee"}
+
+
+def test_progress_is_shown_where_it_takes_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter(range(0, 10_000, 2))
+    monkeypatch.setattr(passes.time, "monotonic", lambda: next(clock))
+    features, labels = planted(1600, 30, 22)
+    ev.verification(features, labels)
+    assert capsys.readouterr().err == ""
+    ev.verification(features, labels, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("verification: 100%, 0:00 left") and len(lines) > 2
 
 
 def test_features_are_left_as_they_are_and_read_only_arrays_are_taken() -> None:

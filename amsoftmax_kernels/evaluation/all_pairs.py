@@ -93,7 +93,8 @@ def verification(features: Any, labels: Any, far: Any = (1e-3, 1e-4), *, progres
     pairs = len(rows) * (len(rows) - 1) // 2
     total = Counts(pairs - genuine, genuine)
     scores = AllPairs(rows, people[order], progress)
-    points, ends, counted = search(fars, [crossing(total)] if min(total) else [], scores, total)
+    with inputs.exact_products(matrix.device):
+        points, ends, counted = search(fars, [crossing(total)] if min(total) else [], scores, total)
     result = rates(fars, points, total)
     if ends:
         result.eer = equal_error_rate(ends[0], total)

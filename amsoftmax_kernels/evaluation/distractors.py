@@ -97,10 +97,11 @@ def megaface(
     genuine = int((counts * (counts - 1) // 2).sum())
     total = Counts(len(rows) * (len(rows) - 1) // 2 - genuine + len(rows) * len(stream), genuine)
     scores = _Scores(rows, people, stream, [size for size in chosen if size <= len(stream)], progress)
-    points, _, counted = search(fars, [], scores, total)
+    with inputs.exact_products(matrix.device):
+        points, _, counted = search(fars, [], scores, total)
+        mates = _mates(rows, people)
     verified = rates(fars, points, total)
     result = MegaFace({}, verified.vr, verified.threshold, total.genuine, total.impostors, notes=verified.notes)
-    mates = _mates(rows, people)
     for size in chosen:
         if size > len(stream):
             result.notes.append(f"no rank-1 with {size:,} distractors: there are {len(stream):,}")

@@ -158,17 +158,17 @@ def probe_scores(gallery: Tensor, gallery_labels: Tensor, probes: Tensor, labels
     rows = max(_TILE // len(gallery), 1)
     mates, ranks, alarms = [], [], []
     of_gallery = gallery_labels.to(gallery.device)
-    for part, people in zip(probes.split(rows), labels.split(rows), strict=True):
-        if not len(part):
-            continue
-        cosine = product_nt(part, gallery)
-        own = people.to(gallery.device)[:, None] == of_gallery
-        mate = cosine.masked_fill(~own, -math.inf).amax(1)
-        ranks.append((1 + ((cosine >= mate[:, None]) & ~own).sum(1)).cpu())
-        mates.append(mate.cpu())
-    for part in impostors.split(rows):
-        if len(part):
-            alarms.append(product_nt(part, gallery).amax(1).cpu())
+    with inputs.exact_products(gallery.device):
+        for part, people in zip(probes.split(rows), labels.split(rows), strict=True):
+            if len(part):
+                cosine = product_nt(part, gallery)
+                own = people.to(gallery.device)[:, None] == of_gallery
+                mate = cosine.masked_fill(~own, -math.inf).amax(1)
+                ranks.append((1 + ((cosine >= mate[:, None]) & ~own).sum(1)).cpu())
+                mates.append(mate.cpu())
+        for part in impostors.split(rows):
+            if len(part):
+                alarms.append(product_nt(part, gallery).amax(1).cpu())
     empty = torch.empty(0)
     found = [torch.cat(each).numpy() if each else empty.numpy() for each in (mates, ranks, alarms)]
     return ProbeScores(*found)

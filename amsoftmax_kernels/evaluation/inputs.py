@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments import check_size, no_autocast
 from ..values import is_number, type_name
 
+_MATMUL = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NAMED = 5  # rows that an error lists
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 in float32, whatever training has chosen: TF32 or bfloat16 would move scores by 1e-3."""
+    before = [each.fp32_precision for each in _MATMUL]
+    for each in _MATMUL:
+        each.fp32_precision = "ieee"
+    try:
+        with no_autocast(device):
+            yield
+    finally:
+        for each, value in zip(_MATMUL, before, strict=True):
+            each.fp32_precision = value
 
 
 def tensor(name: str, value: Any) -> Tensor:
@@ -157,8 +174,6 @@ def sizes(name: str, value: Any) -> tuple[int, ...]:
         TypeError: these are no ints.
         ValueError: one is less than 1, or there is none.
     """
-    from ..arguments import check_size
-
     several = value if isinstance(value, Iterable) else (value,)
     found = tuple(check_size(name, each) for each in several)
     if not found:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends import streams
 from ..backends.products import product_nt
+from . import counting
 from .counting import BINS, KEPT, NO_SCORE, UNITS, Array, Budget, Interval, Tally
 from .search import Pass, Sample
 
@@ -104,7 +105,7 @@ class AllPairs:
         if first != second and self.labels[right][-1] < self.labels[first * size]:
             return None, scores
         same = self.labels[left, None] == self.labels[None, right]
-        if scores.device.type != "cpu":
+        if not counting.in_numpy(scores):
             mask = torch.from_numpy(same).to(scores.device)
             if first == second:
                 scores.masked_fill_(torch.ones_like(mask).triu_(), NO_SCORE)
