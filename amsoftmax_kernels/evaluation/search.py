@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -79,7 +79,6 @@ def find(
         RuntimeError: scores change from pass to pass.
     """
     points: dict[int, Point] = {}
-    dtype: np.dtype[np.floating] | None = None
     looks = {index: EVERYTHING if sample is None else _guess(goal, total, sample) for index, goal in enumerate(goals)}
     intervals = _merged(looks.values(), total, sample) if looks else []
     first = found = scan(intervals, True)
@@ -93,8 +92,7 @@ def find(
             elif point is not None:
                 looks[index] = point
             else:  # it is in none of the intervals
-                dtype = found.impostors.inside[0].dtype
-                looks[index] = _bin(goal, first, dtype)
+                looks[index] = _bin(goal, first, found.impostors.inside[0].dtype)
         if len(points) == len(goals):
             return [points[index] for index in range(len(goals))], first
         intervals = sorted({looks[index] for index in looks if index not in points})
@@ -151,7 +149,7 @@ def _cell(goal: Condition, impostors: Inside, genuine: Inside, above: Counts) ->
     return impostors.cell(_first(goal, impostors.count(), genuine.count(), above))
 
 
-def _bin(goal: Condition, counted: Pass, dtype: np.dtype[np.floating]) -> Interval:
+def _bin(goal: Condition, counted: Pass, dtype: np.dtype[Any]) -> Interval:
     assert counted.impostors.histogram is not None and counted.genuine.histogram is not None
     index = _first(goal, counted.impostors.histogram.numpy(), counted.genuine.histogram.numpy(), Counts(0, 0))
     return Interval(edge(index, dtype), edge(index + 1, dtype))

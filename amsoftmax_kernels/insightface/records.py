@@ -274,7 +274,7 @@ class RecordDataset(Dataset[tuple[Any, int]]):
             plain, vector = (heads[:, at : at + 4].copy().view("<f4")[:, 0] for at in (12, 32))
             labels[start : start + _LABELS] = np.where(flag > 0, vector, plain)
             # What these bytes do not tell is read in full: records split within them, and broken ones, for the error.
-            for odd in np.flatnonzero((magic != _MAGIC) | (size >> 29 > _START) | (size < 28) | (size >> 29 == _START)):
+            for odd in np.flatnonzero((magic != _MAGIC) | (size >> 29 != _WHOLE) | (size < 28)):
                 labels[start + odd] = self._record(start + int(odd) + self._first).labels[0]
         limit = _EXACT if self._classes is None else self._classes
         wrong = ~((labels >= 0) & (labels < limit) & (labels == np.floor(labels)))
