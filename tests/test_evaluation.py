@@ -116,7 +116,7 @@ def test_a_sample_that_misleads_costs_a_pass_and_no_error(monkeypatch: pytest.Mo
     wrong = np.zeros(counting.BINS)
     wrong[100] = 1.0
     monkeypatch.setattr(all_pairs, "ALL_KEPT", 0)
-    monkeypatch.setattr(passes.AllPairs, "sample", lambda self: Sample(wrong, wrong, 10**9, 10**9))
+    monkeypatch.setattr(passes.AllPairs, "sample", lambda self: Sample(wrong, wrong, 10**9, 10**9, 10**9))
     check(ev.verification(features, labels, FARS), enumerated(features, labels))
 
 

@@ -193,4 +193,4 @@ class _Scores:
         chosen = torch.arange(0, len(self.rows), max(len(self.rows) // 2048, 1))
         counts: Array = sampled(self.rows, chosen, distractors, torch.arange(len(distractors)))
         total = counts.sum()
-        return Sample(counts / max(total, 1), own.genuine, int(total), own.genuine_count)
+        return Sample(counts / max(total, 1), own.genuine, int(total), own.genuine_count, min(len(chosen), len(distractors)))

@@ -19,7 +19,7 @@ from .counting import BINS, KEPT, NO_SCORE, UNITS, Array, Budget, Interval, Tall
 from .search import Pass, Sample
 
 T = TypeVar("T")
-_SAMPLED = 2048  # rows of each side of a sample, and pairs of each distance
+_SAMPLED = (2048, 8192)  # rows of each side of a sample, at least and at most
 _APART = 8  # places that genuine pairs of a sample are apart, at most
 
 
@@ -120,7 +120,8 @@ class AllPairs:
     def sample(self) -> Sample:
         """Impostor pairs of some rows with some others, and genuine pairs of rows a few places apart."""
         count = len(self.rows)
-        chosen = [torch.arange(start, count, max(count // _SAMPLED, 1)) for start in (0, count // _SAMPLED // 2)]
+        step = max(count // min(max(count // 16, _SAMPLED[0]), _SAMPLED[1]), 1)  # under a hundredth of the pairs
+        chosen = [torch.arange(start, count, step) for start in (0, step // 2)]
         impostors = sampled(self.rows, chosen[0], self.rows, chosen[1], self.labels)
         apart = range(1, min(_APART + 1, count))
         found = [
@@ -128,12 +129,13 @@ class AllPairs:
         ]
         genuine = sum((each[0] for each in found), np.zeros(BINS))
         number = sum(each[1] for each in found)
-        return Sample(impostors / max(impostors.sum(), 1), genuine / max(genuine.sum(), 1), int(impostors.sum()), number)
+        counts = int(impostors.sum()), number
+        return Sample(impostors / max(counts[0], 1), genuine / max(genuine.sum(), 1), *counts, len(chosen[0]))
 
     def _apart(self, places: int) -> tuple[Array, int]:
         """Genuine pairs so many places apart: the histogram of some, weighted by all that a person has, and their number."""
         first = np.flatnonzero(self.labels[places:] == self.labels[:-places])
-        first = first[:: len(first) // _SAMPLED + 1]
+        first = first[:: len(first) // _SAMPLED[1] + 1]
         sizes = np.bincount(self.labels)[self.labels[first]]
         index = torch.from_numpy(first).to(self.rows.device)
         scores = (self.rows[index] * self.rows[index + places]).sum(1) * UNITS

@@ -44,12 +44,13 @@ class Pass(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Histograms of some scores, each as shares of its population, and how many scores each stands on."""
+    """Histograms of some scores, each as shares of its population, how many scores each stands on, and of how many rows."""
 
     impostors: Array
     genuine: Array
     impostor_count: int
     genuine_count: int
+    rows: int
 
 
 def rank(k: int) -> Condition:
@@ -167,13 +168,13 @@ def _first(goal: Condition, impostors: Array, genuine: Array, above: Counts) -> 
 
 
 def _guess(goal: Condition, total: Counts, sample: Sample) -> Interval:
-    """Where the sample says the point is. The slack is for rows that are in many of the sample's pairs."""
+    """Where the sample says the point is, with some slack: a row is in many pairs, so that they stand for fewer."""
     kind = np.dtype(np.float32)
     shares = [np.cumsum(each[::-1])[::-1] for each in (sample.impostors, sample.genuine)]
     numbers = (sample.impostor_count, sample.genuine_count)
 
     def slack(share: float, number: int) -> float:
-        return min(0.08 * share, 0.004) + 10 * math.sqrt(share / max(number, 1)) + 10 / max(number, 1)
+        return min(4 * share, 0.2) / math.sqrt(sample.rows) + 6 * math.sqrt(share / max(number, 1)) + 10 / max(number, 1)
 
     def holds(index: int, sign: int) -> bool:
         found = []
