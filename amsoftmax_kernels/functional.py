@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from .backends.budget import BOUNDED_SCALE
 from .backends.margin import predictions
 from .margins import AdditiveMargin, Margin, as_margin, reduce_rows, target_psi
 from .values import is_number, plain, type_name, whole
+
+if TYPE_CHECKING:
+    from .backends.update import Update
 
 DEFAULT_SAVE_BYTES = 1 << 30
 
@@ -127,6 +131,18 @@ def am_softmax_loss(
         >>> am_softmax_loss(features, weight, labels, reduction="none", return_predictions=True)[1]
         tensor([0, 1, 2])
     """
+    return loss_of(
+        features, weight, labels, None, scale, margin, normalize_features, reduction, ignore_index, interclass_filter,
+        return_predictions, backend, save_bytes,
+    )  # fmt: skip
+
+
+def loss_of(
+    features: Tensor, weight: Tensor, labels: Tensor, updater: Updater | None,
+    scale: float | Tensor, margin: float | Tensor | Margin, normalize_features: bool, reduction: str, ignore_index: int,
+    interclass_filter: float | None, return_predictions: bool, backend: str | None, save_bytes: int | None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`am_softmax_loss`, whose backward pass updates ``weight`` by ``updater`` if there is one."""
     scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
     interclass_filter, save_bytes = plain(interclass_filter), whole(save_bytes)
     check_flag("return_predictions", return_predictions)
@@ -140,6 +156,8 @@ def am_softmax_loss(
     traits = traits_of(features, weight, scale, normalize_features, filtered, return_predictions)
     backend = backends.choose(backend, traits)
     if backend == "reference":
+        if updater is not None:
+            raise ValueError("backend 'reference' makes a gradient of all centres at once, and cannot update them instead")
         labels, num_rows = canonical_labels(labels, weight.shape[0], ignore_index)
         rows, predictions = reference.loss_rows(
             features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter
@@ -149,19 +167,25 @@ def am_softmax_loss(
 
     if _transformed():
         raise RuntimeError(f"torch.func's transforms take backend='reference', but backend is {backend!r}")
+    kept = _kept_bytes(save_bytes, features, weight, scale)
+    anchor = None
+    if updater is not None and torch.is_grad_enabled() and weight.requires_grad:
+        # The centres' gradient does not go through autograd: a loss must still need one, and the backward pass learns from
+        # the anchor whether it is one that would have made it.
+        weight, anchor = weight.detach(), torch.zeros((), device=weight.device, requires_grad=True)
     options = Options(
         backend, dtype, normalize_features, ignore_index,
         math.inf if interclass_filter is None else float(interclass_filter),
-        _kept_bytes(save_bytes, features, weight, scale), return_predictions, torch.is_grad_enabled(),
+        kept, return_predictions, torch.is_grad_enabled(), None if anchor is None else updater,
     )  # fmt: skip
     constant = margin.margin if type(margin) is AdditiveMargin else margin
     if isinstance(constant, (int, float)):
         result: Tensor | tuple[Tensor, Tensor]
-        result = AMSoftmaxFunction.apply(features, weight, labels, scale, float(constant), reduction, options)  # type: ignore[no-untyped-call]
+        result = AMSoftmaxFunction.apply(features, weight, labels, scale, float(constant), reduction, options, anchor)  # type: ignore[no-untyped-call]
         return result
     labels, num_rows = canonical_labels(labels, weight.shape[0], ignore_index)
     scale = beside(scale, features.device)
-    log_z, cosine, norm, best, best_class = NegativesFunction.apply(features, weight, labels, scale, options)  # type: ignore[no-untyped-call]
+    log_z, cosine, norm, best, best_class = NegativesFunction.apply(features, weight, labels, scale, options, anchor)  # type: ignore[no-untyped-call]
     rows = loss_rows(log_z, cosine, norm, labels, weight.shape[0], scale if normalize_features else norm, as_margin(margin))
     loss = reduce_rows(rows, num_rows, reduction)
     if not return_predictions:
@@ -189,6 +213,7 @@ class Options(NamedTuple):
     save_bytes: int
     predict: bool
     grad: bool  # whether autograd records the call
+    updater: Updater | None = None  # updates the centres in the backward pass
 
     def problem(self, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None, fixed: float) -> Problem:
         return Problem(
@@ -203,6 +228,30 @@ def _needs(ctx: Any) -> Needs:
     """Whose gradients autograd will ask for. A user may have left out the scale."""
     needed = ctx.needs_input_grad
     return Needs(needed[0], needed[1], len(needed) > 3 and needed[3])
+
+
+class Updater(Protocol):
+    """What updates the centres in the backward pass: an optimizer of :mod:`amsoftmax_kernels.optim`."""
+
+    def updating(self) -> AbstractContextManager[Update]:
+        """For the one backward pass of a step; raises, before anything is changed, where it must not be."""
+
+
+def backward_of(
+    ctx: Any, problem: Problem, saved: Forward, upstream: Upstream, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A backend's backward pass, which updates the centres if there is an updater and it is their turn."""
+    backend, updater = backends.load(ctx.options.backend), ctx.updater
+    if updater is None or not is_asked_for(ctx):
+        return backend.backward(problem, saved, upstream, needs)
+    with updater.updating() as update:
+        return backend.backward(problem, saved, upstream, needs._replace(weight=True), update)
+
+
+def is_asked_for(ctx: Any) -> bool:
+    """Whether this backward pass goes to a function's last tensor, an anchor: not in ``autograd.grad`` of other inputs."""
+    asked: bool = torch._C._will_engine_execute_node(ctx.next_functions[-1][0])
+    return asked
 
 
 def traits_of(
@@ -263,6 +312,8 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
     def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # as nearly always
             return backward(ctx, *grads)
+        if getattr(ctx, "updater", None) is not None:
+            raise RuntimeError(f"create_graph=True does not go with {type(ctx.updater).__name__}, which updates the centres")
         with torch.no_grad():
             results = backward(ctx, *grads)
         if torch.compiler.is_compiling():
@@ -307,6 +358,7 @@ class AMSoftmaxFunction(torch.autograd.Function):
         margin: float = 0.35,
         reduction: str = "mean",
         options: Options | None = None,  # None where a user calls it: nothing has been checked yet
+        anchor: Tensor | None = None,  # 0-d; needs a gradient where the centres are updated in place of having one
     ) -> Tensor | tuple[Tensor, Tensor]:
         if options is None:
             scale, margin = plain(scale), plain(margin)
@@ -318,7 +370,8 @@ class AMSoftmaxFunction(torch.autograd.Function):
         out = backend.forward(problem, options.request(_needs(ctx)))
         rows, derivatives = backend.additive_margin(problem, out, float(margin))
         ctx.save_for_backward(*problem[:4], num_rows, derivatives, *out)
-        ctx.options, ctx.mean, ctx.fixed_scale, ctx.scale_device = options, reduction == "mean", problem.fixed_scale, device
+        ctx.options, ctx.updater, ctx.mean = options, options.updater, reduction == "mean"
+        ctx.fixed_scale, ctx.scale_device = problem.fixed_scale, device
         ctx.set_materialize_grads(False)
         loss = reduce_rows(rows, num_rows, reduction)
         if not options.predict:
@@ -331,19 +384,20 @@ class AMSoftmaxFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 7
-        *inputs, num_rows, derivatives = ctx.saved_tensors[:6]
-        problem, saved = ctx.options.problem(*inputs, ctx.fixed_scale), Forward(*ctx.saved_tensors[6:])
+            return (None,) * 8
+        tensors = ctx.saved_tensors  # once: torch.utils.checkpoint hands them out no second time
+        *inputs, num_rows, derivatives = tensors[:6]
+        problem, saved = ctx.options.problem(*inputs, ctx.fixed_scale), Forward(*tensors[6:])
         row_factor, by_cosine, by_scale = (derivatives * (grad / num_rows if ctx.mean else grad)).unbind()
         normalize = problem.normalize_features
         needs = _needs(ctx)
         upstream = Upstream(row_factor, by_cosine, None if normalize else by_scale)
-        grad_features, grad_weight, grad_scale = backends.load(ctx.options.backend).backward(problem, saved, upstream, needs)
+        grad_features, grad_weight, grad_scale = backward_of(ctx, problem, saved, upstream, needs)
         if needs.scale and normalize:  # beside what flows through z
             grad_scale = grad_scale + by_scale.sum().to(grad_scale)
         grads = (grad_features, grad_weight, grad_scale.to(ctx.scale_device))
         x, w, s = (each if need else None for each, need in zip(grads, needs, strict=True))
-        return x, w, None, s, None, None, None
+        return x, w, None, s, None, None, None, None
 
 
 def _checked(
@@ -362,8 +416,8 @@ def _checked(
 class NegativesFunction(torch.autograd.Function):
     """The B×C work as one differentiable function, on which any margin on the target can be built.
 
-    ``apply(features, weight, labels, scale, options)`` takes checked arguments and canonical labels. It returns vectors
-    ``[B]``, of which the first three can be differentiated once:
+    ``apply(features, weight, labels, scale, options, anchor)`` takes checked arguments and canonical labels. It returns
+    vectors ``[B]``, of which the first three can be differentiated once:
 
     - log z, the log-sum-exp of the negatives' logits, log Σ_{j≠y} exp(s·cos_j) (s = ‖x‖ without normalize_features);
     - t, the target's cosine, exact (never through the low-precision product);
@@ -375,12 +429,13 @@ class NegativesFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor, options: Options
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor, options: Options,
+        anchor: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         problem = options.problem(features, weight, labels, *backends.scale_fields(scale))
         out = backends.load(options.backend).forward(problem, options.request(_needs(ctx)))
         ctx.save_for_backward(*problem[:4], *out)
-        ctx.options, ctx.fixed_scale = options, problem.fixed_scale
+        ctx.options, ctx.updater, ctx.fixed_scale = options, options.updater, problem.fixed_scale
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(out.best, out.best_class)
         return torch.add(out.z.log(), out.shift, alpha=math.log(2)), out.cosine, out.norm, out.best, out.best_class
@@ -390,13 +445,13 @@ class NegativesFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_z: Tensor | None, grad_cosine: Tensor | None, grad_norm: Tensor | None, *unused: None
     ) -> tuple[Tensor | None, ...]:
-        problem = ctx.options.problem(*ctx.saved_tensors[:4], ctx.fixed_scale)
-        saved = Forward(*ctx.saved_tensors[4:])
+        tensors = ctx.saved_tensors
+        problem, saved = ctx.options.problem(*tensors[:4], ctx.fixed_scale), Forward(*tensors[4:])
         zero = torch.zeros_like(saved.z)
         # z = 0 where there is no negative (one class) or all vanish beside the target: nothing flows to them.
         row_factor = zero if grad_log_z is None else (grad_log_z / saved.z).masked_fill_(saved.z == 0, 0)
         upstream = Upstream(row_factor, zero if grad_cosine is None else grad_cosine, grad_norm)
         needs = _needs(ctx)
-        grads = backends.load(ctx.options.backend).backward(problem, saved, upstream, needs)
+        grads = backward_of(ctx, problem, saved, upstream, needs)
         x, w, s = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return x, w, None, s, None
+        return x, w, None, s, None, None

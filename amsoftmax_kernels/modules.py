@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+import weakref
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, reference
 from .arguments import FLOATS, check_features, check_margin, check_options, check_scale, check_size
-from .functional import am_softmax_loss
+from .functional import Updater, am_softmax_loss, loss_of
 from .margins import Margin
 from .values import is_number, plain, type_name, whole
+
+
+class Link:
+    """A head's way to the optimizer that updates its centres in the backward pass; a copy of the head has none."""
+
+    def __init__(self, optimizer: Updater) -> None:
+        self._optimizer = weakref.ref(optimizer)
+
+    def found(self) -> Updater | None:
+        """The optimizer, while there is one."""
+        return self._optimizer()
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+
+def _nothing() -> None: ...
 
 
 class AMSoftmaxLoss(nn.Module):
@@ -52,6 +73,8 @@ class AMSoftmaxLoss(nn.Module):
         >>> head.cosine(features).shape
         torch.Size([16, 100])
     """
+
+    _centres_optimizer: Link | None = None  # set by an optimizer of amsoftmax_kernels.optim that updates the centres
 
     def __init__(
         self,
@@ -141,6 +164,9 @@ class AMSoftmaxLoss(nn.Module):
 
         Shapes and dtypes of both are those of :func:`am_softmax_loss`.
         """
+        if self._centres_optimizer is not None and (updater := self._centres_optimizer.found()) is not None:
+            updated: Tensor | tuple[Tensor, Tensor] = self._updated(features, labels, return_predictions, updater)
+            return updated
         result: Tensor | tuple[Tensor, Tensor] = am_softmax_loss(  # type: ignore[call-overload, misc]
             features,
             self.weight,
@@ -156,6 +182,16 @@ class AMSoftmaxLoss(nn.Module):
             save_bytes=self.save_bytes,
         )
         return result
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _updated(
+        self, features: Tensor, labels: Tensor, return_predictions: bool, updater: Updater
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """:meth:`forward`, whose backward pass updates the centres: what changes them is no part of a compiled graph."""
+        return loss_of(
+            features, self.weight, labels, updater, self.scale, self.margin, self.normalize_features, self.reduction,
+            self.ignore_index, self.interclass_filter, return_predictions, self.backend, self.save_bytes,
+        )  # fmt: skip
 
     def cosine(self, features: Tensor) -> Tensor:
         """Cosines ``[B, C]`` of ``features [B, D]`` to every centre, float32 (float64 for float64), differentiable.

@@ -1,205 +1,317 @@
-"""Optimizers for sampled classes: a row that was not drawn is not moved, neither by momentum nor by weight decay.
+"""Optimizers that update the class centres in the backward pass, some classes at a time: no gradient ``[C, D]`` ever exists.
 
-A parameter whose gradient came row by row (``ShardedAMSoftmaxLoss(..., sample_rate=0.1, rowwise_gradient=True)``) is
-updated in those rows alone, and :meth:`zero_grad` clears them alone. Any other parameter is updated as by PyTorch's
-optimizer of the name.
+Beside the centres of 512 numbers that gradient is the memory of as many more, and to write and read it is a third of what a
+step moves. With sampled negatives only the rows that were drawn are read, updated or decayed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import FLOATS
+from .backends.update import SGD, AdamW, Update
+from .modules import AMSoftmaxLoss, Link
 from .sharded.mixed import mixed_parameters as mixed_parameters
-from .sharded.shards import local_part
-
-_ROWS = "amsoftmax_kernels_rows"  # on a parameter: its gradient, and the rows of it that were written
-_HOOKED = "amsoftmax_kernels_hooked"
-UPDATE_ELEMENTS = 1 << 24  # of the drawn rows that are updated at once: memory of this size goes back to the system
+from .sharded.shards import is_initialized, local_part, world_size
+from .values import is_int, type_name
 
 
-def _forget(parameter: Tensor) -> None:
-    setattr(parameter, _ROWS, (None, []))
+class _Fused(torch.optim.Optimizer):
+    """What both optimizers share: the head, the order of backward passes and steps, and the state's dtype."""
 
+    _step_supports_amp_scaling = True  # a GradScaler's step calls step(), with its factor as grad_scale
 
-@torch.no_grad()
-def accumulate_rows(parameter: Tensor, rows: Tensor, grad: Tensor) -> None:
-    """Add ``grad [n, D]`` to the distinct ``rows [n]`` of this rank's part of ``parameter.grad``, and remember which."""
-    if not hasattr(parameter, _HOOKED):
-        # A gradient that autograd adds makes it an ordinary one.
-        parameter.register_post_accumulate_grad_hook(_forget)
-        setattr(parameter, _HOOKED, True)
-    gradient = parameter.grad
-    if gradient is None:
-        _forget(parameter)  # before there is another of its size
-        parameter.grad = gradient = torch.zeros_like(parameter)
-        setattr(parameter, _ROWS, (gradient, []))
-    local = local_part(gradient)
-    local.index_add_(0, rows, grad.to(local.dtype))  # in any order: the rows are distinct
-    record: Any = getattr(parameter, _ROWS, (None, []))
-    if record[0] is gradient:
-        record[1].append(rows)
+    def _attach(self, head: Any, state_dtype: Any, stochastic_rounding: Any, seed: Any, scaler: Any) -> None:
+        dtype = head.weight.dtype
+        if state_dtype is not None and state_dtype not in FLOATS:
+            raise TypeError(f"state_dtype must be None, float64, float32, float16 or bfloat16, but it is {state_dtype}")
+        if stochastic_rounding not in (None, True, False):
+            raise TypeError(f"stochastic_rounding must be None or a bool, but it is {type_name(stochastic_rounding)}")
+        if stochastic_rounding and torch.bfloat16 not in (dtype, state_dtype):
+            raise ValueError(f"stochastic_rounding must be None or False for {dtype}: it rounds to bfloat16")
+        if not is_int(seed) or not 0 <= seed < 1 << 62:
+            raise ValueError(f"seed must be an int in [0, 2^62), but it is {seed!r}")
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler must be None or a torch.amp.GradScaler, but it is {type_name(scaler)}")
+        self._head, self._scaler, self._seed = head, scaler, int(seed)
+        self._state_dtype = dtype if state_dtype is None else state_dtype
+        self._stochastic = dtype == torch.bfloat16 if stochastic_rounding is None else stochastic_rounding
+        self._pending, self._torn = False, False  # a backward pass has been made since step(); one broke off
+        self._skipped: list[Tensor | int] = []
+        head._centres_optimizer = Link(self)
 
+    @property
+    def _weight(self) -> Tensor:
+        weight: Tensor = self.param_groups[0]["params"][0]
+        return weight
 
-def written_rows(parameter: Tensor) -> Tensor | None:
-    """The distinct rows of this rank's part that its gradient was written in; None where it is an ordinary one."""
-    whole, written = getattr(parameter, _ROWS, (None, []))
-    if whole is None or whole is not parameter.grad:
-        return None
-    if len(written) > 1:
-        written[:] = [torch.cat(written).unique()]
-    return written[0] if written else torch.empty(0, dtype=torch.int64, device=local_part(parameter).device)
+    @property
+    def skipped(self) -> int:
+        """Updates of single classes that were left out so far, as their gradient was not finite. Waits for a GPU."""
+        self._skipped = [sum(int(each) for each in self._skipped)]
+        return int(self._skipped[0])
 
+    @contextmanager
+    def updating(self) -> Iterator[Update]:
+        """The step of one backward pass. It raises, before anything is changed, where there must be none."""
+        self._check_ready()
+        group, names = self.param_groups[0], self._names()
+        state = self.state[self._weight] if names or self._counts() else {}
+        first = any(state.get(name) is None for name in names)
+        for name in names if first else ():
+            state[name] = torch.zeros_like(self._weight, dtype=self._state_dtype)
+        step = 0
+        if self._counts():
+            step = int(state.get("step", 0)) + 1
+            state["step"] = torch.tensor(float(step))
+        update = Update(
+            self._rule(_numbers(group), first, step), local_part(self._weight).detach(),
+            tuple(local_part(state[name]) for name in names), seed=self._seed if self._stochastic else None, step=step,
+            loss_scale=1.0 if self._scaler is None else self._scaler.get_scale(), skipped=self._skipped,
+        )  # fmt: skip
+        self._torn = True
+        yield update
+        self._torn, self._pending = False, True
 
-class _Rowwise(torch.optim.Optimizer):
-    _state_names: tuple[str, ...] = ()
+    def _check_ready(self) -> None:
+        name, weight = type(self).__name__, self._weight
+        if self._torn:
+            raise RuntimeError(
+                f"a backward pass was broken off while {name} updated the centres: some of them have had their step, others "
+                "have not. Load centres and optimizer from a checkpoint"
+            )
+        if self._pending:
+            raise RuntimeError(
+                f"a second backward pass before {name}.step(): the first one has updated the centres. Call step() after "
+                "each backward pass, and the head once in each; to accumulate gradients take an optimizer of torch.optim"
+            )
+        if weight.grad is not None:
+            raise RuntimeError(
+                f"the head's weight has a gradient from elsewhere, which {name} cannot add to its own: take an optimizer of "
+                "torch.optim where the weight has other uses in the loss, or clear it by zero_grad()"
+            )
+        states = [value for value in self.state.get(weight, {}).values() if isinstance(value, Tensor) and value.dim() > 0]
+        if not all(local_part(each).is_contiguous() for each in (weight, *states)):
+            raise RuntimeError(f"{name} takes contiguous centres and state: make a contiguous Parameter, then the optimizer")
+        if self._head.weight is not weight:
+            raise RuntimeError(f"the head's weight is another Parameter than {name} was made for: make it after the change")
+        if len(self.param_groups) > 1:
+            raise RuntimeError(f"{name} updates the head's weight alone: give other parameters to an optimizer of their own")
+        if is_initialized() and world_size() > 1 and type(self._head) is AMSoftmaxLoss:
+            raise RuntimeError(
+                f"{name} would update this rank's centres by this rank's rows alone: take ShardedAMSoftmaxLoss, with a mesh "
+                "of (ranks, 1) for the whole head on each rank"
+            )
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{name} cannot be captured in a CUDA graph, whose learning rate would stay the same")
+        group = self.param_groups[0]
+        for flag in ("maximize", "amsgrad"):
+            if group.get(flag):
+                raise ValueError(f"{name} does not do {flag}, which the loaded state has switched on")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. Cannot be captured in a CUDA graph, whose rows would stay the same."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{type(self).__name__}.step cannot be captured in a CUDA graph")
-        loss = None
+        """End the step that the backward pass has made; it must follow each. A gradient from elsewhere is applied here.
+
+        Raises:
+            RuntimeError: the weight has a gradient beside the update that was made, or a GradScaler was used that this
+                optimizer was not given: the centres have then had a step that they should not have.
+            ValueError: a ``closure``, which would update the centres each time it is called.
+        """
+        name = type(self).__name__
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state.update({name: torch.zeros_like(parameter) for name in self._names(group)})
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                state["step"] += 1
-                tensors = [local_part(each) for each in (parameter, parameter.grad, *(state[n] for n in self._names(group)))]
-                rows = written_rows(parameter)
-                if rows is None:
-                    self._update(group, int(state["step"]), *tensors)
-                    continue
-                for some in rows.split(max(UPDATE_ELEMENTS // max(tensors[0].shape[-1], 1), 1)):
-                    taken = [each.index_select(0, some) for each in tensors]
-                    self._update(group, int(state["step"]), *taken)
-                    for whole, part in zip([tensors[0], *tensors[2:]], [taken[0], *taken[2:]], strict=True):
-                        whole.index_copy_(0, some, part)
-        return loss
+            raise ValueError(f"closure must be None: {name} updates the centres in each backward pass")
+        scaled = hasattr(self, "found_inf")  # as a GradScaler hands it over
+        if scaled and self._scaler is None and self._pending:
+            self._torn = True
+            raise RuntimeError(
+                f"a GradScaler's factor was in the gradient by which {name} updated the centres: give it the scaler, "
+                f"{name}(head, ..., scaler=scaler), and load the centres anew"
+            )
+        if self._weight.grad is not None:
+            if self._pending:
+                self._torn = True
+                raise RuntimeError(
+                    f"the head's weight has a gradient from elsewhere beside the update that {name} made: take an optimizer "
+                    "of torch.optim where the weight has other uses in the loss, and load the centres anew"
+                )
+            super().step()
+            self._to_state_dtype(self.state_dict()["state"])
+        self._pending = False
+        return None
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; of one written row by row those rows, keeping its memory for the next step."""
-        kept = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                rows = written_rows(parameter)
-                if rows is not None:
-                    local_part(parameter.grad).index_fill_(0, rows, 0)
-                    getattr(parameter, _ROWS)[1].clear()
-                    kept.append((parameter, parameter.grad))
-        super().zero_grad(set_to_none)
-        for parameter, grad in kept:
-            parameter.grad = grad
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this optimizer's state or that of ``torch.optim``'s of the name; of any dtype into ``state_dtype``."""
+        loaded = copy.copy(state_dict)
+        super().load_state_dict(loaded)
+        self._to_state_dtype(loaded["state"])
+        self._pending = self._torn = False
 
-    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self._state_names
+    def _to_state_dtype(self, states: dict[Any, dict[str, Any]]) -> None:
+        """PyTorch takes the parameter's dtype for its state's: take the values from where they came."""
+        state = self.state.get(self._weight, {})
+        for name in self._names():
+            if isinstance(state.get(name), Tensor) and state[name].dtype != self._state_dtype:
+                source = next(iter(states.values()))[name]
+                state[name] = source.to(state[name].device, self._state_dtype, copy=True)
 
-    def _update(self, group: dict[str, Any], step: int, value: Tensor, grad: Tensor, *state: Tensor) -> None:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} belongs to its head and cannot be copied or pickled: save its state_dict()")
+
+    def _names(self) -> tuple[str, ...]:
+        """Of the tensors of state that the step needs."""
+        raise NotImplementedError
+
+    def _counts(self) -> bool:
+        """Whether the step's number is part of the state."""
+        raise NotImplementedError
+
+    def _rule(self, group: dict[str, Any], first: bool, step: int) -> SGD | AdamW:
         raise NotImplementedError
 
 
-class RowwiseSGD(_Rowwise):
-    """SGD with momentum and weight decay, as ``torch.optim.SGD``, that leaves rows alone that were not drawn.
+class FusedSGD(_Fused, torch.optim.SGD):
+    """``torch.optim.SGD`` for a head's centres, in the backward pass.
+
+    ``backward()`` updates the centres and their momentum, as ``torch.optim.SGD`` would from their whole gradient;
+    ``weight.grad`` stays None. The features' gradient is that of the centres before. ``step()`` ends the step. Learning rate
+    and the like are read in the backward pass. A class whose gradient is not finite is left as it is and counted in
+    ``skipped``: a batch with one row that is NaN makes every class such a one, so that the whole step is skipped.
 
     Args:
-        params: as any optimizer's.
+        head: :class:`AMSoftmaxLoss` or :class:`ShardedAMSoftmaxLoss`; its ``weight`` alone is updated, a scale or margin
+            that is learned needs an optimizer of its own.
         lr: learning rate.
-        momentum: of the velocity v ← momentum·v + g, with g the gradient plus ``weight_decay`` times the value.
-        weight_decay: 0 for none.
+        momentum, dampening, weight_decay, nesterov: as ``torch.optim.SGD``'s.
+        state_dtype: of the momentum; None takes the centres'.
+        stochastic_rounding: of bfloat16 centres and momentum: what is less than half a bit is then not lost. None: for
+            bfloat16 centres.
+        seed: of that rounding's random bits, which do not depend on the number of ranks or threads.
+        scaler: the ``torch.amp.GradScaler`` that scales the loss, if one does; ``scaler.step(optimizer)`` follows as usual.
+
+    Attributes:
+        skipped: how many updates of single classes were left out; reading it waits for a GPU.
+
+    The state_dict has ``torch.optim.SGD``'s keys and shapes and either loads the other's, and ``step`` beside them where
+    stochastic rounding counts on it. Norms over all gradients (``clip_grad_norm_``) do not contain the centres': there is
+    none to scale. Made again for the same head, the last one counts. The head's forward pass is not traced by torch.compile.
 
     Raises:
-        ValueError: a negative argument.
+        TypeError, ValueError: a wrong argument, or one that ``torch.optim.SGD`` refuses.
+        RuntimeError: in ``backward()``, with nothing changed: before ``step()`` has ended the last step (so gradients cannot
+            be accumulated), with ``create_graph=True``, where ``weight.grad`` is not None, for :class:`AMSoftmaxLoss` in a
+            process group of several ranks, in a CUDA graph's capture; in every call, after a backward pass was broken off.
 
     Example:
         >>> import torch
-        >>> from amsoftmax_kernels import ShardedAMSoftmaxLoss
-        >>> from amsoftmax_kernels.optim import RowwiseSGD
-        >>> head = ShardedAMSoftmaxLoss(8, 100, sample_rate=0.25, rowwise_gradient=True, seed=0)
-        >>> optimizer = RowwiseSGD(head.parameters(), lr=0.1, momentum=0.9)
+        >>> from amsoftmax_kernels import AMSoftmaxLoss
+        >>> from amsoftmax_kernels.optim import FusedSGD
+        >>> head = AMSoftmaxLoss(embedding_dim=8, num_classes=100)
+        >>> optimizer = FusedSGD(head, lr=0.1, momentum=0.9, weight_decay=5e-4)
         >>> before = head.weight.detach().clone()
-        >>> head(torch.randn(4, 8, requires_grad=True), torch.tensor([1, 2, 3, 4])).backward()
+        >>> head(torch.randn(16, 8, requires_grad=True), torch.randint(100, (16,))).backward()
         >>> optimizer.step()
-        >>> bool((head.weight != before).any(1).sum() <= 25)  # none but those that were drawn
-        True
-        >>> optimizer.zero_grad()
+        >>> bool((head.weight != before).any(1).all()), head.weight.grad
+        (True, None)
     """
-
-    def __init__(self, params: Iterable[Any], lr: float = 0.1, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        _check(lr=lr, momentum=momentum, weight_decay=weight_decay)
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] else ()
-
-    def _update(self, group: dict[str, Any], step: int, value: Tensor, grad: Tensor, *state: Tensor) -> None:
-        if group["weight_decay"]:
-            grad = grad.add(value, alpha=group["weight_decay"])
-        for velocity in state:
-            grad = velocity.mul_(group["momentum"]).add_(grad)
-        value.add_(grad, alpha=-group["lr"])
-
-
-class RowwiseAdamW(_Rowwise):
-    """AdamW (Loshchilov and Hutter 2019), as ``torch.optim.AdamW``, that leaves rows alone that were not drawn.
-
-    The bias of the moments is corrected by the number of steps, not of a row's draws, as in ``torch.optim.SparseAdam``.
-
-    Args:
-        params: as any optimizer's.
-        lr: learning rate.
-        betas: decay rates of the first and second moment.
-        eps: added to the root of the second moment.
-        weight_decay: times ``lr`` and the value, taken off it.
-
-    Raises:
-        ValueError: a negative argument, or a decay rate of 1 or more.
-
-    Example:
-        >>> import torch
-        >>> from amsoftmax_kernels import ShardedAMSoftmaxLoss
-        >>> from amsoftmax_kernels.optim import RowwiseAdamW
-        >>> head = ShardedAMSoftmaxLoss(8, 100, sample_rate=0.25, rowwise_gradient=True, seed=0)
-        >>> optimizer = RowwiseAdamW(head.parameters(), lr=0.01)
-        >>> head(torch.randn(4, 8, requires_grad=True), torch.tensor([1, 2, 3, 4])).backward()
-        >>> optimizer.step()
-        >>> optimizer.zero_grad()
-    """
-
-    _state_names = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
-        params: Iterable[Any],
+        head: AMSoftmaxLoss,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        weight = _weight_of(head)
+        super().__init__([weight], lr, momentum, dampening, weight_decay, nesterov)
+        self._attach(head, state_dtype, stochastic_rounding, seed, scaler)
+
+    def _names(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if self.param_groups[0]["momentum"] else ()
+
+    def _counts(self) -> bool:
+        return bool(self._stochastic)
+
+    def _rule(self, group: dict[str, Any], first: bool, step: int) -> SGD:
+        return SGD(group["lr"], group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], first)
+
+
+class FusedAdamW(_Fused, torch.optim.AdamW):
+    """``torch.optim.AdamW`` for a head's centres, in the backward pass: :class:`FusedSGD` says how and when.
+
+    Args:
+        head, state_dtype, stochastic_rounding, seed, scaler: as :class:`FusedSGD`'s.
+        lr, betas, eps, weight_decay: as ``torch.optim.AdamW``'s.
+
+    With sampled negatives the bias of the moments is corrected by the number of steps, not of a class's draws, as in
+    ``torch.optim.SparseAdam``. A second moment in bfloat16 (``state_dtype``) wants stochastic rounding, without which it
+    stands still from the first some hundred steps on.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :class:`FusedSGD`.
+
+    Example:
+        >>> import torch
+        >>> from amsoftmax_kernels import ShardedAMSoftmaxLoss
+        >>> from amsoftmax_kernels.optim import FusedAdamW
+        >>> head = ShardedAMSoftmaxLoss(embedding_dim=8, num_classes=100, sample_rate=0.25, seed=0)
+        >>> optimizer = FusedAdamW(head, lr=0.01)
+        >>> before = head.weight.detach().clone()
+        >>> head(torch.randn(4, 8, requires_grad=True), torch.tensor([1, 2, 3, 4])).backward()
+        >>> optimizer.step()
+        >>> int((head.weight != before).any(1).sum())  # of the classes that were drawn
+        25
+    """
+
+    def __init__(
+        self,
+        head: AMSoftmaxLoss,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        *,
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        _check(lr=lr, eps=eps, weight_decay=weight_decay, **{f"betas[{i}]": beta for i, beta in enumerate(betas)})
-        if max(betas) >= 1:
-            raise ValueError(f"betas must be less than 1, but they are {betas}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        weight = _weight_of(head)
+        super().__init__([weight], lr, betas, eps, weight_decay)
+        self._attach(head, state_dtype, stochastic_rounding, seed, scaler)
 
-    def _update(self, group: dict[str, Any], step: int, value: Tensor, grad: Tensor, *state: Tensor) -> None:
-        (first, second), (mean, square) = group["betas"], state
-        value.mul_(1 - group["lr"] * group["weight_decay"])
-        mean.lerp_(grad, 1 - first)
-        square.mul_(second).addcmul_(grad, grad, value=1 - second)
-        root = (square / (1 - second**step)).sqrt_().add_(group["eps"])
-        value.addcdiv_(mean, root, value=-group["lr"] / (1 - first**step))
+    def _names(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def _counts(self) -> bool:
+        return True
+
+    def _rule(self, group: dict[str, Any], first: bool, step: int) -> AdamW:
+        first_beta, second_beta = group["betas"]
+        return AdamW(group["lr"], first_beta, second_beta, group["eps"], group["weight_decay"], step)
 
 
-def _check(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be at least 0, but it is {value}")
+def _weight_of(head: Any) -> Tensor:
+    if not isinstance(head, AMSoftmaxLoss):
+        raise TypeError(f"head must be an AMSoftmaxLoss or a ShardedAMSoftmaxLoss, but it is {type_name(head)}")
+    return head.weight
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's options with tensors read; a scheduler may keep its learning rate in one."""
+    return {
+        name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for name, value in group.items()
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -10,6 +11,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,12 +19,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from amsoftmax_kernels import am_softmax_loss, backends
+from amsoftmax_kernels import backends, functional
 from amsoftmax_kernels.backends import chunking, fused
 from amsoftmax_kernels.backends.cuda import build
 from amsoftmax_kernels.backends.cuda import library as cuda_library
 from bench.kernels import command as kernels
-from bench.kernels import estimate, library
+from bench.kernels import estimate, launches, library
 from bench.kernels.launches import Launch, no_product, of_a_step, recording, variants
 
 INSTRUCTIONS = {
@@ -107,6 +109,7 @@ CHOICES: dict[str, list[Any]] = {
     "return_predictions": [False, True],
     "save_bytes": [1 << 40, 0],
     "gradients": ["features and weight", "features", "weight", ""],
+    "updated": [None, *launches._UPDATES],
     "chunks": [1, 2],
 }
 
@@ -114,6 +117,7 @@ CHOICES: dict[str, list[Any]] = {
 def launches_of_a_call(dtype: torch.dtype, choice: dict[str, Any]) -> set[Launch]:
     """Those of the public function and its backward pass, which CPU tensors take for a GPU's."""
     choice = dict(choice)
+    updated = choice.pop("updated")
     gradients, classes = choice.pop("gradients"), 64 if choice.pop("chunks") == 1 else 300
     features = torch.zeros(16, 512, dtype=choice.pop("features") or dtype, requires_grad="features" in gradients)
     weight = torch.zeros(classes, 512, dtype=choice.pop("weight") or dtype, requires_grad="weight" in gradients)
@@ -123,19 +127,22 @@ def launches_of_a_call(dtype: torch.dtype, choice: dict[str, Any]) -> set[Launch
     if isinstance(margin, str):
         margin = torch.full((classes,), 0.35)
     with (
-        recording((9, 0), 132) as launches,
+        recording((9, 0), 132) as made,
         mock.patch.object(backends, "choose", lambda *_: "triton"),
         mock.patch.object(chunking, "CHUNK_ELEMENTS", 1),  # 256 classes a chunk
         mock.patch.object(fused, "_product", no_product),
         torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
     ):
-        result = am_softmax_loss(
-            features, weight, torch.zeros(16, dtype=torch.int64), scale=scale, margin=margin, **choice
+        head = SimpleNamespace(updating=lambda: contextlib.nullcontext(updated.of(weight.detach())))
+        result = functional.loss_of(
+            features, weight, torch.zeros(16, dtype=torch.int64), None if updated is None else head, scale, margin,
+            choice["normalize_features"], choice["reduction"], -100, choice["interclass_filter"],
+            choice["return_predictions"], None, choice["save_bytes"],
         )  # fmt: skip
         loss = result[0] if isinstance(result, tuple) else result
         if loss.requires_grad:
             loss.backward(torch.ones(17)[1:].expand(16) if loss.dim() else torch.ones(2)[1])
-    return set(launches)
+    return set(made)
 
 
 def test_every_kernel_that_can_be_launched_is_compiled() -> None:
@@ -172,6 +179,7 @@ def test_a_quick_run_has_every_kernel_flag_and_dtype() -> None:
         ("finish_rows", "WEIGHT", False),
         ("factor_rows", "x_hat", "*fp16"),
         ("cosine_exp", "terms", "*fp16"),
+        *(("update_centres", name, "*fp16") for name in ("centres", "weight", "first_state", "second_state")),
     }
     assert values(every) - values(quick) <= left_out, values(every) - values(quick)
 

@@ -173,7 +173,7 @@ def test_a_rank_that_hangs_ends_the_run_within_the_timeout(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("options", [
-    ("--optimizer", "adamw", "--sample-rate", "0.3", "--rowwise-gradient", "--sampling-correction"),
+    ("--optimizer", "fused-adamw", "--sample-rate", "0.3", "--sampling-correction"),
     ("--momentum", "0", "--autocast", "fp16", "--margin", "0.2"),
 ])  # fmt: skip
 def test_other_options_go_on_the_same_too(options: tuple[str, ...], tmp_path: Path, one_thread: None) -> None:
@@ -245,7 +245,6 @@ def load(out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("arguments, message", [
     (("--steps", "0"), "--steps must be at least 1"),
-    (("--rowwise-gradient",), "--sample-rate below 1"),
     (("--data", "nowhere", "--classes", "5"), "--classes is for synthetic data"),
     (("--lr", "-1"), "--lr must be positive"),
 ])  # fmt: skip

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -140,3 +141,14 @@ def test_bad_dtype_and_features() -> None:
         head(torch.randn(5, 10), torch.zeros(5, dtype=torch.int64))
     with pytest.raises(TypeError, match="features"):
         head.cosine(torch.ones(5, 8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("margin", [0.35, torch.linspace(0.1, 0.5, 12)], ids=["constant", "per class"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_call(margin: Any, reentrant: bool) -> None:
+    """Under torch.utils.checkpoint, which hands out saved tensors once."""
+    torch.manual_seed(0)
+    head, x, labels = ak.AMSoftmaxLoss(8, 12, margin=margin), torch.randn(5, 8, requires_grad=True), torch.arange(5)
+    expected = torch.autograd.grad(head(x, labels), [x, head.weight])
+    torch.utils.checkpoint.checkpoint(head, x, labels, use_reentrant=reentrant).backward()
+    assert torch.equal(x.grad, expected[0]) and torch.equal(head.weight.grad, expected[1])

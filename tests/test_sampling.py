@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels.optim import RowwiseAdamW, RowwiseSGD, accumulate_rows, written_rows
+from amsoftmax_kernels.optim import FusedAdamW, FusedSGD
 from amsoftmax_kernels.sharded.sampling import draw_classes, draw_size
 from amsoftmax_kernels.sharded.shards import local_part, whole
 
@@ -192,42 +192,25 @@ def test_bias_and_variance_of_the_sampled_gradient(record_property: Any) -> None
     assert 0.01 < spread[0] < 1
 
 
-def optimizer_pair(kind: str, parameter: torch.nn.Parameter) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    other = torch.nn.Parameter(parameter.detach().clone())
-    if kind == "sgd":
-        options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
-        return RowwiseSGD([parameter], **options), torch.optim.SGD([other], **options)
-    options = {"lr": 0.01, "weight_decay": 0.1}
-    return RowwiseAdamW([parameter], **options), torch.optim.AdamW([other], **options)
-
-
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_ordinary_parameters_are_updated_as_by_pytorch(kind: str) -> None:
-    ours, theirs = optimizer_pair(kind, torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64)))
-    a, b = ours.param_groups[0]["params"][0], theirs.param_groups[0]["params"][0]
-    for _ in range(5):
-        a.grad = torch.randn_like(a)
-        b.grad = a.grad.clone()
-        ours.step(), theirs.step()
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_rows_not_drawn_do_not_move(kind: str) -> None:
-    head = make_head(rowwise_gradient=True)
-    optimizer = optimizer_pair(kind, head.weight)[0]
+@pytest.mark.parametrize("make", [FusedSGD, FusedAdamW])
+def test_rows_not_drawn_do_not_move(make: Any) -> None:
+    head, twin = make_head(), make_head()  # which draws the same
+    optimizer = make(head, lr=0.1, weight_decay=1e-2, **({"momentum": 0.9} if make is FusedSGD else {}))
     x, labels = problem()
     for step in range(4):
         before = head.weight.detach().clone()
+        states = [each.clone() for each in optimizer.state[head.weight].values() if each.dim()]
+        twin.zero_grad()
+        twin(x, labels).backward()
+        rows = drawn_rows(twin)
         head(x, labels).backward()
-        grad = head.weight.grad
-        rows = written_rows(head.weight)
-        assert rows is not None and len(rows) == 40
         optimizer.step()
         moved = (head.weight.detach() != before).any(1).nonzero()[:, 0]
-        assert torch.equal(moved, rows.sort().values), step
-        optimizer.zero_grad()
-        assert head.weight.grad is grad and not grad.any()  # its memory is kept
+        assert len(rows) == 40 and torch.equal(moved, rows), step
+        others = torch.ones(200, dtype=torch.bool).index_fill_(0, rows, False)
+        after = [each for each in optimizer.state[head.weight].values() if each.dim()]
+        assert not step or all(torch.equal(a[others], b[others]) for a, b in zip(states, after, strict=True))
+        assert head.weight.grad is None
     # PyTorch's own, with momentum and weight decay, moves all.
     dense = make_head()
     theirs = torch.optim.SGD(dense.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
@@ -237,64 +220,24 @@ def test_rows_not_drawn_do_not_move(kind: str) -> None:
     assert (dense.weight.detach() != before).any(1).all()
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_rows_are_updated_part_by_part(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_drawn_row_takes_the_step_of_its_gradient() -> None:
+    """That of ``torch.optim.SGD`` on the drawn rows alone, and a row of a loss that takes all classes like any other."""
     x, labels = problem()
-    heads = []
-    for elements in (1 << 24, 7 * D):
-        monkeypatch.setattr(ak.optim, "UPDATE_ELEMENTS", elements)
-        heads.append(head := make_head(rowwise_gradient=True))
-        optimizer = optimizer_pair(kind, head.weight)[0]
-        for _ in range(3):
-            head(x, labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    assert torch.equal(heads[0].weight, heads[1].weight)
-
-
-def test_rowwise_and_dense_gradients_are_the_same() -> None:
-    x, labels = problem()
-    rowwise, dense = make_head(rowwise_gradient=True), make_head()
-    for _ in range(3):  # accumulated over draws
-        rowwise(x, labels).backward()
-        dense(x, labels).backward()
-    torch.testing.assert_close(rowwise.weight.grad, dense.weight.grad, rtol=1e-12, atol=0)
-    rows = written_rows(rowwise.weight)
-    assert rows is not None and torch.equal(rows.sort().values, drawn_rows(rowwise))
-
-
-def test_an_ordinary_gradient_beside_the_drawn_rows() -> None:
-    """Another loss on the same centres, evaluation, or a step that takes all classes: every row counts."""
-    x, labels = problem()
-    for order in (0, 1):
-        head, dense = make_head(rowwise_gradient=True), make_head()
-        for each in (head, dense):
-            parts = [lambda each=each: each(x, labels), lambda each=each: 0.01 * each.weight.square().sum()]
-            parts[order]().backward()
-            parts[1 - order]().backward()
-        torch.testing.assert_close(head.weight.grad, dense.weight.grad, rtol=1e-12, atol=0)
-        assert written_rows(head.weight) is None
-    head = make_head(rowwise_gradient=True)
-    optimizer = RowwiseSGD(head.parameters(), lr=0.1, momentum=0.9)
+    head, dense = make_head(), make_head()
+    optimizer = FusedSGD(head, lr=0.1, momentum=0.9, weight_decay=1e-2)
+    velocity = torch.zeros_like(dense.weight)
     for step in range(5):
-        head.train(step != 2)  # all classes, by autograd
-        before = head.weight.detach().clone()
+        head.train(step != 2)
+        dense.train(step != 2)
+        dense.zero_grad()
+        dense(x, labels).backward()
+        rows = drawn_rows(dense) if step != 2 else torch.arange(200)
         head(x, labels).backward()
         optimizer.step()
-        optimizer.zero_grad()
-        moved = (head.weight.detach() != before).any(1).sum().item()
-        assert moved == (200 if step == 2 else 40), step
-        assert head.weight.grad is None or not head.weight.grad.any()
-
-
-def test_a_gradient_that_is_not_asked_for_is_not_written() -> None:
-    head = make_head(rowwise_gradient=True)
-    x, labels = problem()
-    leaf = x.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(head(leaf, labels), leaf)
-    assert grad.any() and head.weight.grad is None
-    head(leaf, labels).backward(inputs=[leaf])
-    assert head.weight.grad is None
+        with torch.no_grad():
+            velocity[rows] = 0.9 * velocity[rows] + dense.weight.grad[rows] + 1e-2 * dense.weight[rows]
+            dense.weight[rows] -= 0.1 * velocity[rows]
+        torch.testing.assert_close(head.weight, dense.weight, rtol=1e-12, atol=1e-15)
 
 
 def test_two_checkpointed_calls_in_one_backward_pass_are_an_error() -> None:
@@ -316,14 +259,13 @@ def test_made_on_meta_it_still_has_its_seed() -> None:
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("rowwise", [False, True])
-def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch, corrected: bool, rowwise: bool) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch, corrected: bool, fused: bool) -> None:
     """On "meta" tensors, which have no values: reading one, as would make the host wait for a GPU, raises."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # it does not know the device
-    head = ak.ShardedAMSoftmaxLoss(
-        D, 5000, sample_rate=0.1, sampling_correction=corrected, rowwise_gradient=rowwise, backend="chunked", device="meta"
-    )
-    optimizer = RowwiseSGD(head.parameters(), lr=0.1, momentum=0.9)
+    head = ak.ShardedAMSoftmaxLoss(D, 5000, sample_rate=0.1, sampling_correction=corrected, backend="chunked", device="meta")
+    make = FusedSGD if fused else lambda head, **options: torch.optim.SGD(head.parameters(), **options)
+    optimizer = make(head, lr=0.1, momentum=0.9)
     for _ in range(2):
         x, labels = torch.empty(12, D, device="meta", requires_grad=True), torch.empty(12, device="meta", dtype=torch.int64)
         loss, predictions = head(x, labels, return_predictions=True)
@@ -331,7 +273,7 @@ def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch, corrected: bool, 
         loss.backward()
         optimizer.step()
         assert x.grad is not None and predictions.shape == (12,)
-        assert (written_rows(head.weight) is not None) == rowwise
+        assert (head.weight.grad is None) == fused
 
 
 def test_a_correction_weighs_no_class_beyond_the_rate() -> None:
@@ -341,48 +283,24 @@ def test_a_correction_weighs_no_class_beyond_the_rate() -> None:
         assert 1 < draw.weight <= 1 / rate
 
 
-def test_rows_drawn_in_one_step_twice_are_updated_once() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(6, 2))
-    optimizer = RowwiseSGD([parameter], lr=1.0, momentum=0.5)
-    accumulate_rows(parameter, torch.tensor([1, 4]), torch.ones(2, 2))
-    accumulate_rows(parameter, torch.tensor([4, 2]), torch.ones(2, 2))
-    optimizer.step()
-    assert parameter[:, 0].tolist() == [0, -1, -1, 0, -2, 0]
-    # A gradient that is not ours: all rows.
-    optimizer.zero_grad()
-    parameter.grad = torch.zeros(6, 2)
-    optimizer.step()
-    assert parameter[:, 0].tolist() == [0, -1.5, -1.5, 0, -3, 0]
-
-
-@pytest.mark.parametrize("make", [RowwiseSGD, RowwiseAdamW])
-def test_wrong_optimizer_arguments(make: Any) -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="lr must be"):
-        make([parameter], lr=-1.0)
-    with pytest.raises(ValueError, match="weight_decay must be"):
-        make([parameter], weight_decay=-1.0)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("corrected", [False, True])
 def test_a_gpu_draws_and_learns_the_same(corrected: bool) -> None:
     results = []
     for where in ("cpu", "cuda"):
         head = ak.ShardedAMSoftmaxLoss(
-            D, 200, 8.0, sample_rate=0.2, seed=5, sampling_correction=corrected, rowwise_gradient=True, backend="chunked"
+            D, 200, 8.0, sample_rate=0.2, seed=5, sampling_correction=corrected, backend="chunked"
         ).to(where)
         with torch.no_grad():
             head.weight.copy_(torch.randn(200, D, generator=torch.Generator().manual_seed(3)))
         x, labels = (each.to(where) for each in problem())
-        optimizer = RowwiseSGD(head.parameters(), lr=0.1, momentum=0.9)
+        optimizer = FusedSGD(head, lr=0.1, momentum=0.9)
         for _ in range(3):
+            before = head.weight.detach().clone()
             loss = head(x.float(), labels)
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        rows = written_rows(head.weight)
-        assert rows is not None
+        rows = (head.weight.detach() != before).any(1)
         results.append((rows.cpu(), loss.detach().cpu(), head.weight.detach().cpu()))
     (rows, loss, weight), (gpu_rows, gpu_loss, gpu_weight) = results
     assert torch.equal(rows, gpu_rows)
@@ -395,17 +313,21 @@ def sampled_step(replicas: int, corrected: bool) -> tuple[Tensor, ...]:
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = None if replicas == 1 else init_device_mesh(device().type, (replicas, dist.get_world_size() // replicas))
-    head = make_head(mesh=mesh, rowwise_gradient=True, sampling_correction=corrected)
+    head, updated = (make_head(mesh=mesh, sampling_correction=corrected) for _ in range(2))
     x, labels = problem(B=4 * dist.get_world_size())
     mine = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
     leaf = x[mine].clone().requires_grad_()
     loss = head(leaf, labels[mine])
     loss.backward()
-    assert written_rows(head.weight) is not None
-    optimizer = RowwiseSGD(head.parameters(), lr=1.0, momentum=0.9, weight_decay=0.01)
+    optimizer = FusedSGD(updated, lr=1.0, momentum=0.9, weight_decay=0.01)
+    updated(x[mine].clone().requires_grad_(), labels[mine]).backward()
     optimizer.step()
     grad = whole(head.weight.grad)
-    return loss.detach(), leaf.grad, grad.clone(), whole(head.weight).detach(), whole_weights(head, labels)
+    expected = whole(head.weight).detach() * 0.99 - grad  # of the rows that were drawn
+    weight = whole(updated.weight).detach()
+    drawn = (grad != 0).any(1)
+    torch.testing.assert_close(weight[drawn], expected[drawn], rtol=1e-12, atol=1e-14)
+    return loss.detach(), leaf.grad, grad.clone(), weight, whole_weights(head, labels)
 
 
 def whole_weights(head: ak.ShardedAMSoftmaxLoss, labels: Tensor) -> Tensor:
@@ -426,12 +348,12 @@ def whole_weights(head: ak.ShardedAMSoftmaxLoss, labels: Tensor) -> Tensor:
 
 
 def drawn_without_targets() -> Tensor:
-    head = make_head(rowwise_gradient=True)
+    head = make_head()
+    optimizer, before = FusedSGD(head, lr=0.1, weight_decay=1.0), local_part(head.weight).detach().clone()
     x, labels = problem(B=1)
-    head(x.requires_grad_(), torch.full_like(labels, -100)).backward()
-    rows = written_rows(head.weight)
-    assert rows is not None
-    return rows
+    head(x.requires_grad_(), torch.full_like(labels, -100)).backward()  # whose gradient is zero: decay moves the rows
+    optimizer.step()
+    return (local_part(head.weight).detach() != before).any(1).nonzero()[:, 0]
 
 
 def test_shards_draw_apart(ranks: Ranks) -> None:

@@ -22,27 +22,28 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import amsoftmax_kernels as ak
 from amsoftmax_kernels.insightface import load_centres, save_centres
-from amsoftmax_kernels.optim import RowwiseAdamW, RowwiseSGD
+from amsoftmax_kernels.optim import FusedAdamW, FusedSGD
 from amsoftmax_kernels.sharded.shards import whole
 
 from .ranks import Ranks, device
 
 C, D = 21, 6
 OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
-    "rowwise sgd": lambda p: RowwiseSGD(p, lr=0.1, momentum=0.9),
-    "rowwise adamw": lambda p: RowwiseAdamW(p, lr=0.01),
+    "sgd": lambda head: torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9),
+    "adamw": lambda head: torch.optim.AdamW(head.parameters(), lr=0.01),
+    "fused sgd": lambda head: FusedSGD(head, lr=0.1, momentum=0.9),
+    "fused adamw": lambda head: FusedAdamW(head, lr=0.01),
+    "fused sgd, sampled": lambda head: FusedSGD(head, lr=0.1, momentum=0.9),
 }
 
 
 def make(kind: str, seed: int) -> tuple[ak.ShardedAMSoftmaxLoss, torch.optim.Optimizer]:
-    sampled = {"sample_rate": 0.5, "rowwise_gradient": True} if "rowwise" in kind else {}
+    sampled = {"sample_rate": 0.5} if "sampled" in kind else {}
     head = ak.ShardedAMSoftmaxLoss(
         D, C, torch.nn.Parameter(torch.tensor(20.0)), torch.rand(C, generator=torch.Generator().manual_seed(seed)),
         seed=seed, device=device(), **sampled,
     )  # fmt: skip
-    return head, OPTIMIZERS[kind](head.parameters())
+    return head, OPTIMIZERS[kind](head)
 
 
 def step(head: ak.ShardedAMSoftmaxLoss, optimizer: torch.optim.Optimizer, number: int) -> Tensor:
@@ -137,7 +138,15 @@ def load(kind: str, folder: str) -> tuple[dict[str, Tensor], Tensor]:
 
 @pytest.mark.parametrize(
     "saved, loaded, kind",
-    [(8, 3, "sgd"), (3, 8, "adamw"), (3, 1, "sgd"), (1, 4, "adamw"), (2, 2, "rowwise sgd"), (3, 2, "rowwise adamw")],
+    [
+        (8, 3, "sgd"),
+        (3, 8, "adamw"),
+        (3, 1, "sgd"),
+        (1, 4, "adamw"),
+        (3, 2, "fused sgd"),
+        (1, 3, "fused adamw"),
+        (2, 2, "fused sgd, sampled"),
+    ],
 )
 def test_saved_on_some_ranks_and_loaded_on_others(ranks: Ranks, tmp_path: Path, saved: int, loaded: int, kind: str) -> None:
     before, next_loss = ranks.run(saved, save, kind, str(tmp_path))[0]
@@ -148,7 +157,7 @@ def test_saved_on_some_ranks_and_loaded_on_others(ranks: Ranks, tmp_path: Path, 
         # Draws depend on the number of ranks; all else does not.
         if saved == loaded:
             assert torch.equal(loss, next_loss)
-        elif "rowwise" not in kind:
+        elif "sampled" not in kind:
             torch.testing.assert_close(loss, next_loss)
 
 

@@ -449,7 +449,6 @@ def test_without_a_process_group_it_is_the_plain_head() -> None:
         ({"seed": -1}, ValueError, "seed must lie"),
         ({"seed": 1.0}, TypeError, "seed must be"),
         ({"equal_batches": 1}, TypeError, "equal_batches must be"),
-        ({"rowwise_gradient": None}, TypeError, "rowwise_gradient must be"),
         ({"margin": "m"}, TypeError, "margin must be"),
     ],
 )

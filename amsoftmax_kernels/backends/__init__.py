@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from .chunking import kind
+
+if TYPE_CHECKING:
+    from .update import Update
 
 # Kernels before plain PyTorch, and Triton's, which need no nvcc, before those in C++. "reference" is always there.
 NAMES: tuple[str, ...] = ("triton", "cuda", "chunked", "reference")
@@ -112,8 +115,14 @@ class Backend(Protocol):
 
     def forward(self, problem: Problem, request: Request) -> Forward: ...
 
-    def backward(self, problem: Problem, saved: Forward, upstream: Upstream, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of features, weight and scale (through z), each of size 0 where it is not needed."""
+    def backward(
+        self, problem: Problem, saved: Forward, upstream: Upstream, needs: Needs, update: Update | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of features, weight and scale (through z), each of size 0 where it is not needed.
+
+        With an ``update`` the weight's is of size 0 too: where it is needed, the centres are updated in its place. The
+        others are those of the centres before.
+        """
 
     def additive_margin(self, problem: Problem, saved: Forward, margin: float) -> tuple[Tensor, Tensor]:
         """:func:`amsoftmax_kernels.backends.margin.additive_margin`, or one kernel that does the same."""

@@ -42,6 +42,7 @@ from .shard import (
     times,
 )
 from .targets import TargetPair
+from .update import Update
 
 
 def unavailable_reason() -> str | None:
@@ -57,7 +58,11 @@ def forward(problem: Problem, request: Request) -> Forward:
     return Forward(*op(*problem, request.save_bytes, request.predict))
 
 
-def backward(problem: Problem, saved: Forward, upstream: Upstream, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    problem: Problem, saved: Forward, upstream: Upstream, needs: Needs, update: Update | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if update is not None:
+        return _backward(*problem, *saved[1:7], *upstream, *needs, update=update)
     op: Any = torch.ops.amsoftmax_kernels.chunked_backward if is_traced(problem.features) else _backward
     grads: tuple[Tensor, Tensor, Tensor] = op(*problem, *saved[1:7], *upstream, *needs)
     return grads
@@ -136,7 +141,7 @@ def _forward_chunk(shard: Shard, index: int, pieces: Pieces, sums: RowSums, kept
             kept_shift[index] = sums.shift
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+def _backward(*arguments: Any, update: Update | None = None) -> tuple[Tensor, Tensor, Tensor]:
     problem, saved, grads, needs = Problem(*arguments[:8]), arguments[8:14], arguments[14:17], Needs(*arguments[17:])
     features, weight, normalize_features = problem.features, problem.weight, problem.normalize_features
     scale = features if problem.scale is None else problem.scale
@@ -147,19 +152,26 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     (B, D), C = features.shape, weight.shape[0]
     with no_autocast(features.device):
         if one_chunk.serves(problem, chunk_size(B, D, C, features.device)) and one_chunk.regular(norm, inverse_norm):
-            results = one_chunk.backward(problem, known, upstream, needs.scale)
-            return tuple(
-                grad.to(tensor.dtype) if need else tensor.new_empty(0)
-                for grad, tensor, need in zip(results, (features, weight, scale), needs, strict=True)
+            of_features, of_weight, of_scale = one_chunk.backward(problem, known, upstream, needs.scale)
+            if update is not None and needs.weight:
+                update.apply_(0, update.unscaled(of_weight))
+                needs = needs._replace(weight=False)
+            return (
+                of_features.to(features.dtype) if needs.features else features.new_empty(0),
+                of_weight.to(weight.dtype) if needs.weight else weight.new_empty(0),
+                of_scale.to(scale.dtype) if needs.scale else scale.new_empty(0),
             )
-        count = stream_count(B, D, C, features.device)
+        count = 1 if update is not None and update.blocks is not None else stream_count(B, D, C, features.device)
         pair, shard = prepared(problem, count)
-        grad_weight = advise_huge_pages(weight.new_empty(weight.shape if needs.weight else 0))
+        dense = needs.weight and update is None
+        grad_weight = advise_huge_pages(weight.new_empty(weight.shape if dense else 0))
         if len(features) == 0:
             grad_weight.zero_()
+            if update is not None and needs.weight:
+                update.without_gradient_(C, shard.dtype)
         centres = None
         if needs.weight:
-            centres = alone(count, lambda: _CentresGradient.of(shard, pair, upstream, grad_weight))
+            centres = alone(count, lambda: _CentresGradient.of(shard, pair, upstream, grad_weight, update))
         need_rows = needs.features or (needs.scale and normalize_features)
 
         usual = inverse_norm.device.type != "cpu" or alone(count, lambda: are_usual(inverse_norm))
@@ -189,30 +201,37 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 class _CentresGradient:
     """What the gradient of the centres is made of, beside E."""
 
-    grad: tuple[Tensor, ...]  # [chunk, D], to be written
+    grad: tuple[Tensor, ...]  # [chunk, D], to be written; none where the centres themselves are updated
+    update: Update | None
     x_factored: Tensor  # [D, B] a∘x̂, times the logits' scale, in E's dtype
     target_rows: Tensor  # [B, D] the targets' part, row by row
 
     @classmethod
-    def of(cls, shard: Shard, pair: TargetPair, upstream: Upstream, grad: Tensor) -> _CentresGradient:
-        x_factored = times(shard.x, upstream.row_factor * shard.scale, 1.0).to(shard.panel_dtype)
-        target_rows = pair.grad_weight(upstream.cosine).to(shard.dtype)
-        return cls(grad.split(shard.chunk), x_factored.T.contiguous(), target_rows)
+    def of(cls, shard: Shard, pair: TargetPair, upstream: Upstream, grad: Tensor, update: Update | None) -> _CentresGradient:
+        row_factor, by_cosine = upstream.row_factor, upstream.cosine
+        if update is not None:
+            row_factor, by_cosine = update.unscaled(row_factor), update.unscaled(by_cosine)
+        x_factored = times(shard.x, row_factor * shard.scale, 1.0).to(shard.panel_dtype)
+        target_rows = pair.grad_weight(by_cosine).to(shard.dtype)
+        chunks = grad.split(shard.chunk) if update is None else ()
+        return cls(chunks, update, x_factored.T.contiguous(), target_rows)
 
     def write(self, shard: Shard, index: int, terms: Tensor, w: Tensor, inverse: Tensor, power: Tensor | None) -> None:
-        """The gradient of a chunk's centres, which are ``w`` over ``power``: dŵ, its part across w."""
+        """The gradient of a chunk's centres, which are ``w`` over ``power``: dŵ, its part across w. Or their update."""
         grad = product_nt(terms, self.x_factored)  # dŵ, over ‖w‖ but for half precision
         if shard.half:
             grad *= inverse
-        target = self.grad[index]
-        in_place = target.dtype == shard.dtype
-        out = target if in_place else shard.temporary("gradient", *grad.shape)
+        target = self.grad[index] if self.update is None else None
+        in_place = target is not None and target.dtype == shard.dtype
+        out = target if target is not None and in_place else shard.temporary("gradient", *grad.shape)
         along = torch.mul(grad, w, out=out).sum(1, keepdim=True).mul_(inverse).mul_(inverse)
         torch.addcmul(grad, w, along, value=-1, out=out)
         if power is not None:
             out *= power
         shard.targets.add_(out, index, self.target_rows)
-        if not in_place:
+        if self.update is not None:
+            self.update.apply_(index * shard.chunk, out)
+        elif target is not None and not in_place:
             target.copy_(out)
 
 

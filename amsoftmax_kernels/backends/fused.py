@@ -17,6 +17,7 @@ one shift a row and stays a plain matrix.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,8 +28,9 @@ from ..operators import GRADS_SCHEMA, PROBLEM_SCHEMA, gradients_fake, is_traced,
 from . import Forward, Needs, Problem, Request, Upstream, chunking, host_scale
 from .budget import BOUNDED_SCALE
 from .chunking import padded, panel_dtype
-from .kernels import Cosines, Factored, Grads, Kernels, Rows
+from .kernels import Cosines, Factored, Grads, Kernels, Rows, TargetParts
 from .parts import Maxima, Sums
+from .update import Update
 
 
 class Fused:
@@ -59,7 +61,11 @@ class Fused:
     def forward(self, problem: Problem, request: Request) -> Forward:
         return Forward(*self._call("forward", problem)(*problem, *request))
 
-    def backward(self, problem: Problem, saved: Forward, upstream: Upstream, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, problem: Problem, saved: Forward, upstream: Upstream, needs: Needs, update: Update | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if update is not None:
+            return self._backward(*problem, *saved[1:6], saved.rows, *upstream, *needs, update=update)
         grads: tuple[Tensor, Tensor, Tensor] = self._call("backward", problem)(
             *problem, *saved[1:6], saved.rows, *upstream, *needs
         )
@@ -127,7 +133,7 @@ class Fused:
             self.kernels.cosine_exp(problem, span.start, rows._replace(shift=None), centres.of(span), out)
         self.kernels.reduce_shift(*maxima.parts, rows.factor, rows.shift)
 
-    def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def _backward(self, *arguments: Any, update: Update | None = None) -> tuple[Tensor, Tensor, Tensor]:
         problem, vectors = Problem(*arguments[:8]), arguments[8:14]
         row_factor, grad_cosine, grad_norm = arguments[14:17]
         grad_norm = None if grad_norm is None else grad_norm.contiguous()
@@ -136,9 +142,11 @@ class Fused:
         shift, cosine, norm, inverse_norm, kept, unit_rows = vectors
         with on_device(features.device):
             grad_features = features.new_empty(features.shape if needs.features else 0)
-            grad_weight = weight.new_empty(weight.shape if needs.weight else 0)
+            grad_weight = weight.new_empty(weight.shape if needs.weight and update is None else 0)
             grad_scale = (features if problem.scale is None else problem.scale).new_zeros(() if needs.scale else 0)
             if features.shape[0] == 0:
+                if update is not None and needs.weight:
+                    update.without_gradient_(weight.shape[0], torch.float32)
                 return grad_features, grad_weight.zero_(), grad_scale
             s = scale_of(problem)
             unused = norm  # the backward pass does not read the others
@@ -146,26 +154,34 @@ class Fused:
             # Σ_j E·cos_j, the gradient of s through z, is x̂·(Eŵ): it takes the rows too.
             of_scale = needs.scale and normalize
             need_rows = needs.features or of_scale
-            unit_rows = self._chunks(
-                problem, saved, s, upstream.row_factor, need_rows, grad_weight if needs.weight else None
-            )  # fmt: skip
-            parts = features.new_empty(features.shape[0], dtype=torch.float64) if of_scale else None
-            grads = Grads(grad_features if needs.features else None, grad_weight if needs.weight else None, parts)
+            finish: Callable[[range, Tensor, Tensor], None] | None = None  # a chunk's centres, from E and a∘x̂
+            own = problem  # whose centres the targets are: those of before the update
+            if needs.weight and update is not None:
+                own, slots = _own_centres(problem)
+                parts = self._target_parts(own, slots, saved, s, upstream)
+                finish = functools.partial(self._update_centres, problem, inverse_norm, parts, update)
+            elif needs.weight:
+                finish = functools.partial(self._grad_centres, problem, inverse_norm, grad_weight)
+            unit_rows = self._chunks(problem, saved, s, upstream.row_factor, need_rows, finish)
+            of_s = features.new_empty(features.shape[0], dtype=torch.float64) if of_scale else None
+            dense = grad_weight if needs.weight and update is None else None
+            grads = Grads(grad_features if needs.features else None, dense, of_s)
             saved = Forward(unused, shift, cosine, norm, inverse_norm, kept, unused, unit_rows, unused, unused)
-            self.kernels.finish_rows(problem, saved, s, upstream, grads)
-            if parts is not None:
-                grad_scale = parts.sum().to(grad_scale.device, grad_scale.dtype)
+            if any(each is not None for each in grads):
+                self.kernels.finish_rows(own, saved, s, upstream, grads)
+            if of_s is not None:
+                grad_scale = of_s.sum().to(grad_scale.device, grad_scale.dtype)
             return grad_features, grad_weight, grad_scale
 
     def _chunks(
         self, problem: Problem, saved: Forward, s: float | Tensor, row_factor: Tensor, need_rows: bool,
-        grad_weight: Tensor | None,
+        finish: Callable[[range, Tensor, Tensor], None] | None,
     ) -> Tensor:  # fmt: skip
-        """The B×C work of the backward pass: fills ``grad_weight`` but for the targets' part, and returns Eŵ."""
+        """The B×C work of the backward pass: hands E and a∘x̂ of each chunk to ``finish``, and returns Eŵ."""
         features, (B, D), C = problem.features, problem.features.shape, problem.weight.shape[0]
         spans, unit_rows = chunking.spans(B, D, C), saved.rows
         again = [span for span in spans if span.start >= saved.kept.shape[1]]
-        if grad_weight is None and not (again and need_rows):
+        if finish is None and not (again and need_rows):
             return unit_rows
         factored = self._factored(problem, saved.norm, s, row_factor, recompute=bool(again))
         if again:
@@ -183,8 +199,8 @@ class Fused:
                 self.kernels.cosine_exp(problem, span.start, rows, w_hat, Cosines(terms))
                 if need_rows:
                     _multiply(terms[:, : len(span)], w_hat, unit_rows, first=span.start == 0)
-            if grad_weight is not None:
-                self._grad_centres(problem, span, terms, factored.x_factored, saved.inverse_norm, grad_weight)
+            if finish is not None:
+                finish(span, terms[:, : len(span)], factored.x_factored)
         return unit_rows
 
     def _factored(self, problem: Problem, norm: Tensor, s: float | Tensor, row_factor: Tensor, recompute: bool) -> Factored:
@@ -199,22 +215,64 @@ class Fused:
         return out
 
     def _grad_centres(
-        self, problem: Problem, span: range, terms: Tensor, x_factored: Tensor, inverse_norm: Tensor, grad: Tensor
+        self, problem: Problem, inverse_norm: Tensor, grad: Tensor, span: range, terms: Tensor, x_factored: Tensor
     ) -> None:
         """The gradient of a chunk's centres but for the targets' part: at once, or a few thousand classes at a time."""
         chunk = slice(span.start, span.stop)
-        weight, inverse, grad, terms = problem.weight[chunk], inverse_norm[chunk], grad[chunk], terms[:, : len(span)]
+        weight, inverse, grad = problem.weight[chunk], inverse_norm[chunk], grad[chunk]
         if self.kernels.grad_centres(terms, x_factored, weight, inverse, grad):
             return
-        width = x_factored.shape[1]
-        piece = min(chunking.finish_size(width), len(span))
-        in_place = grad.dtype == torch.float32 and grad.shape[1] == width
-        buffer = x_factored.new_empty(0 if in_place else piece, width, dtype=torch.float32)
-        for first in range(0, len(span), piece):
-            mine = slice(first, min(first + piece, len(span)))
-            target = grad[mine]
-            unit = _product(terms[:, mine].T, x_factored, target if in_place else buffer[: len(target)])
-            self.kernels.finish_centres(unit, weight[mine], inverse[mine], target)
+        in_place = grad.dtype == torch.float32 and grad.shape[1] == x_factored.shape[1]
+        for mine, unit in _unit_gradients(terms, x_factored, grad if in_place else None):
+            self.kernels.finish_centres(unit, weight[mine], inverse[mine], grad[mine])
+
+    def _update_centres(
+        self, problem: Problem, inverse_norm: Tensor, parts: TargetParts, update: Update,
+        span: range, terms: Tensor, x_factored: Tensor,
+    ) -> None:  # fmt: skip
+        """The step of a chunk's centres, a few thousand classes at a time."""
+        for mine, unit in _unit_gradients(terms, x_factored, None):
+            classes = slice(span.start + mine.start, span.start + mine.stop)
+            of_them = parts._replace(slots=parts.slots[classes])
+            self.kernels.update_centres(unit, problem.weight[classes], inverse_norm[classes], of_them, classes.start, update)
+
+    def _target_parts(
+        self, own: Problem, slots: Tensor, saved: Forward, s: float | Tensor, upstream: Upstream
+    ) -> TargetParts:
+        """The targets' part of dw, apart from the rest."""
+        rows = own.weight.new_zeros(own.weight.shape, dtype=torch.float32)
+        self.kernels.finish_rows(own, saved, s, upstream, Grads(None, rows, None))
+        return TargetParts(slots, rows)
+
+
+def _unit_gradients(terms: Tensor, x_factored: Tensor, out: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """dŵ = Eᵀ(a∘x̂) of a few thousand classes at a time, in ``out [N, width]`` or in memory that is used again."""
+    N, width = terms.shape[1], x_factored.shape[1]
+    piece = min(chunking.finish_size(width), N)
+    room = x_factored.new_empty(piece, width, dtype=torch.float32) if out is None else out
+    for first in range(0, N, piece):
+        mine = slice(first, min(first + piece, N))
+        target = room[: mine.stop - first] if out is None else out[mine]
+        yield mine, _product(terms[:, mine].T, x_factored, target)
+
+
+def _own_centres(problem: Problem) -> tuple[Problem, Tensor]:
+    """The problem with the batch's own centres alone, and for each class which of those it is ``[C]`` int32, -1 for none.
+
+    Rows of one class share the centre of the first of them; as in the problem, labels past the centres are of no class here.
+    """
+    labels, (B, C) = problem.labels, (len(problem.labels), problem.weight.shape[0])
+    ordered, order = labels.sort(stable=True)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    places = torch.arange(B, device=labels.device)
+    first = order[torch.where(begins, places, 0).cummax(0).values]
+    slots = torch.empty_like(labels).scatter_(0, order, first)
+    present = (labels >= 0) & (labels < C)
+    of_class = labels.new_full((C + 1,), -1, dtype=torch.int32)
+    of_class.scatter_(0, torch.where(present, labels, C), slots.to(torch.int32))
+    own = problem.weight.index_select(0, labels.clamp(0, C - 1))
+    return problem._replace(weight=own, labels=torch.where(present, slots, torch.where(labels < 0, -1, B))), of_class[:C]
 
 
 class _Centres:

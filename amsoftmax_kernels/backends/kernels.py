@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from . import Forward, Problem, Upstream
+from .update import Update
 
 
 class Rows(NamedTuple):
@@ -42,6 +43,13 @@ class Grads(NamedTuple):
     features: Tensor | None  # [B, D]
     weight: Tensor | None  # [C, D], complete but for the targets' part
     scale: Tensor | None  # [B] float64, parts of the scale's gradient
+
+
+class TargetParts(NamedTuple):
+    """The targets' part of dw, class by class."""
+
+    slots: Tensor  # [C] int32: the row of ``rows`` that has a class's part, -1 where it has none
+    rows: Tensor  # [B, D] float32
 
 
 class Kernels(Protocol):
@@ -83,6 +91,11 @@ class Kernels(Protocol):
 
     def finish_centres(self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor) -> None:
         """From the gradient by ŵ to that of the centres; ``grad`` may be ``grad_unit``."""
+
+    def update_centres(
+        self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, parts: TargetParts, start: int, update: Update
+    ) -> None:
+        """From the gradient by ŵ of the classes from ``start`` on to their step; weight, 1/‖w‖ and slots are theirs."""
 
     def finish_rows(self, problem: Problem, saved: Forward, s: float | Tensor, upstream: Upstream, grads: Grads) -> None:
         """dx, the targets' part of dw, and the parts of the scale's gradient."""

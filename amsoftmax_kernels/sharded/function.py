@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from .. import backends
 from ..arguments import accumulate_dtype
 from ..backends.budget import BOUNDED_SCALE
 from ..backends.norms import row_norms
-from ..functional import once_differentiable
+from ..backends.update import Blocks, Update
+from ..functional import Updater, is_asked_for, once_differentiable
 from .sampling import draw_classes
 from .shards import ClassShards, Rows
 
@@ -27,7 +28,6 @@ class Sampling:
     seed: Tensor  # 0-d int64 on the features' device
     step: Tensor  # 0-d int64 there
     corrected: bool  # whether those drawn stand for all the others in the softmax's denominator
-    accumulate: Callable[[Tensor, Tensor], None] | None  # takes classes and their gradients; None: a dense gradient
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Plan:
     backend: str
     sampling: Sampling | None
     differentiated: Callable[[], None]  # called by the backward pass
+    updater: Updater | None  # updates the centres in the backward pass
 
     def problem(self, features: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor) -> backends.Problem:
         return backends.Problem(
@@ -72,9 +73,9 @@ class ShardedFunction(torch.autograd.Function):
     """:class:`AMSoftmaxFunction` over a mesh: from this rank's rows and classes to the vectors of all rows, on every rank.
 
     ``apply(features, labels, weight, scale, anchor, plan)`` with ``features [b, D]`` and canonical ``labels [b]`` of this
-    rank, and its shard of the centres; ``anchor`` is a number that needs a gradient where the centres' does not go through
-    autograd. Returns log z, t and ‖x‖ ``[B]``, differentiable once, then the labels ``[B]``, and the largest cosine of a
-    negative and its class for the rows of this replica (of size 0 if not asked for).
+    rank, and its shard of the centres; ``anchor`` is a number that needs a gradient where the centres are updated in the
+    place of having one. Returns log z, t and ‖x‖ ``[B]``, differentiable once, then the labels ``[B]``, and the largest
+    cosine of a negative and its class for the rows of this replica (of size 0 if not asked for).
 
     A rank's gradient of its features is that of the mean over all ranks' losses times their number: what
     DistributedDataParallel, which averages over ranks, must be given.
@@ -113,7 +114,7 @@ class ShardedFunction(torch.autograd.Function):
         best, best_class = _best(panels, plan, x)
         vectors = shards.gather_replicas(torch.stack([log_z, t, norm]), plan.rows)
 
-        ctx.plan, ctx.panels = plan, [(panel.classes is None, panel.factor) for panel in panels]
+        ctx.plan, ctx.updater, ctx.panels = plan, plan.updater, [(panel.classes is None, panel.factor) for panel in panels]
         saved = [each for panel, factor in zip(panels, factors, strict=True)
                  for each in (panel.weight, panel.labels, panel.classes, factor, *_out(panel))]  # fmt: skip
         ctx.save_for_backward(features, x, weight, scale if isinstance(scale, Tensor) else None, z, *saved)
@@ -127,61 +128,81 @@ class ShardedFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads[:3]):
             return (None,) * 6
-        plan: Plan = ctx.plan
-        shards = plan.shards
-        features, x, weight, scale, z, *saved = ctx.saved_tensors
-        scale = ctx.scale if scale is None else scale
-        mine = plan.rows.replica_slice
-        row_factor, grad_cosine = (torch.zeros_like(z) if grad is None else grad[mine] for grad in grads[:2])
-        row_factor = (row_factor / z).masked_fill_(z == 0, 0)
-        # By ‖x‖ itself, which every shard has: once is enough.
-        grad_norm = None if grads[2] is None or shards.shard > 0 else grads[2][mine]
-        need_features, need_scale = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        need_weight = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
+        if ctx.updater is None or not is_asked_for(ctx):
+            grad_features, grad_weight, grad_scale = _backward(ctx, grads, None)
+        else:
+            with ctx.updater.updating() as update:
+                grad_features, grad_weight, grad_scale = _backward(ctx, grads, update)
+        return grad_features, None, grad_weight, grad_scale, None, None
 
-        size = 4 + len(backends.Forward._fields)
-        calls = []
-        for i in range(len(ctx.panels)):
-            panel_weight, labels, classes, factor, *out = saved[i * size : (i + 1) * size]
-            problem, forward = plan.problem(x, panel_weight, labels, scale), backends.Forward(*out)
-            calls.append((problem, forward, row_factor * factor, classes, grad_norm if i == 0 else None))
 
-        grads_x: list[Tensor] = []
-        grad_scale = x.new_zeros(()) if ctx.scale is not None else scale.new_zeros(())
-        grads_weight: list[Tensor] = []
-        # The features' gradient first, and on its way while the centres' is made: where E need not be made twice for it.
-        apart = need_features and need_weight and shards.shards > 1 and all(_has_terms(*call[:2]) for call in calls)
-        backend = backends.load(plan.backend)
+def _backward(
+    ctx: Any, grads: tuple[Tensor | None, ...], update: Update | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of this rank's features and centres, and of the scale; None where one is not needed."""
+    plan: Plan = ctx.plan
+    shards = plan.shards
+    features, x, weight, scale, z, *saved = ctx.saved_tensors
+    scale = ctx.scale if scale is None else scale
+    mine = plan.rows.replica_slice
+    row_factor, grad_cosine = (torch.zeros_like(z) if grad is None else grad[mine] for grad in grads[:2])
+    row_factor = (row_factor / z).masked_fill_(z == 0, 0)
+    # By ‖x‖ itself, which every shard has: once is enough.
+    grad_norm = None if grads[2] is None or shards.shard > 0 else grads[2][mine]
+    need_features, need_scale = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    need_weight = ctx.needs_input_grad[2] or update is not None
 
-        def run(needs: backends.Needs) -> None:
-            nonlocal grad_scale
-            for problem, forward, factor, _, of_norm in calls:
-                upstream = backends.Upstream(factor, grad_cosine, of_norm)
-                of_x, of_weight, of_scale = backend.backward(problem, forward, upstream, needs)
-                if needs.features:
-                    grads_x.append(of_x)
-                if needs.weight:
-                    grads_weight.append(of_weight)
-                if needs.scale:
-                    grad_scale = grad_scale + of_scale
+    size = 4 + len(backends.Forward._fields)
+    calls = []
+    for i in range(len(ctx.panels)):
+        panel_weight, labels, classes, factor, *out = saved[i * size : (i + 1) * size]
+        problem, forward = plan.problem(x, panel_weight, labels, scale), backends.Forward(*out)
+        upstream = backends.Upstream(row_factor * factor, grad_cosine, grad_norm if i == 0 else None)
+        calls.append((problem, forward, upstream, classes))
 
-        run(backends.Needs(need_features, need_weight and not apart, need_scale))
-        scattered = None
-        if need_features:
-            grad_x = sum(grads_x[1:], grads_x[0]) if grads_x else torch.zeros_like(x)
-            scattered = shards.scatter_rows(grad_x, plan.rows)
-        if apart:
-            run(backends.Needs(False, True, False))
-        grad_weight = _grad_weight(plan, weight, [call[3] for call in calls], grads_weight) if need_weight else None
-        plan.differentiated()
-        if need_scale:
-            grad_scale = shards.sum_replicas_(shards.sum_(grad_scale.to(x.device))).to(scale.device)
-        grad_features = None
-        if scattered is not None:
-            grad_features = (scattered.wait() * shards.world_size).to(features.dtype)
-        # Whoever waits for the anchor's gradient takes in what accumulates.
-        grad_anchor = x.new_zeros(()) if ctx.needs_input_grad[4] else None
-        return grad_features, None, grad_weight, grad_scale if need_scale else None, grad_anchor, None
+    grads_x: list[Tensor] = []
+    grad_scale = x.new_zeros(()) if ctx.scale is not None else scale.new_zeros(())
+    grads_weight: list[Tensor] = []
+    # The features' gradient first, and on its way while the centres' is made: where E need not be made twice for it.
+    apart = need_features and need_weight and shards.shards > 1 and all(_has_terms(*call[:2]) for call in calls)
+    backend = backends.load(plan.backend)
+
+    def run(needs: backends.Needs) -> None:
+        nonlocal grad_scale
+        for problem, forward, upstream, classes in calls:
+            of_panel = None if update is None else _update_of(update, shards, problem, classes)
+            of_x, of_weight, of_scale = backend.backward(problem, forward, upstream, needs, of_panel)
+            if needs.features:
+                grads_x.append(of_x)
+            if needs.weight:
+                grads_weight.append(of_weight)
+            if needs.scale:
+                grad_scale = grad_scale + of_scale
+
+    run(backends.Needs(need_features, need_weight and not apart, need_scale))
+    scattered = None
+    if need_features:
+        grad_x = sum(grads_x[1:], grads_x[0]) if grads_x else torch.zeros_like(x)
+        scattered = shards.scatter_rows(grad_x, plan.rows)
+    if apart:
+        run(backends.Needs(False, True, False))
+    grad_weight = None
+    if need_weight and update is None:
+        grad_weight = _grad_weight(plan, weight, [call[3] for call in calls], grads_weight)
+    plan.differentiated()
+    if need_scale:
+        grad_scale = shards.sum_replicas_(shards.sum_(grad_scale.to(x.device))).to(scale.device)
+    grad_features = None
+    if scattered is not None:
+        grad_features = (scattered.wait() * shards.world_size).to(features.dtype)
+    return grad_features, grad_weight, grad_scale if need_scale else None
+
+
+def _update_of(update: Update, shards: ClassShards, problem: backends.Problem, classes: Tensor | None) -> Update:
+    """The step of a panel's classes, whose gradients the replicas add up."""
+    num_classes, width = problem.weight.shape
+    blocks = None if shards.replicas == 1 else Blocks(num_classes, width, shards.sum_replicas_)
+    return replace(update, class_start=shards.start, rows=classes, blocks=blocks)
 
 
 class LocalRows(torch.autograd.Function):
@@ -241,18 +262,14 @@ def _panels(labels: Tensor, all_labels: Tensor, weight: Tensor, plan: Plan) -> l
     ]
 
 
-def _grad_weight(plan: Plan, weight: Tensor, classes: list[Tensor | None], grads: list[Tensor]) -> Tensor | None:
-    """The centres' gradient: dense, or handed row by row to what accumulates it."""
+def _grad_weight(plan: Plan, weight: Tensor, classes: list[Tensor | None], grads: list[Tensor]) -> Tensor:
+    """The centres' gradient ``[C, D]``."""
     grad = torch.cat(grads) if len(grads) > 1 else grads[0] if grads else torch.zeros_like(weight)
     plan.shards.sum_replicas_(grad)
     drawn = [each for each in classes if each is not None]
     if plan.sampling is None or not drawn:
         return grad
-    rows = torch.cat(drawn)
-    if plan.sampling.accumulate is None:
-        return torch.zeros_like(weight).index_copy_(0, rows, grad)
-    plan.sampling.accumulate(rows, grad)
-    return None
+    return torch.zeros_like(weight).index_copy_(0, torch.cat(drawn), grad)
 
 
 def _best(panels: list[_Panel], plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from ..arguments import canonical_labels, check_arguments, check_features, check
 from ..functional import DEFAULT_SAVE_BYTES, beside, loss_rows, traits_of
 from ..margins import Margin, as_margin, reduce_rows
 from ..modules import AMSoftmaxLoss
-from ..optim import accumulate_rows
 from ..values import is_int, is_number, plain, type_name
 from . import shards as sharding
 from .function import LocalRows, Plan, Sampling, ShardedFunction
@@ -53,9 +51,6 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         sampling_correction: multiply the drawn negatives' terms so that the softmax's denominator estimates that over
             all classes without bias (the rate is then that of the others: B + rate·(K − B) are drawn); otherwise it is
             that of the drawn classes, as in PartialFC.
-        rowwise_gradient: with a ``sample_rate`` below 1, write only the drawn rows of ``weight.grad``, which is kept between
-            steps, for :class:`amsoftmax_kernels.optim.RowwiseSGD` or :class:`~amsoftmax_kernels.optim.RowwiseAdamW`: these
-            leave rows alone that were not drawn, which momentum and weight decay would move.
         equal_batches: promise that all ranks' batches are of one size. Sizes are then not exchanged after the first call,
             which on a GPU spares the host waiting for it (unless the process group also has a CPU backend).
         seed: of the centres' first values and of the draws; None takes it from PyTorch's generator on the first rank. The
@@ -104,7 +99,6 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         mesh: DeviceMesh | None = None,
         sample_rate: float = 1.0,
         sampling_correction: bool = False,
-        rowwise_gradient: bool = False,
         equal_batches: bool = False,
         seed: int | None = None,
         device: torch.device | str | None = None,
@@ -112,8 +106,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
     ) -> None:
         sample_rate, seed = plain(sample_rate), plain(seed)
         _check(mesh, sample_rate, seed, backend, device)
-        flags = {"sampling_correction": sampling_correction, "rowwise_gradient": rowwise_gradient}
-        for name, flag in (*flags.items(), ("equal_batches", equal_batches)):
+        for name, flag in (("sampling_correction", sampling_correction), ("equal_batches", equal_batches)):
             check_flag(name, flag)
         self._mesh, self._seed, self._agreed_once = mesh, seed, False
         self._draws = 0  # how often the centres were drawn from the seed
@@ -125,8 +118,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             interclass_filter=interclass_filter, backend=backend, save_bytes=save_bytes, std=std,
             device=device if mesh is None or device is not None else mesh.device_type, dtype=dtype,
         )  # fmt: skip
-        self.sampling_correction = sampling_correction
-        self.rowwise_gradient, self.equal_batches = rowwise_gradient, equal_batches
+        self.sampling_correction, self.equal_batches = sampling_correction, equal_batches
 
     check_alone = staticmethod(sharding.check_alone)
 
@@ -241,18 +233,16 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         differentiated = grad and (features.requires_grad or local.requires_grad or getattr(scale, "requires_grad", False))
         sampling = self._sampling(rows)
         anchor = None
-        if sampling is not None and self.rowwise_gradient and grad and local.requires_grad:
-            # The gradient does not come through autograd: a loss must still need one, and a caller who does not ask for
-            # the centres' must not be given it.
+        updater = None
+        if grad and local.requires_grad and self._centres_optimizer is not None:
+            updater = self._centres_optimizer.found()
+        if updater is not None:
             anchor, local = torch.zeros((), device=local.device, requires_grad=True), local.detach()
-            made: list[tuple[Tensor, Tensor]] = []
-            sampling = replace(sampling, accumulate=lambda drawn, grad: made.append((drawn, grad)))
-            anchor.register_hook(lambda _: _accumulate_all(self.weight, made))
         save_bytes = DEFAULT_SAVE_BYTES if self.save_bytes is None else min(self.save_bytes, (1 << 63) - 1)
         plan = Plan(
             shards, rows, self.normalize_features, compute_dtype(features, self.weight),
             math.inf if self.interclass_filter is None else float(self.interclass_filter),
-            save_bytes if differentiated else 0, return_predictions, backend, sampling, self._count_step,
+            save_bytes if differentiated else 0, return_predictions, backend, sampling, self._count_step, updater,
         )  # fmt: skip
         log_z, cosine, norm, everyone, best, best_class = ShardedFunction.apply(  # type: ignore[no-untyped-call]
             features, canonical, local, scale, anchor, plan
@@ -302,6 +292,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             "compute_dtype": compute_dtype(features, self.weight),
             "features.requires_grad": grad and features.requires_grad,
             "weight.requires_grad": grad and self.weight.requires_grad,
+            "optimizer": None if self._centres_optimizer is None else type(self._centres_optimizer.found()).__name__,
             "num_classes": self.num_classes,
             "mesh": (self.shards.replicas, self.shards.shards),
             "scale": _comparable(self.scale),
@@ -334,7 +325,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         seed, step = self.sampling_state.unbind()
         # Each shard draws its own, and its replicas the same.
         seed = seed + self.shards.start
-        return Sampling(size, seed, step, self.sampling_correction, None)
+        return Sampling(size, seed, step, self.sampling_correction)
 
     def _count_step(self) -> None:
         """A backward pass has been made: the next forward pass draws anew, and one that is run again does not."""
@@ -357,12 +348,6 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             parts.append(f"classes {self.shards.start} to {self.shards.stop} of {self.num_classes} on this rank")
         parts += [] if self.sample_rate == 1 else [f"sample_rate={self.sample_rate}"]
         return ", ".join(parts)
-
-
-def _accumulate_all(weight: Tensor, made: list[tuple[Tensor, Tensor]]) -> None:
-    """Hand over row gradients that a backward pass has made."""
-    while made:
-        accumulate_rows(weight, *made.pop(0))
 
 
 def _comparable(option: Any) -> Any:

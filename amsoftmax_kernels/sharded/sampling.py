@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..hashing import random_numbers
+
 
 class Draw(NamedTuple):
     """The classes of a step."""
@@ -58,7 +60,7 @@ def draw_classes(labels: Tensor, num_classes: int, size: int, seed: Tensor, step
     draws, others = (size - count).clamp_(min=1), (num_classes - count).clamp_(min=1)
     low = torch.div(stretch * others, draws, rounding_mode="floor")
     high = torch.div((stretch + 1) * others, draws, rounding_mode="floor")
-    random = _hash(torch.arange(-1, size, device=device), seed, step)
+    random = random_numbers(torch.arange(-1, size, device=device), seed, step)
     drawn = (low + random[1:] % (high - low).clamp_(min=1) + random[0] % others) % others
     # From the n-th class that is not in the batch to its number: skip those of the batch that come before it.
     skipped = present - torch.minimum(torch.arange(certain, device=device), count)
@@ -68,24 +70,3 @@ def draw_classes(labels: Tensor, num_classes: int, size: int, seed: Tensor, step
     here = (labels >= 0) & (labels < num_classes)
     where = torch.searchsorted(present, labels.clamp(min=0)).masked_fill_(~here, size).masked_fill_(labels < 0, -1)
     return Draw(classes, where, certain, (num_classes - certain) / (size - certain))
-
-
-def _hash(position: Tensor, seed: Tensor, step: Tensor) -> Tensor:
-    """Random int64 numbers from 0 to 2^63 − 1, by SplitMix64's mixing function (Steele, Lea, Flood 2014)."""
-    return _mix(position + _mix(step + _mix(seed))) & ((1 << 63) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = x * _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _right(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _right(x, 31)
-
-
-def _right(x: Tensor, bits: int) -> Tensor:
-    """A shift to the right that brings in zeros."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value

@@ -36,6 +36,11 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def world_size() -> int:
+    """Ranks of the default group, which there is."""
+    return dist.get_world_size()
+
+
 def check_alone() -> None:
     """That a head without a mesh is meant to be one: it was made while there was no process group.
 

@@ -7,20 +7,20 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from amsoftmax_kernels.backends import Needs, Problem, Request, Upstream, chunking, fused
+from amsoftmax_kernels.backends import Needs, Problem, Request, Upstream, chunking, fused, update
 from amsoftmax_kernels.backends import triton as backend
-from amsoftmax_kernels.backends.triton import backward_kernels, forward_kernels, tiles
+from amsoftmax_kernels.backends.triton import backward_kernels, forward_kernels, tiles, update_kernels
 
 NAMES = (
     "prepare_rows", "prepare_centres", "cosine_exp", "reduce_sums", "reduce_best", "reduce_shift", "additive_margin",
-    "factor_rows", "grad_centres", "finish_centres", "finish_rows",
+    "factor_rows", "grad_centres", "finish_centres", "finish_rows", "update_centres",
 )  # fmt: skip
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -30,7 +30,7 @@ _TYPES = {
 
 def module_of(name: str) -> Any:
     """Where a kernel is."""
-    return forward_kernels if hasattr(forward_kernels, name) else backward_kernels
+    return next(module for module in (forward_kernels, backward_kernels, update_kernels) if hasattr(module, name))
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,27 @@ def no_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+class Updated(NamedTuple):
+    """How :class:`amsoftmax_kernels.backends.update.Update` is made up."""
+
+    rule: update.SGD | update.AdamW
+    state_dtype: torch.dtype = torch.float32
+    stochastic: bool = False
+    drawn: bool = False  # the classes are a sample
+    replicas: bool = False  # which add up their gradients
+
+    def of(self, weight: Tensor) -> update.Update:
+        states = 2 if isinstance(self.rule, update.AdamW) else 1 if self.rule.momentum else 0
+        return update.Update(
+            self.rule,
+            weight,
+            tuple(torch.zeros_like(weight, dtype=self.state_dtype) for _ in range(states)),
+            rows=torch.arange(len(weight)) if self.drawn else None,
+            seed=0 if self.stochastic else None,
+            blocks=update.Blocks(weight.shape[0], weight.shape[1], lambda block: block) if self.replicas else None,
+        )
+
+
 @dataclass(frozen=True)
 class Options:
     """What a step's kernels depend on, beside its sizes. The scale is None for a tensor on the device."""
@@ -129,6 +150,7 @@ class Options:
     constant_margin: bool = True
     of_norm: bool = False  # a margin that depends on ‖x‖
     needs: tuple[bool, bool, bool] = (True, True, False)  # gradients of features, weight and scale
+    updated: Updated | None = None  # how the centres are, in the place of a gradient
 
 
 def of_a_step(
@@ -152,7 +174,8 @@ def _step(B: int, D: int, C: int, how: Options) -> None:
     if any(needs):
         vectors = torch.zeros(3, B).unbind()  # rows of one tensor: no kernel may count on their addresses
         grad_norm = vectors[2] if how.of_norm or not how.normalize else None
-        backend.backward(problem, out, Upstream(vectors[0], vectors[1], grad_norm), needs)
+        updated = how.updated.of(weight) if how.updated is not None else None
+        backend.backward(problem, out, Upstream(vectors[0], vectors[1], grad_norm), needs, updated)
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -181,6 +204,25 @@ def _combinations() -> Iterator[tuple[Options, bool]]:
         if scale is None or not needs[2]:  # a number has no gradient
             how = Options(dtype, save, normalize, scale, features_dtype=dtypes[0], weight_dtype=dtypes[1], needs=needs)
             yield replace(how, of_norm=of_norm), True
+            if needs[1]:
+                yield replace(how, of_norm=of_norm, updated=Updated(_SGD)), True
+
+
+_SGD = update.SGD(0.1, 0.9, 0.0, 5e-4, False, False)
+_ADAMW = update.AdamW(1e-3, 0.9, 0.999, 1e-8, 1e-2, 1)
+_RULES: list[update.SGD | update.AdamW] = [_SGD, _ADAMW, _SGD._replace(momentum=0.0), _SGD._replace(nesterov=True)]
+_UPDATES = [
+    Updated(rule, state, stochastic, drawn, replicas)
+    for drawn, replicas, state, stochastic, rule in itertools.product(
+        (False, True), (False, True), (torch.float32, torch.bfloat16), (False, True), _RULES
+    )
+]
+_FEW_UPDATES = [
+    Updated(_SGD),
+    Updated(_ADAMW, torch.bfloat16, stochastic=True),
+    Updated(_SGD._replace(momentum=0.0), drawn=True),
+    Updated(_SGD._replace(nesterov=True), replicas=True),
+]
 
 
 @contextlib.contextmanager
@@ -228,6 +270,10 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
             for half in _HALF:
                 add(256, 512, 2048, Options(half, features_dtype=half, weight_dtype=half))
             add(256, 512, 2048, Options(scale=None, needs=(True, True, True)))  # a scale that learns
+            for updated in () if tf32 else _FEW_UPDATES if quick else _UPDATES:
+                few_dtypes = (torch.bfloat16,) if updated.stochastic else (torch.float32, torch.bfloat16)
+                for dtype in few_dtypes if quick else (torch.float32, *_HALF):
+                    add(256, 512, 2048, Options(weight_dtype=dtype, updated=updated))
             if quick:
                 continue
             for how, chunked in _combinations():

@@ -34,11 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks", type=int, nargs="+", default=[8], metavar="W", help=default)
     add("--dim", type=int, default=512, metavar="D", help=default)
     add("--batch", type=int, default=128, metavar="B", help=f"samples a rank; {default}")
-    add("--optimizer", choices=list(OPTIMIZERS), default="momentum", help=f"sgd: without momentum; {default}")
+    add(
+        "--optimizer",
+        choices=list(OPTIMIZERS),
+        default="momentum",
+        help=f"sgd: without momentum; fused-sgd: with it; {default}",
+    )
     add("--weight-decay", action="store_true", help="SGD then needs a temporary tensor")
     add("--sample-rate", type=float, default=1.0, help=default)
     add("--sampling-correction", action="store_true")
-    add("--rowwise-gradient", action="store_true")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help=f"of the class centres; {default}")
     add("--compute", choices=list(_DTYPES), help="dtype of products; default: bfloat16 on cuda, float32 on cpu")
     add("--save-bytes", type=int, default=DEFAULT_SAVE_BYTES, metavar="N", help=f"of the B×C terms kept; {default}")
@@ -116,7 +120,7 @@ def _planned(args: argparse.Namespace, num_classes: int, ranks: int, rates: time
     compute = args.compute or ("float32" if args.device == "cpu" else "bfloat16")
     planned = Run(
         num_classes, args.dim, args.batch, ranks, args.optimizer, args.weight_decay, args.sample_rate,
-        args.sampling_correction, args.rowwise_gradient, _DTYPES[args.dtype], _DTYPES[compute], args.save_bytes, args.device,
+        args.sampling_correction, _DTYPES[args.dtype], _DTYPES[compute], args.save_bytes, args.device,
         rates.card.capability[0] if rates.card else 9,
     )  # fmt: skip
     if args.device == "cpu":  # ranks on this machine share it

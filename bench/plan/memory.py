@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from amsoftmax_kernels.backends import chunking, shard
+from amsoftmax_kernels.backends import chunking, shard, update
 from amsoftmax_kernels.backends.budget import kept_classes
 from amsoftmax_kernels.backends.triton import tiles as triton_tiles
 from amsoftmax_kernels.functional import DEFAULT_SAVE_BYTES
-from amsoftmax_kernels.optim import UPDATE_ELEMENTS
 from amsoftmax_kernels.sharded.sampling import draw_size
 
-OPTIMIZERS = {"sgd": 0, "momentum": 1, "adamw": 2}  # states of a centre's size
+OPTIMIZERS = {"sgd": 0, "momentum": 1, "adamw": 2, "fused-sgd": 1, "fused-adamw": 2}  # states of a centre's size
 # On a CPU the products' own buffers, and small tensors that the allocator keeps: a few MB where they were measured.
 _CPU_BUFFERS = 6 << 20
 
@@ -34,7 +33,6 @@ class Run:
     weight_decay: bool = False
     sample_rate: float = 1.0
     sampling_correction: bool = False
-    rowwise_gradient: bool = False
     dtype: torch.dtype = torch.float32  # of the centres
     compute_dtype: torch.dtype = torch.float32
     save_bytes: int = DEFAULT_SAVE_BYTES
@@ -65,6 +63,11 @@ class Run:
         return self.drawn < self.classes
 
     @property
+    def fused(self) -> bool:
+        """Whether centres are updated in the backward pass, so that there is no gradient of their size."""
+        return self.optimizer.startswith("fused")
+
+    @property
     def kept(self) -> int:
         """Of them, those whose B×C terms are kept for the backward pass."""
         if self.device == "cpu":
@@ -89,27 +92,21 @@ class Memory:
 
 def memory(run: Run) -> Memory:
     """What a rank needs."""
-    states, rowwise = OPTIMIZERS[run.optimizer], run.sampled and run.rowwise_gradient
+    states = OPTIMIZERS[run.optimizer]
     whole = run.classes * run.dim * run.dtype.itemsize  # bytes of the shard's centres
     drawn = run.drawn * run.dim * run.dtype.itemsize
     held = {"centres": whole, f"optimizer state ({run.optimizer})": states * whole}
-    backward, update = {}, {}
-    if rowwise:
-        held["gradient, kept between steps"] = whole
-        # What was drawn of centres, gradient and state is updated in copies, a part at a time.
-        part = min(drawn, UPDATE_ELEMENTS * run.dtype.itemsize)
-        update["drawn rows of centres, gradient, state"] = (2 + states) * part
-        if run.optimizer == "adamw" or run.weight_decay:
-            update["optimizer's temporaries"] = part
-    else:
-        backward["gradient"] = update["gradient"] = whole
-        update["optimizer's temporaries"] = 2 * whole if run.optimizer == "adamw" else whole if run.weight_decay else 0
+    backward, step = {}, {}
+    if not run.fused:
+        backward["gradient"] = step["gradient"] = whole
+        step["optimizer's temporaries"] = 2 * whole if run.optimizer == "adamw" else whole if run.weight_decay else 0
     if run.sampled:
         backward["drawn rows of centres"] = drawn
+    if run.sampled and not run.fused:
         copies = 2 if run.sampling_correction else 1  # certain and drawn classes come apart and are put together
         backward["gradient of the drawn rows"] = copies * drawn
     backward |= _workspace(run)
-    return Memory(held, backward, update)
+    return Memory(held, backward, step)
 
 
 def _workspace(run: Run) -> dict[str, int]:
@@ -122,7 +119,11 @@ def _workspace(run: Run) -> dict[str, int]:
         parts["features of all ranks, their gradient"] = rows * dim * 48  # much of it in float64, for exact targets
         count = shard.stream_count(rows, dim, classes, torch.device("cpu"))
         parts["sums of the streams"] = count * rows * (4 * dim + 32)
-        parts["chunks, one a thread"] = torch.get_num_threads() * (3 * 4 * chunk * (rows + dim)) + _CPU_BUFFERS
+        threads = max(torch.get_num_threads() // run.ranks, 1)  # ranks share the machine
+        parts["chunks, one a thread"] = threads * (3 * 4 * chunk * (rows + dim)) + _CPU_BUFFERS
+        if run.fused and (run.sampled or run.dtype != torch.float32):  # copies of centres and state
+            block = 4 * min(update.ELEMENTS, classes * dim)
+            parts["classes that are updated"] = threads * (3 + OPTIMIZERS[run.optimizer]) * block
         return parts
     compute, panel = run.compute_dtype.itemsize, chunking.panel_dtype(run.compute_dtype).itemsize
     width, again = chunking.padded(dim), run.kept < classes
@@ -139,7 +140,9 @@ def _workspace(run: Run) -> dict[str, int]:
     gradient = triton_tiles.GRADIENT.get(run.generation)  # Hopper's: a chunk's gradient at once, without a buffer
     at_once = gradient is not None and panel == 2 and width == dim and gradient.serves(width)
     in_place = run.dtype == torch.float32 and width == dim
-    if not at_once and not in_place:
+    if run.fused:
+        parts["targets' part, and which classes have one"] = 4 * classes + rows * dim * (4 + run.dtype.itemsize)
+    if run.fused or not (at_once or in_place):
         parts["gradient of a few thousand classes"] = 4 * min(chunking.finish_size(width), chunk) * width
     return parts
 

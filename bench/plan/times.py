@@ -107,13 +107,13 @@ def update_bytes(run: Run) -> int:
     """Read and written by the optimizer's step, and by the copies of rows where classes are drawn."""
     states, size = OPTIMIZERS[run.optimizer], run.dim * run.dtype.itemsize
     dense = (3 + 2 * states) * size  # centres and gradient read, centres written, states read and written
+    if run.fused:  # in the backward pass, which has the centres at hand and writes no gradient
+        gather = 2 * size * run.drawn if run.sampled else 0
+        return gather + run.drawn * 2 * states * size
     if not run.sampled:
         return run.classes * dense
     gather = 2 * size * run.drawn
-    if not run.rowwise_gradient:
-        return gather + size * (run.classes + 2 * run.drawn) + run.classes * dense  # a gradient of zeros, rows put in
-    copies = 5 + 2 * (2 + states) + 2 * (1 + states)  # the gradient's rows; rows taken out; put back
-    return gather + run.drawn * (size * copies + dense)
+    return gather + size * (run.classes + 2 * run.drawn) + run.classes * dense  # a gradient of zeros, rows put in
 
 
 def wire_bytes(run: Run) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from amsoftmax_kernels import ShardedAMSoftmaxLoss
-from amsoftmax_kernels.optim import RowwiseAdamW, RowwiseSGD
+from amsoftmax_kernels.optim import FusedAdamW, FusedSGD
 
 from . import synthetic
 from .data import Source
@@ -43,12 +43,11 @@ class Training:
             self._settle_buckets()
         self.head = ShardedAMSoftmaxLoss(
             args.dim, source.num_classes, args.scale, args.margin, backend=args.backend, save_bytes=args.save_bytes,
-            sample_rate=args.sample_rate, sampling_correction=args.sampling_correction,
-            rowwise_gradient=args.rowwise_gradient, equal_batches=True, seed=args.seed, device=device,
-            dtype=DTYPES[args.dtype],
+            sample_rate=args.sample_rate, sampling_correction=args.sampling_correction, equal_batches=True,
+            seed=args.seed, device=device, dtype=DTYPES[args.dtype],
         )  # fmt: skip
-        self.backbone_optimizer = _optimizer(args, self.backbone, args.lr, rowwise=False)
-        self.head_optimizer = _optimizer(args, self.head, args.head_lr, rowwise=args.rowwise_gradient)
+        self.backbone_optimizer = _optimizer(args, self.backbone, args.lr)
+        self.head_optimizer = _optimizer(args, self.head, args.head_lr)
         self.autocast = AUTOCAST[args.autocast]
         # The backbone's gradients alone can be too small for float16: the head makes its own in float32.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast == torch.float16)
@@ -118,10 +117,11 @@ def lr_factor(step: int, steps: int | None) -> float:
     return 1.0 if steps is None else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def _optimizer(args: argparse.Namespace, module: nn.Module, lr: float, rowwise: bool) -> torch.optim.Optimizer:
-    decay = args.weight_decay
-    if args.optimizer == "sgd":
-        sgd = RowwiseSGD if rowwise else torch.optim.SGD
-        return sgd(module.parameters(), lr=lr, momentum=args.momentum, weight_decay=decay)
-    adamw = RowwiseAdamW if rowwise else torch.optim.AdamW
-    return adamw(module.parameters(), lr=lr, weight_decay=decay)
+def _optimizer(args: argparse.Namespace, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """That of the backbone or the head; a fused one updates the head's centres in the backward pass."""
+    sgd = {"lr": lr, "momentum": args.momentum, "weight_decay": args.weight_decay}
+    adamw = {"lr": lr, "weight_decay": args.weight_decay}
+    if args.optimizer.startswith("fused-") and isinstance(module, ShardedAMSoftmaxLoss):
+        return FusedSGD(module, **sgd) if args.optimizer == "fused-sgd" else FusedAdamW(module, **adamw)
+    parameters = module.parameters()
+    return torch.optim.SGD(parameters, **sgd) if args.optimizer.endswith("sgd") else torch.optim.AdamW(parameters, **adamw)

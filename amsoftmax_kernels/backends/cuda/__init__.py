@@ -19,7 +19,8 @@ from torch import Tensor
 from .. import Forward, Problem, Upstream
 from ..chunking import kind, padded
 from ..fused import Fused, streams_for
-from ..kernels import Cosines, Factored, Grads, Rows
+from ..kernels import Cosines, Factored, Grads, Rows, TargetParts
+from ..update import Update
 from . import build
 from . import library as c
 
@@ -232,6 +233,16 @@ class _Kernels:
     def finish_centres(self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor) -> None:
         parameters = c.FinishCentres(c.matrix(grad_unit), c.matrix(weight), c.matrix(grad), c.pointer(inverse_norm))
         self._call("ak_finish_centres", parameters, grad)
+
+    def update_centres(
+        self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, parts: TargetParts, start: int, update: Update
+    ) -> None:
+        """There is no kernel for it: in plain PyTorch, which goes over the gradient and the centres several times."""
+        grad = torch.empty_like(weight, dtype=torch.float32)
+        self.finish_centres(grad_unit, weight.float(), inverse_norm, grad)
+        has_target = (parts.slots >= 0)[:, None]
+        grad += torch.where(has_target, parts.rows.index_select(0, parts.slots.clamp(min=0)), 0)
+        update.apply_(start, update.unscaled(grad))
 
     def finish_rows(self, problem: Problem, saved: Forward, s: float | Tensor, upstream: Upstream, grads: Grads) -> None:
         rows = saved.rows if saved.rows.dim() == 2 else None

@@ -11,14 +11,15 @@ from torch import Tensor
 from .. import Forward, Problem, Upstream
 from ..chunking import kind, padded
 from ..fused import Fused, streams_for
-from ..kernels import Cosines, Factored, Grads, Rows
+from ..kernels import Cosines, Factored, Grads, Rows, TargetParts
+from ..update import AdamW, Update
 from .tiles import GRADIENT, Config, GradientConfig, config
 
 try:
     import triton
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from . import backward_kernels, forward_kernels
+    from . import backward_kernels, forward_kernels, update_kernels
 except ImportError as error:
     _import_error: str | None = f"{error}; pip install 'triton>=3.6,<3.9'"
 else:
@@ -181,6 +182,40 @@ class _Kernels:
         backward_kernels.finish_centres[(_ceil(grad.shape[0], rows),)](
             grad_unit, weight, *weight.stride(), inverse_norm, grad, *grad.shape, grad_unit.shape[1], rows, block
         )
+
+    def update_centres(
+        self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, parts: TargetParts, start: int, update: Update
+    ) -> None:
+        if update.blocks is None:
+            self._update(grad_unit, weight, inverse_norm, parts, start, update, None, complete=False)
+            return
+        grad = torch.empty_like(weight, dtype=torch.float32)
+        self._update(grad_unit, weight, inverse_norm, parts, start, update, grad, complete=False)
+        for first, block in update.blocks.of(start, grad):
+            centres = update.centres(first, len(block))
+            self._update(block, centres, inverse_norm, parts, first, update, None, complete=True)
+
+    def _update(
+        self, grad: Tensor, weight: Tensor, inverse_norm: Tensor, parts: TargetParts, start: int, update: Update,
+        out: Tensor | None, complete: bool,
+    ) -> None:  # fmt: skip
+        """One launch: from ``grad`` to a step, or to the whole gradient ``out``."""
+        N, D = weight.shape
+        block, rows = _rows_a_program(grad.shape[1])
+        programs, unused = _ceil(N, rows), update.weight
+        skipped = parts.slots.new_empty(programs)
+        state = (*update.state, unused, unused)
+        rule, applied = update.rule, out is None
+        adam, nesterov = isinstance(rule, AdamW), getattr(rule, "nesterov", False)
+        flags = (update.rows is not None, update.seed is not None, adam, len(update.state) > 0, nesterov)
+        update_kernels.update_centres[(programs,)](
+            grad, weight, *weight.stride(), inverse_norm, parts.slots, parts.rows, _or(out, grad),
+            parts.slots if update.rows is None else update.rows[start : start + N], update.weight, state[0], state[1],
+            skipped, *update.keys(), N, start, update.class_start, D, grad.shape[1], update.loss_scale, *rule.numbers(),
+            complete, applied, *(applied and flag for flag in flags), rows, block,
+        )  # fmt: skip
+        if applied:
+            update.count(skipped.sum())
 
     def finish_rows(self, problem: Problem, saved: Forward, s: float | Tensor, upstream: Upstream, grads: Grads) -> None:
         features, weight = problem.features, problem.weight
