@@ -1,4 +1,4 @@
-"""Centres that InsightFace's distributed training left: a file a rank, read into a head over any number of ranks."""
+"""Centres in InsightFace's checkpoints, a file a rank: read into a head over any number of ranks, and written from one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_size
-from .modules import AMSoftmaxLoss
-from .sharded.shards import local_part
+from ..arguments import check_size
+from ..modules import AMSoftmaxLoss
+from ..sharded.shards import local_part
 
 # Since 2022 (PartialFC_V2), and before (PartialFC), whose momentum lies beside it in rank_{rank}_softmax_weight_mom.pt.
 _FILES = ("checkpoint_gpu_{rank}.pt", "rank_{rank}_softmax_weight.pt")
@@ -77,6 +77,60 @@ def load_centres(head: AMSoftmaxLoss, folder: str | os.PathLike[str], world_size
         first += expected
     for at, part in parts:
         local[at : at + len(part)] = part
+
+
+@torch.no_grad()
+def save_centres(head: AMSoftmaxLoss, folder: str | os.PathLike[str], world_size: int | None = None) -> None:
+    """Write the centres as a run of InsightFace's over ``world_size`` ranks keeps them: ``checkpoint_gpu_{rank}.pt``.
+
+    Each file has ``state_dict_softmax_fc`` with ``weight [num_local, D]``, and nothing else: no backbone, optimizer or
+    schedule. With C classes over W ranks the first C mod W have one more than the others. Every rank of a sharded head must
+    call it, and writes its own share of the files.
+
+    Args:
+        head: an :class:`AMSoftmaxLoss` or :class:`ShardedAMSoftmaxLoss` with one centre a class.
+        folder: where to write; made if it is not there.
+        world_size: W, the ranks of the run that is to read them; None: the head's own ranks, over which its classes are.
+
+    Raises:
+        FileExistsError: there is such a file already, which may hold a backbone too.
+        TypeError: ``world_size`` is not an int.
+        ValueError: it is less than 1, or the head has no memory yet.
+
+    Example:
+        >>> import torch
+        >>> from amsoftmax_kernels import AMSoftmaxLoss
+        >>> from amsoftmax_kernels.insightface import load_centres, save_centres
+        >>> head, other = AMSoftmaxLoss(8, 10), AMSoftmaxLoss(8, 10)
+        >>> save_centres(head, "for_insightface", world_size=4)
+        >>> load_centres(other, "for_insightface")
+        >>> torch.equal(head.weight, other.weight)
+        True
+    """
+    folder = Path(folder)
+    local = local_part(head.weight)
+    if local.is_meta:
+        raise ValueError("head must hold its centres, but they are on the meta device: call head.to_empty(device=...) first")
+    shards = getattr(head, "shards", None)
+    ranks, rank, writes = (1, 0, True) if shards is None else (shards.shards, shards.shard, shards.replica == 0)
+    world_size = ranks if world_size is None else check_size("world_size", world_size)
+    each, longer = divmod(head.weight.shape[0], world_size)
+    mine = range(rank, world_size, ranks)
+    paths = [folder / _FILES[0].format(rank=number) for number in range(world_size)]
+    for path in paths:
+        if path.exists():
+            raise FileExistsError(f"folder must not have such files yet, but {path} is there")
+    bounds = [number * each + min(number, longer) for number in range(world_size + 1)]
+    wanted = torch.cat([torch.empty(0, dtype=torch.long), *(torch.arange(bounds[n], bounds[n + 1]) for n in mine)])
+    wanted = wanted.to(local.device)
+    rows = local[wanted] if shards is None else shards.take_rows(local, wanted)
+    if not writes:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, part in zip(mine, rows.cpu().split([bounds[n + 1] - bounds[n] for n in mine]), strict=True):
+        temporary = paths[number].with_name(f".{paths[number].name}")
+        torch.save({"state_dict_softmax_fc": {"weight": part.clone()}}, temporary)
+        os.replace(temporary, paths[number])
 
 
 def _paths(folder: Path, world_size: int | None) -> list[Path]:
