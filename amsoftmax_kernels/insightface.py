@@ -122,8 +122,7 @@ def margin_of(margin_list: Sequence[float]) -> AdditiveMargin | AngularMargin:
 
     (1, m2, 0) is ArcFace, cos(θ + m2), computed without gradient as there: dψ/dt = 1, and nothing is replaced beyond
     θ + m2 = π. With m3 > 0 it is CosFace, t − m3, whatever m1 and m2 are. Their code takes no others
-    (``arcface_torch/losses.py`` since December 2022); :class:`amsoftmax_kernels.margins.CombinedMargin` is the formula of all
-    three.
+    (``arcface_torch/losses.py`` since December 2022); :class:`amsoftmax_kernels.margins.CombinedMargin` takes all three.
 
     Raises:
         TypeError, ValueError: not three numbers, or three that InsightFace refuses too.

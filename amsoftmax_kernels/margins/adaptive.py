@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hashing import random_numbers
+from ..operators import is_traced, register
 from ..values import is_int, plain, type_name
 from .angular import BEYOND, angle_of, beyond_pi
 from .protocol import check_angle, check_choice, check_number, check_value
@@ -19,8 +20,8 @@ class AdaFaceMargin(nn.Module):
 
     q = clip(h·(‖x‖ − μ)/σ, −1, 1) has no gradient (the paper's section 3.3). μ and σ are running means, over the batches, of
     the norms' mean and deviation: of all ranks' rows together in a sharded head. A norm counts as 0.001 at least and 100 at
-    most. Each call in training mode brings μ and σ up to date before it uses them; they are part of the ``state_dict``. Ignored
-    rows and norms that are NaN do not count.
+    most. Each call in training mode brings μ and σ up to date before it uses them; they are part of the ``state_dict``.
+    Ignored rows and norms that are NaN do not count.
 
     The target's logit and the constants are those of the authors' code (``mk-minchul/AdaFace``, ``head.py``): μ starts at 20
     and σ at 100, 0.001 is added to σ, t is clipped to ±0.999 and the angle to [0.001, π − 0.001], with no gradient beyond.
@@ -55,34 +56,27 @@ class AdaFaceMargin(nn.Module):
         check_number("h", h, "at least 0 and finite", lambda value: 0 <= value < math.inf)
         check_number("t_alpha", t_alpha, "in [0, 1]", lambda value: 0 <= value <= 1)
         self.margin, self.h, self.t_alpha = float(margin), float(h), float(t_alpha)
-        self.register_buffer("mean", torch.tensor(20.0))
-        self.register_buffer("deviation", torch.tensor(100.0))
+        # Of shape [1]: torch.compile (PyTorch 2.13) loses what is written into a 0-d float64 buffer.
+        self.register_buffer("mean", torch.tensor([20.0], dtype=torch.float64))
+        self.register_buffer("deviation", torch.tensor([100.0], dtype=torch.float64))
 
     def forward(self, cosine: Tensor, labels: Tensor, feature_norm: Tensor) -> Tensor:
         norm = feature_norm.detach().clamp(1e-3, 100)
-        if self.mean.device != norm.device:
-            self.to(norm.device)  # made on the CPU: each step would wait for the GPU
+        mean, deviation = self.mean, self.deviation
         if self.training and not in_backward():
             ignored = (cosine == 0) & (labels == 0) & (feature_norm == 1)  # as the loss passes such a row
-            self._count(norm, ~(ignored | norm.isnan()))
-        quality = (self.h * (norm - self.mean) / (self.deviation + 1e-3)).clamp(-1, 1).to(cosine.dtype)
+            inputs = norm, ~(ignored | norm.isnan()), mean, deviation, self.t_alpha
+            traced = is_traced(norm)
+            mean, deviation = torch.ops.amsoftmax_kernels.running_means(*inputs) if traced else running_means(*inputs)
+            self.mean.copy_(mean)
+            self.deviation.copy_(deviation)
+        quality = (self.h * (norm - mean) / (deviation + 1e-3)).clamp(-1, 1).to(cosine.dtype)
         angle = cosine.clamp(-0.999, 0.999).arccos() - self.margin * quality
         return angle.clamp(1e-3, math.pi - 1e-3).cos() - (self.margin + self.margin * quality)
 
-    @torch.no_grad()
-    def _count(self, norm: Tensor, counts: Tensor) -> None:
-        """Bring the running means up to date by the rows that count; one alone has no deviation, none has neither."""
-        norm = norm.double()
-        number = counts.sum()
-        mean = torch.where(counts, norm, 0).sum() / number
-        square = torch.where(counts, (norm - mean) ** 2, 0).sum() / (number - 1)
-        for running, new, fewest in ((self.mean, mean, 1), (self.deviation, square.sqrt(), 2)):
-            new = running + self.t_alpha * (new - running)
-            running.copy_(torch.where(number >= fewest, new, running))
-
     def _apply(self, *arguments: Any, **options: Any) -> AdaFaceMargin:
         super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
-        self.mean, self.deviation = self.mean.float(), self.deviation.float()  # in half precision they would stand still
+        self.mean, self.deviation = self.mean.double(), self.deviation.double()  # in half precision they would stand still
         return self
 
     def extra_repr(self) -> str:
@@ -173,13 +167,13 @@ class MagFaceMargin(nn.Module):
 class ElasticMargin(nn.Module):
     """cos(θ + m) or t − m, with m drawn anew for each row from a normal distribution (ElasticFace, Boutros et al. 2022).
 
-    In training mode each call draws; in evaluation m is the distribution's mean. The numbers are a hash of seed, call and row:
+    In training mode each call draws; in evaluation m is the distribution's mean. Numbers are a hash of seed, call and row:
     all ranks of a sharded head draw the same, and a run that goes on from the ``state_dict`` draws what it would have drawn.
     A call that is made again in a backward pass (activation checkpointing) draws what the latest call before it drew.
 
-    ``"angular"`` is ElasticFace-Arc, for which the authors' configuration (``fdbtrs/ElasticFace``, ``config.py``) has m = 0.5,
-    ``"additive"`` is ElasticFace-Cos, with m = 0.35; σ = 0.05 for both. Their classes have σ = 0.0125 by default. For the same
-    draws, values and gradients are those of their code without its ``plus`` option, which sorts the draws by the cosines.
+    ``"angular"`` is ElasticFace-Arc, for which the authors' ``config.py`` (``fdbtrs/ElasticFace``) has m = 0.5,
+    ``"additive"`` is ElasticFace-Cos, with m = 0.35; σ = 0.05 for both. Their classes have σ = 0.0125 by default. For the
+    same draws, values and gradients are those of their code without its ``plus`` option, which sorts draws by cosines.
 
     Args:
         margin: the mean of m.
@@ -225,20 +219,48 @@ class ElasticMargin(nn.Module):
         margin = self._draw(cosine) if self.training else self.margin
         return cosine - margin if self.kind == "additive" else (angle_of(cosine) + margin).cos()
 
-    @torch.no_grad()
     def _draw(self, cosine: Tensor) -> Tensor:
         """m of each row ``[B]``."""
-        if not in_backward():
-            self.calls += 1
-        position = torch.arange(2 * len(cosine), device=cosine.device)
-        # In (0, 1): 52 bits, and a half. Then Box and Muller's transform.
-        first, second = ((random_numbers(position, self.seed, self.calls) >> 11).double() + 0.5).div(1 << 52).view(2, -1)
-        normal = (-2 * first.log()).sqrt() * (2 * math.pi * second).cos()
+        calls = self.calls if in_backward() else self.calls + 1
+        inputs = cosine.detach(), self.seed, calls
+        normal = torch.ops.amsoftmax_kernels.normal_draws(*inputs) if is_traced(cosine) else normal_draws(*inputs)
+        self.calls.copy_(calls)
         margin: Tensor = self.margin + self.std * normal
-        return margin.to(cosine.dtype)
+        return margin
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, std={self.std}, kind={self.kind!r}"
+
+
+def running_means(norm: Tensor, counts: Tensor, mean: Tensor, deviation: Tensor, t_alpha: float) -> tuple[Tensor, Tensor]:
+    """The running means ``[1]`` after a batch of norms ``[B]``, of which some count: one alone has no deviation."""
+    norm, number = norm.double(), counts.sum()
+    batch_mean = torch.where(counts, norm, 0).sum() / number
+    batch_square = torch.where(counts, (norm - batch_mean) ** 2, 0).sum() / (number - 1)
+    return (
+        torch.where(number >= 1, torch.lerp(mean, batch_mean, t_alpha), mean),
+        torch.where(number >= 2, torch.lerp(deviation, batch_square.sqrt(), t_alpha), deviation),
+    )
+
+
+def normal_draws(rows: Tensor, seed: Tensor, call: Tensor) -> Tensor:
+    """Numbers of the standard normal distribution, like ``rows [B]`` in dtype and device."""
+    position = torch.arange(2 * len(rows), device=rows.device)
+    # In (0, 1): 52 bits, and a half. Then Box and Muller's transform.
+    first, second = ((random_numbers(position, seed, call) >> 11).double() + 0.5).div(1 << 52).view(2, -1)
+    return ((-2 * first.log()).sqrt() * (2 * math.pi * second).cos()).to(rows.dtype)
+
+
+# Operators: a compiled backward pass may compute anything else again, from a state that has gone on since.
+_MEANS = "(Tensor norm, Tensor counts, Tensor mean, Tensor deviation, float t_alpha) -> (Tensor, Tensor)"
+register(
+    "running_means", _MEANS, running_means, lambda norm, counts, mean, deviation, t_alpha: (mean.clone(), mean.clone()),
+    differentiable=False,
+)  # fmt: skip
+register(
+    "normal_draws", "(Tensor rows, Tensor seed, Tensor call) -> Tensor", normal_draws,
+    lambda rows, seed, call: torch.empty_like(rows), differentiable=False,
+)  # fmt: skip
 
 
 def in_backward() -> bool:

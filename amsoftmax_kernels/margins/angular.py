@@ -80,8 +80,8 @@ class CombinedMargin(nn.Module):
 class AngularMargin(CombinedMargin):
     """ψ(t) = cos(θ + m) with θ = arccos t (ArcFace, Deng et al. 2019, equation 3).
 
-    The paper has m = 0.5 and s = 64 for faces; for speakers (AAM-softmax) m = 0.2 and s = 30 are usual. The exact gradient is
-    dψ/dt = sin(θ + m)/sin θ: 0.88 at 90° and 1.36 at 45° for m = 0.5.
+    The paper has m = 0.5 and s = 64 for faces; for speakers (AAM-softmax) m = 0.2 and s = 30 are usual. The exact gradient
+    is dψ/dt = sin(θ + m)/sin θ: 0.88 at 90° and 1.36 at 45° for m = 0.5.
 
     Args:
         margin: m, in radians.
