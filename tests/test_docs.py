@@ -189,7 +189,8 @@ def exported() -> Iterator[tuple[str, Any]]:
             continue
         for inner, value in vars(found).items():
             public = inspect.isclass(value) if name == "margins" else inspect.isclass(value) or inspect.isfunction(value)
-            if public and not inner.startswith("_") and value.__module__ == found.__name__:
+            here = public and f"{value.__module__}.".startswith(f"{found.__name__}.")  # also where it is a package
+            if here and not inner.startswith("_"):
                 yield f"{name}.{inner}", value
 
 

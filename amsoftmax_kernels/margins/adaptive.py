@@ -248,7 +248,8 @@ def normal_draws(rows: Tensor, seed: Tensor, call: Tensor) -> Tensor:
     position = torch.arange(2 * len(rows), device=rows.device)
     # In (0, 1): 52 bits, and a half. Then Box and Muller's transform.
     first, second = ((random_numbers(position, seed, call) >> 11).double() + 0.5).div(1 << 52).view(2, -1)
-    return ((-2 * first.log()).sqrt() * (2 * math.pi * second).cos()).to(rows.dtype)
+    normal: Tensor = (-2 * first.log()).sqrt() * (2 * math.pi * second).cos()
+    return normal.to(rows.dtype)
 
 
 # Operators: a compiled backward pass may compute anything else again, from a state that has gone on since.
