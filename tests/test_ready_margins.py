@@ -275,6 +275,25 @@ def test_on_two_ranks(ranks: Ranks, make: Callable[[], nn.Module]) -> None:
         assert all(torch.allclose(state[name], value, rtol=1e-7) for name, value in head.margin.state_dict().items())
 
 
+def test_opcheck() -> None:
+    state = torch.tensor([20.0], dtype=torch.float64), torch.tensor([100.0], dtype=torch.float64)
+    means = torch.rand(5), torch.tensor([True, True, False, True, True]), *state, 0.25
+    torch.library.opcheck(torch.ops.amsoftmax_kernels.running_means, means)
+    torch.library.opcheck(torch.ops.amsoftmax_kernels.normal_draws, (torch.rand(5), torch.tensor(3), torch.tensor(1)))
+
+
+@pytest.mark.gpu
+@FEW
+def test_its_state_is_where_the_head_is(make: Callable[[], nn.Module]) -> None:
+    head = ak.AMSoftmaxLoss(CASE.D, CASE.C, margin=make(), device="cuda")
+    features, _, labels, _ = CASE.tensors(torch.float32)
+    assert all(buffer.is_cuda for buffer in head.margin.buffers())
+    on_cpu = copy.deepcopy(head).cpu()
+    expected = learnt(on_cpu, features, labels)
+    results = learnt(head, features.cuda(), labels.cuda())
+    assert all(relative(ours.cpu(), theirs) < 1e-4 for ours, theirs in zip(results, expected, strict=True))
+
+
 def test_adaface_counts_what_it_should() -> None:
     margin = AdaFaceMargin(t_alpha=0.5)
 
