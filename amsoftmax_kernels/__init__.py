@@ -10,7 +10,7 @@ from .modules import AMSoftmaxLoss
 from .resizing import resize_classes
 
 if TYPE_CHECKING:
-    from . import insightface, optim
+    from . import evaluation, insightface, optim
     from .sharded.module import ShardedAMSoftmaxLoss
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "ShardedAMSoftmaxLoss",
     "am_softmax_loss",
     "available_backends",
+    "evaluation",
     "insightface",
     "margins",
     "optim",
@@ -29,12 +30,12 @@ __all__ = [
 ]
 
 
-# What needs torch.distributed.tensor, half a second of import, only where it is asked for.
+# What needs torch.distributed.tensor or NumPy only where it is asked for: half a second of import.
 def __getattr__(name: str) -> Any:
     if name == "ShardedAMSoftmaxLoss":
         from .sharded.module import ShardedAMSoftmaxLoss
 
         return ShardedAMSoftmaxLoss
-    if name in ("insightface", "optim"):
+    if name in ("evaluation", "insightface", "optim"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

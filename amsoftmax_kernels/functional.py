@@ -170,8 +170,8 @@ def loss_of(
     kept = _kept_bytes(save_bytes, features, weight, scale)
     anchor = None
     if updater is not None and torch.is_grad_enabled() and weight.requires_grad:
-        # The centres' gradient does not go through autograd: a loss must still need one, and the backward pass learns from
-        # the anchor whether it is one that would have made it.
+        updater.check(weight)
+        # The centres' gradient does not go through autograd, and a loss must still need one.
         weight, anchor = weight.detach(), torch.zeros((), device=weight.device, requires_grad=True)
     options = Options(
         backend, dtype, normalize_features, ignore_index,
@@ -233,25 +233,39 @@ def _needs(ctx: Any) -> Needs:
 class Updater(Protocol):
     """What updates the centres in the backward pass: an optimizer of :mod:`amsoftmax_kernels.optim`."""
 
-    def updating(self) -> AbstractContextManager[Update]:
-        """For the one backward pass of a step; raises, before anything is changed, where it must not be."""
+    def check(self, weight: Tensor) -> None:
+        """In the forward pass: that it is this weight's, and that its centres are whole."""
+
+    def check_turn(self, asked: bool) -> None:
+        """In the backward pass, before anything else: that no step has been made that is not ended; if one is to be made."""
+
+    def updating(self, weight: Tensor) -> AbstractContextManager[Update]:
+        """For the one backward pass of a step, of a loss on ``weight``; may raise before anything is changed."""
+
+
+def updater_of(ctx: Any) -> Updater | None:
+    """What updates the centres in this backward pass: nothing where it is ``autograd.grad`` of other inputs.
+
+    To be asked before the function's tensors are unpacked, as autograd's own error of a version says less.
+    """
+    updater: Updater | None = ctx.updater
+    if updater is None:
+        return None
+    # The anchor is a leaf of every backward pass, unless that is told its inputs.
+    asked: bool = torch._C._will_engine_execute_node(ctx.next_functions[-1][0])
+    updater.check_turn(asked)
+    return updater if asked else None
 
 
 def backward_of(
-    ctx: Any, problem: Problem, saved: Forward, upstream: Upstream, needs: Needs
+    updater: Updater | None, name: str, problem: Problem, saved: Forward, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A backend's backward pass, which updates the centres if there is an updater and it is their turn."""
-    backend, updater = backends.load(ctx.options.backend), ctx.updater
-    if updater is None or not is_asked_for(ctx):
+    """A backend's backward pass, which updates the centres if there is an updater."""
+    backend = backends.load(name)
+    if updater is None:
         return backend.backward(problem, saved, upstream, needs)
-    with updater.updating() as update:
+    with updater.updating(problem.weight) as update:
         return backend.backward(problem, saved, upstream, needs._replace(weight=True), update)
-
-
-def is_asked_for(ctx: Any) -> bool:
-    """Whether this backward pass goes to a function's last tensor, an anchor: not in ``autograd.grad`` of other inputs."""
-    asked: bool = torch._C._will_engine_execute_node(ctx.next_functions[-1][0])
-    return asked
 
 
 def traits_of(
@@ -312,8 +326,8 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
     def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # as nearly always
             return backward(ctx, *grads)
-        if getattr(ctx, "updater", None) is not None:
-            raise RuntimeError(f"create_graph=True does not go with {type(ctx.updater).__name__}, which updates the centres")
+        if (updater := getattr(ctx, "updater", None)) is not None:
+            raise RuntimeError(f"create_graph=True does not go with {type(updater).__name__}, which updates the centres")
         with torch.no_grad():
             results = backward(ctx, *grads)
         if torch.compiler.is_compiling():
@@ -385,6 +399,7 @@ class AMSoftmaxFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 8
+        updater = updater_of(ctx)
         tensors = ctx.saved_tensors  # once: torch.utils.checkpoint hands them out no second time
         *inputs, num_rows, derivatives = tensors[:6]
         problem, saved = ctx.options.problem(*inputs, ctx.fixed_scale), Forward(*tensors[6:])
@@ -392,7 +407,7 @@ class AMSoftmaxFunction(torch.autograd.Function):
         normalize = problem.normalize_features
         needs = _needs(ctx)
         upstream = Upstream(row_factor, by_cosine, None if normalize else by_scale)
-        grad_features, grad_weight, grad_scale = backward_of(ctx, problem, saved, upstream, needs)
+        grad_features, grad_weight, grad_scale = backward_of(updater, ctx.options.backend, problem, saved, upstream, needs)
         if needs.scale and normalize:  # beside what flows through z
             grad_scale = grad_scale + by_scale.sum().to(grad_scale)
         grads = (grad_features, grad_weight, grad_scale.to(ctx.scale_device))
@@ -445,6 +460,7 @@ class NegativesFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_z: Tensor | None, grad_cosine: Tensor | None, grad_norm: Tensor | None, *unused: None
     ) -> tuple[Tensor | None, ...]:
+        updater = updater_of(ctx)
         tensors = ctx.saved_tensors
         problem, saved = ctx.options.problem(*tensors[:4], ctx.fixed_scale), Forward(*tensors[4:])
         zero = torch.zeros_like(saved.z)
@@ -452,6 +468,6 @@ class NegativesFunction(torch.autograd.Function):
         row_factor = zero if grad_log_z is None else (grad_log_z / saved.z).masked_fill_(saved.z == 0, 0)
         upstream = Upstream(row_factor, zero if grad_cosine is None else grad_cosine, grad_norm)
         needs = _needs(ctx)
-        grads = backward_of(ctx, problem, saved, upstream, needs)
+        grads = backward_of(updater, ctx.options.backend, problem, saved, upstream, needs)
         x, w, s = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return x, w, None, s, None, None

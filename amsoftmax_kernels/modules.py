@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
-from typing import Any, Literal, overload
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, reference
 from .arguments import FLOATS, check_features, check_margin, check_options, check_scale, check_size
-from .functional import Updater, am_softmax_loss, loss_of
+from .functional import Updater, am_softmax_loss
 from .margins import Margin
 from .values import is_number, plain, type_name, whole
+
+TORN = (
+    "a backward pass was broken off while it updated the centres: some of them have had their step, others have not. Load "
+    "centres and optimizer from a checkpoint"
+)
+
+
+class HeadUpdater(Updater, Protocol):
+    """An optimizer that updates a head's centres."""
+
+    def agreement(self) -> Any:
+        """What must be alike on all ranks of a sharded head."""
+
+    def loss(
+        self, head: AMSoftmaxLoss, features: Tensor, labels: Tensor, return_predictions: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The head's loss, whose backward pass is given to :meth:`updating`."""
 
 
 class Link:
     """A head's way to the optimizer that updates its centres in the backward pass; a copy of the head has none."""
 
-    def __init__(self, optimizer: Updater) -> None:
+    def __init__(self, optimizer: HeadUpdater) -> None:
         self._optimizer = weakref.ref(optimizer)
 
-    def found(self) -> Updater | None:
+    def found(self) -> HeadUpdater | None:
         """The optimizer, while there is one."""
         return self._optimizer()
 
@@ -75,6 +93,7 @@ class AMSoftmaxLoss(nn.Module):
     """
 
     _centres_optimizer: Link | None = None  # set by an optimizer of amsoftmax_kernels.optim that updates the centres
+    _torn = False  # its backward pass was broken off: some centres have had their step, others have not
 
     def __init__(
         self,
@@ -152,6 +171,16 @@ class AMSoftmaxLoss(nn.Module):
         own = self._own_rows(centres)
         weight: Tensor = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight  # of a DTensor
         weight.copy_(own)
+        self._torn = False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._torn = self._torn and f"{prefix}weight" not in state_dict
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self._torn:
+            warnings.warn(f"{prefix}weight: {TORN}", RuntimeWarning, stacklevel=3)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _own_rows(self, centres: Tensor) -> Tensor:
         """Those of ``centres [C, D]`` that this process holds."""
@@ -167,8 +196,7 @@ class AMSoftmaxLoss(nn.Module):
         Shapes and dtypes of both are those of :func:`am_softmax_loss`.
         """
         if self._centres_optimizer is not None and (updater := self._centres_optimizer.found()) is not None:
-            updated: Tensor | tuple[Tensor, Tensor] = self._updated(features, labels, return_predictions, updater)
-            return updated
+            return updater.loss(self, features, labels, return_predictions)
         result: Tensor | tuple[Tensor, Tensor] = am_softmax_loss(  # type: ignore[call-overload, misc]
             features,
             self.weight,
@@ -184,16 +212,6 @@ class AMSoftmaxLoss(nn.Module):
             save_bytes=self.save_bytes,
         )
         return result
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _updated(
-        self, features: Tensor, labels: Tensor, return_predictions: bool, updater: Updater
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """:meth:`forward`, whose backward pass updates the centres: what changes them is no part of a compiled graph."""
-        return loss_of(
-            features, self.weight, labels, updater, self.scale, self.margin, self.normalize_features, self.reduction,
-            self.ignore_index, self.interclass_filter, return_predictions, self.backend, self.save_bytes,
-        )  # fmt: skip
 
     def cosine(self, features: Tensor) -> Tensor:
         """Cosines ``[B, C]`` of ``features [B, D]`` to every centre, float32 (float64 for float64), differentiable.

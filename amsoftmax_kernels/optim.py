@@ -7,6 +7,7 @@ step moves. With sampled negatives only the rows that were drawn are read, updat
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from .arguments import FLOATS
-from .backends.update import SGD, AdamW, Update
-from .modules import AMSoftmaxLoss, Link
+from .backends.update import ELEMENTS, SGD, AdamW, Tally, Update
+from .functional import loss_of
+from .modules import TORN, AMSoftmaxLoss, Link
 from .sharded.mixed import mixed_parameters as mixed_parameters
+from .sharded.module import ShardedAMSoftmaxLoss
 from .sharded.shards import is_initialized, local_part, world_size
 from .values import is_int, type_name
 
@@ -39,11 +42,11 @@ class _Fused(torch.optim.Optimizer):
             raise ValueError(f"seed must be an int in [0, 2^62), but it is {seed!r}")
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler must be None or a torch.amp.GradScaler, but it is {type_name(scaler)}")
-        self._head, self._scaler, self._seed = head, scaler, int(seed)
-        self._state_dtype = dtype if state_dtype is None else state_dtype
-        self._stochastic = dtype == torch.bfloat16 if stochastic_rounding is None else stochastic_rounding
-        self._pending, self._torn = False, False  # a backward pass has been made since step(); one broke off
-        self._skipped: list[Tensor | int] = []
+        self._head, self._scaler, self._seed, self._rounding = head, scaler, int(seed), stochastic_rounding
+        self._given_state_dtype = state_dtype
+        self._pending, self._graph_task = False, -1  # a backward pass has been made since step(), and which
+        self._passed_by = False  # one that left the centres alone
+        self._tally = Tally()
         head._centres_optimizer = Link(self)
 
     @property
@@ -52,15 +55,124 @@ class _Fused(torch.optim.Optimizer):
         return weight
 
     @property
+    def _state_dtype(self) -> torch.dtype:
+        """float32 where float16 centres have it: a second moment of gradients is past float16's range."""
+        dtype = self._weight.dtype
+        return self._given_state_dtype or (torch.float32 if dtype == torch.float16 else dtype)
+
+    @property
+    def _stochastic(self) -> bool:
+        return bool(self._weight.dtype == torch.bfloat16 if self._rounding is None else self._rounding)
+
+    @property
     def skipped(self) -> int:
-        """Updates of single classes that were left out so far, as their gradient was not finite. Waits for a GPU."""
-        self._skipped = [sum(int(each) for each in self._skipped)]
-        return int(self._skipped[0])
+        """This rank's updates of single classes that were left out so far, as their gradient was not finite."""
+        return self._tally.total()
+
+    # What changes the centres is no part of a compiled graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def loss(self, head: AMSoftmaxLoss, features: Tensor, labels: Tensor, return_predictions: bool) -> Any:
+        """The head's loss, whose backward pass updates its centres; the head's forward pass calls it."""
+        return loss_of(
+            features, head.weight, labels, self, head.scale, head.margin, head.normalize_features, head.reduction,
+            head.ignore_index, head.interclass_filter, return_predictions, head.backend, head.save_bytes,
+        )  # fmt: skip
+
+    def agreement(self) -> tuple[Any, ...]:
+        """What must be alike on all ranks of a sharded head."""
+        group = {name: value for name, value in _numbers(self.param_groups[0]).items() if name != "params"}
+        mine = (self._seed, str(self._state_dtype), self._stochastic, self._pending)
+        return type(self).__name__, *mine, *(f"{name} {value}" for name, value in sorted(group.items()))
+
+    def check(self, weight: Tensor) -> None:
+        """That a forward pass is on the centres that are updated, and that these are whole.
+
+        Raises:
+            RuntimeError: they are not.
+        """
+        name, own = type(self).__name__, self._weight
+        if self._head._torn:
+            raise RuntimeError(TORN)
+        if weight is not own:
+            raise RuntimeError(f"the head's weight is another Parameter than {name} was made for: make it after the change")
+        if is_initialized() and world_size() > 1 and not isinstance(self._head, ShardedAMSoftmaxLoss):
+            raise RuntimeError(
+                f"{name} would update this rank's centres by this rank's rows alone: take ShardedAMSoftmaxLoss, with a mesh "
+                "of (ranks, 1) for the whole head on each rank"
+            )
+        if own._backward_hooks or getattr(own, "_post_accumulate_grad_hooks", None):
+            raise RuntimeError(f"the head's weight has hooks for its gradient, and with {name} there is none: remove them")
+        if len(self.param_groups) > 1:
+            raise RuntimeError(f"{name} updates the head's weight alone: give other parameters to an optimizer of their own")
+        for flag in ("maximize", "amsgrad"):
+            if self.param_groups[0].get(flag):
+                raise ValueError(f"{name} does not do {flag}, which the loaded state has switched on")
+        states = [value for value in self.state.get(own, {}).values() if isinstance(value, Tensor) and value.dim() > 0]
+        for each in states:
+            if each.shape != own.shape or each.device != own.device:
+                raise RuntimeError(f"{name}'s state has {list(each.shape)} on {each.device}, which is not the weight's")
+        if not all(local_part(each).is_contiguous() for each in (own, *states)):
+            raise RuntimeError(f"{name} takes contiguous centres and state: make a contiguous Parameter, then the optimizer")
+
+    def check_turn(self, asked: bool) -> None:
+        """That a backward pass may update the centres now, if it is ``asked`` to.
+
+        Raises:
+            RuntimeError: it must not. Nothing has been changed, unless the head was called twice in one backward pass.
+        """
+        name = type(self).__name__
+        if self._head._torn:
+            raise RuntimeError(TORN)
+        if not asked:
+            self._passed_by = True
+            return
+        if self._pending:
+            if self._graph_task == torch._C._current_graph_task_id():
+                self._head._torn = True
+                raise RuntimeError(
+                    f"the head was called twice in one backward pass, of which {name} has applied a part. {TORN}"
+                )
+            raise RuntimeError(
+                f"a second backward pass before {name}.step(): the first one has updated the centres. Call step() after "
+                "each backward pass; to accumulate gradients take an optimizer of torch.optim"
+            )
+        if self._head._centres_optimizer is None or self._head._centres_optimizer.found() is not self:
+            raise RuntimeError(f"another optimizer was made for the head after this loss, which was {name}'s to update")
+        if self._weight.grad is not None:
+            raise RuntimeError(
+                f"the head's weight has a gradient from elsewhere, which {name} cannot add to its own: take an optimizer of "
+                "torch.optim where the weight has other uses in the loss, or clear it by zero_grad()"
+            )
+        if self._weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{name} cannot be captured in a CUDA graph, whose learning rate would stay the same")
 
     @contextmanager
-    def updating(self) -> Iterator[Update]:
-        """The step of one backward pass. It raises, before anything is changed, where there must be none."""
-        self._check_ready()
+    def updating(self, weight: Tensor) -> Iterator[Update]:
+        """The step of one backward pass, of a loss on ``weight``, this rank's centres; after :meth:`check_turn`.
+
+        Raises:
+            RuntimeError: the centres are others than the loss's, and nothing is changed.
+        """
+        own = local_part(self._weight).detach()
+        if own.shape != weight.shape or own.data_ptr() != weight.data_ptr():
+            raise RuntimeError(
+                f"the head's weight was changed for another one since the loss was computed, which {type(self).__name__} "
+                "would update: call the head again"
+            )
+        update = self._begin(1.0 if self._scaler is None else self._scaler.get_scale())
+        try:
+            yield update
+        except BaseException:
+            self._head._torn = self._tally.begun
+            raise
+        finally:
+            # Kernels write where autograd does not see it.
+            torch.autograd.graph.increment_version((update.weight, *update.state))
+        self._pending, self._graph_task = True, torch._C._current_graph_task_id()
+
+    def _begin(self, loss_scale: float) -> Update:
+        """The next step, with state for it."""
+        self._tally.begun = False
         group, names = self.param_groups[0], self._names()
         state = self.state[self._weight] if names or self._counts() else {}
         first = any(state.get(name) is None for name in names)
@@ -69,97 +181,87 @@ class _Fused(torch.optim.Optimizer):
         step = 0
         if self._counts():
             step = int(state.get("step", 0)) + 1
-            state["step"] = torch.tensor(float(step))
-        update = Update(
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+        head = self._head
+        return Update(
             self._rule(_numbers(group), first, step), local_part(self._weight).detach(),
             tuple(local_part(state[name]) for name in names), seed=self._seed if self._stochastic else None, step=step,
-            loss_scale=1.0 if self._scaler is None else self._scaler.get_scale(), skipped=self._skipped,
+            class_start=head.shards.start if isinstance(head, ShardedAMSoftmaxLoss) else 0, loss_scale=loss_scale,
+            tally=self._tally,
         )  # fmt: skip
-        self._torn = True
-        yield update
-        self._torn, self._pending = False, True
 
-    def _check_ready(self) -> None:
-        name, weight = type(self).__name__, self._weight
-        if self._torn:
-            raise RuntimeError(
-                f"a backward pass was broken off while {name} updated the centres: some of them have had their step, others "
-                "have not. Load centres and optimizer from a checkpoint"
-            )
-        if self._pending:
-            raise RuntimeError(
-                f"a second backward pass before {name}.step(): the first one has updated the centres. Call step() after "
-                "each backward pass, and the head once in each; to accumulate gradients take an optimizer of torch.optim"
-            )
-        if weight.grad is not None:
-            raise RuntimeError(
-                f"the head's weight has a gradient from elsewhere, which {name} cannot add to its own: take an optimizer of "
-                "torch.optim where the weight has other uses in the loss, or clear it by zero_grad()"
-            )
-        states = [value for value in self.state.get(weight, {}).values() if isinstance(value, Tensor) and value.dim() > 0]
-        if not all(local_part(each).is_contiguous() for each in (weight, *states)):
-            raise RuntimeError(f"{name} takes contiguous centres and state: make a contiguous Parameter, then the optimizer")
-        if self._head.weight is not weight:
-            raise RuntimeError(f"the head's weight is another Parameter than {name} was made for: make it after the change")
-        if len(self.param_groups) > 1:
-            raise RuntimeError(f"{name} updates the head's weight alone: give other parameters to an optimizer of their own")
-        if is_initialized() and world_size() > 1 and type(self._head) is AMSoftmaxLoss:
-            raise RuntimeError(
-                f"{name} would update this rank's centres by this rank's rows alone: take ShardedAMSoftmaxLoss, with a mesh "
-                "of (ranks, 1) for the whole head on each rank"
-            )
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{name} cannot be captured in a CUDA graph, whose learning rate would stay the same")
-        group = self.param_groups[0]
-        for flag in ("maximize", "amsgrad"):
-            if group.get(flag):
-                raise ValueError(f"{name} does not do {flag}, which the loaded state has switched on")
-
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """End the step that the backward pass has made; it must follow each. A gradient from elsewhere is applied here.
+        """End the step that the backward pass has made; it must follow each. Returns what ``closure`` does, which is called
+        first. A gradient from elsewhere alone is applied here.
 
         Raises:
             RuntimeError: the weight has a gradient beside the update that was made, or a GradScaler was used that this
                 optimizer was not given: the centres have then had a step that they should not have.
-            ValueError: a ``closure``, which would update the centres each time it is called.
         """
         name = type(self).__name__
+        result = None
         if closure is not None:
-            raise ValueError(f"closure must be None: {name} updates the centres in each backward pass")
-        scaled = hasattr(self, "found_inf")  # as a GradScaler hands it over
+            with torch.enable_grad():
+                result = closure()
+        scaled, factor = hasattr(self, "found_inf"), getattr(self, "grad_scale", None)  # as a GradScaler hands them over
+        if self._head._torn:
+            raise RuntimeError(TORN)
         if scaled and self._scaler is None and self._pending:
-            self._torn = True
+            self._forget_scaler()
+            self._head._torn = True
             raise RuntimeError(
                 f"a GradScaler's factor was in the gradient by which {name} updated the centres: give it the scaler, "
                 f"{name}(head, ..., scaler=scaler), and load the centres anew"
             )
         if self._weight.grad is not None:
             if self._pending:
-                self._torn = True
+                self._forget_scaler()
+                self._head._torn = True
                 raise RuntimeError(
                     f"the head's weight has a gradient from elsewhere beside the update that {name} made: take an optimizer "
                     "of torch.optim where the weight has other uses in the loss, and load the centres anew"
                 )
-            super().step()
-            self._to_state_dtype(self.state_dict()["state"])
-        self._pending = False
-        return None
+            self._apply(local_part(self._weight.grad), 1.0 if factor is None else float(factor))
+        elif self._passed_by and not self._pending:
+            warnings.warn(
+                f"{name}.step() has nothing to end: the backward pass was told its inputs, and left the centres alone. Call "
+                "backward() without them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._pending = self._passed_by = False
+        return result
+
+    def _apply(self, grad: Tensor, loss_scale: float) -> None:
+        """One step by a gradient that is there, some classes at a time."""
+        update = self._begin(loss_scale)
+        dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        for first in range(0, len(grad), rows := max(ELEMENTS // max(grad.shape[1], 1), 1)):
+            update.apply_(first, update.unscaled(grad[first : first + rows].to(dtype, copy=True)))
+
+    def _forget_scaler(self) -> None:
+        """A GradScaler takes back what it has handed over only where step() returns."""
+        for attribute in ("grad_scale", "found_inf"):
+            self.__dict__.pop(attribute, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim``'s. RuntimeError after a backward pass was broken off."""
+        if self._head._torn:
+            raise RuntimeError(TORN)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's state or that of ``torch.optim``'s of the name; of any dtype into ``state_dtype``."""
         loaded = copy.copy(state_dict)
         super().load_state_dict(loaded)
-        self._to_state_dtype(loaded["state"])
-        self._pending = self._torn = False
-
-    def _to_state_dtype(self, states: dict[Any, dict[str, Any]]) -> None:
-        """PyTorch takes the parameter's dtype for its state's: take the values from where they came."""
         state = self.state.get(self._weight, {})
-        for name in self._names():
+        for name in self._names():  # PyTorch takes the parameter's dtype: take the values from where they came
             if isinstance(state.get(name), Tensor) and state[name].dtype != self._state_dtype:
-                source = next(iter(states.values()))[name]
+                source = next(iter(loaded["state"].values()))[name]
                 state[name] = source.to(state[name].device, self._state_dtype, copy=True)
+        self._pending = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(f"{type(self).__name__} belongs to its head and cannot be copied or pickled: save its state_dict()")
@@ -189,9 +291,9 @@ class FusedSGD(_Fused, torch.optim.SGD):
             that is learned needs an optimizer of its own.
         lr: learning rate.
         momentum, dampening, weight_decay, nesterov: as ``torch.optim.SGD``'s.
-        state_dtype: of the momentum; None takes the centres'.
-        stochastic_rounding: of bfloat16 centres and momentum: what is less than half a bit is then not lost. None: for
-            bfloat16 centres.
+        state_dtype: of the momentum; None takes the centres', and float32 for float16 centres.
+        stochastic_rounding: of what is bfloat16, centres and momentum: what is less than half a bit is then not lost. None:
+            where the centres are bfloat16.
         seed: of that rounding's random bits, which do not depend on the number of ranks or threads.
         scaler: the ``torch.amp.GradScaler`` that scales the loss, if one does; ``scaler.step(optimizer)`` follows as usual.
 
@@ -204,9 +306,11 @@ class FusedSGD(_Fused, torch.optim.SGD):
 
     Raises:
         TypeError, ValueError: a wrong argument, or one that ``torch.optim.SGD`` refuses.
-        RuntimeError: in ``backward()``, with nothing changed: before ``step()`` has ended the last step (so gradients cannot
-            be accumulated), with ``create_graph=True``, where ``weight.grad`` is not None, for :class:`AMSoftmaxLoss` in a
-            process group of several ranks, in a CUDA graph's capture; in every call, after a backward pass was broken off.
+        RuntimeError: in the head's call, for :class:`AMSoftmaxLoss` in a process group of several ranks, where the weight
+            has hooks or was changed for another Parameter. In ``backward()``, with nothing changed: before ``step()`` has
+            ended the last step (so gradients cannot be accumulated), with ``create_graph=True``, where ``weight.grad`` is
+            not None, in a CUDA graph's capture. In every call, after a backward pass was broken off, until the head's state
+            is loaded; ``head.state_dict()`` warns.
 
     Example:
         >>> import torch

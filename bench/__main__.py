@@ -19,6 +19,7 @@ class Command(NamedTuple):
 USERS = {
     "train": Command("train.command", "train end to end, classes sharded over ranks; verify on identities never seen"),
     "plan": Command("plan.command", "what a run needs before it is paid for: memory a rank, bytes on the wire, time a step"),
+    "verify": Command("verify.command", "judge features that are in files: LFW, BLUFR, MegaFace, IJB, all pairs"),
     "faces": Command("faces.command", "train on real faces with each loss, verify on people never seen in training"),
     "loss": Command("loss.command", "a step of the loss beside other libraries', which take turns; with peak memory"),
     "gpu": Command("gpu.command", "all that needs a GPU: checks, CUDA graphs, times beside other libraries, a profile"),

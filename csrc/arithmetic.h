@@ -1,15 +1,9 @@
-// The margin's and the softmax's arithmetic, one row at a time, for the device and for the host (Wang et al. 2018, equation
-// 6).
+// The margin's and the softmax's arithmetic, one row at a time (Wang et al. 2018, equation 6).
 #pragma once
 
 #include <cmath>
 
-#ifndef __CUDACC__
-#ifndef __host__
-#define __host__
-#define __device__
-#endif
-#endif
+#include "device.cuh"
 
 namespace ak {
 
@@ -20,7 +14,7 @@ constexpr float kBound = 92.33248261893206f;  // 64 log2(e): to there 2^logit ne
 
 // 1/norm; 0 for a zero row, NaN where the norm overflowed.
 template <class T>
-__host__ __device__ inline T inverse(T norm) {
+__device__ inline T inverse(T norm) {
     return (norm <= T(kEps) ? T(0) : T(1) / norm) + (norm - norm);
 }
 
@@ -32,7 +26,7 @@ struct MarginRow {
 };
 
 // One row of AM-Softmax: z the negatives' sum, off by 2^shift; t the target's cosine. A row without negatives has loss 0.
-__host__ __device__ inline MarginRow additive_margin(double z, double shift, double cosine, double scale, double margin) {
+__device__ inline MarginRow additive_margin(double z, double shift, double cosine, double scale, double margin) {
     double above = cosine - margin;
     double v = log(z) + shift * kLn2 - above * scale;
     if (v == -INFINITY) return {0, 0, 0, 0};

@@ -5,11 +5,10 @@
 // Two blocks share an SM where its shared memory has room (not on 8.6, 8.9 and 12.0): one's epilogue runs under the other's
 // products. Operands, of two bytes or TF32 in four, lie in shared memory in rows of 64 bytes whose four 16-byte parts are
 // permuted, so that the eight rows of a matrix that is loaded at once fall into different banks.
-#include "cosine.h"
 #include "epilogue.cuh"
-#include "launch.cuh"
 
 namespace ak {
+namespace sm80 {
 namespace {
 
 constexpr int kRows = 128, kClasses = 128, kStages = 4, kThreads = 256;
@@ -66,15 +65,15 @@ __device__ inline Most quad_best(Most most) {
     return most;
 }
 
-template <class T, bool BEST, bool FILTER>
-__global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p) {
+template <class T, bool GENERAL>
+__global__ void __launch_bounds__(kThreads, GENERAL ? 1 : 2) cosine_exp(AkCosine p) {
     AK_DYNAMIC_SHARED(shared);
     __shared__ float sums[4][kRows], bests[4][kRows];
-    __shared__ int columns[4][kRows], labels[kRows];
+    __shared__ int32_t columns[4][kRows], labels[kRows];
     __shared__ float factors[kRows], shifts[kRows];
     __shared__ double z[kRows];  // this and the next two belong to the thread of that number
     __shared__ float best[kRows];
-    __shared__ int best_column[kRows];
+    __shared__ int32_t best_column[kRows];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_row = warp % 2 * kWarpRows, across = warp / 2, warp_class = across * kWarpClasses;
     const int64_t first_row = int64_t(blockIdx.x) * kRows;
@@ -83,12 +82,9 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
     // What the epilogue wants of each row waits in shared memory: registers are the products'.
     bool unbounded = false;
     for (int i = threadIdx.x; i < kRows; i += kThreads) {
-        const int64_t row = first_row + i;
-        const bool inside = i < rows_here;
-        factors[i] = inside ? p.factor[row] : 0.0f;
-        shifts[i] = inside && p.shift ? p.shift[row] : 0.0f;
-        labels[i] = inside ? label_here(p.labels[row], p.class_start, N) : -1;
-        unbounded |= !(factors[i] <= kBound);
+        const Row row = load_row(p, first_row + i);
+        factors[i] = row.factor, shifts[i] = row.shift, labels[i] = row.label;
+        unbounded |= !(row.factor <= kBound);
         z[i] = 0, best[i] = -INFINITY, best_column[i] = -1;
     }
     int tiles = (N + kClasses - 1) / kClasses;  // N leaves room for that
@@ -154,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
                     const float cosine = c[i / 2][j][i % 2 * 2 + side];
                     const int column = first + warp_class + j * 8 + lane % 4 * 2 + side;
                     const bool masked = special && (column == mine.label || column >= N);
-                    e[side] = term<BEST, FILTER>(cosine, column, masked, mine, p.filter, p.only_unbounded, most);
+                    e[side] = term<GENERAL>(cosine, column, masked, mine, p.filter, p.only_unbounded, most);
                     sum += e[side];
                 }
                 if (sizeof(T) == 4) {  // float32: a quad writes 32 bytes of a row at once
@@ -169,10 +165,10 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
             }
             sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
             sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-            if (BEST) most = quad_best(most);
+            if (GENERAL) most = quad_best(most);
             if (lane % 4 == 0) {
                 sums[across][row] = sum;
-                if (BEST) bests[across][row] = most.cosine, columns[across][row] = most.column;
+                if (GENERAL) bests[across][row] = most.cosine, columns[across][row] = most.column;
             }
         }
         __syncthreads();
@@ -181,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 z[row] += double(sums[i][row]);
-                if (BEST && bests[i][row] > best[row]) best[row] = bests[i][row], best_column[row] = columns[i][row];
+                if (GENERAL && bests[i][row] > best[row]) best[row] = bests[i][row], best_column[row] = columns[i][row];
             }
         }
         if (p.terms.data && sizeof(T) == 2) {
@@ -196,81 +192,52 @@ __global__ void __launch_bounds__(kThreads, BEST ? 1 : 2) cosine_exp(AkCosine p)
             }
         }
     }
-    if (int(threadIdx.x) >= rows_here) return;
-    const int64_t owned = int64_t(blockIdx.y) * p.x_hat.rows + first_row + threadIdx.x;
-    if (p.z) p.z[owned] = z[threadIdx.x];
-    if (!BEST) return;
-    p.best[owned] = best[threadIdx.x];
-    p.best_class[owned] = best_column[threadIdx.x] < 0 ? -1 : p.class_start + best_column[threadIdx.x];
+    if (threadIdx.x < kRows)
+        store_sums(p, int(blockIdx.y), first_row + threadIdx.x, z[threadIdx.x],
+                   {best[threadIdx.x], best_column[threadIdx.x]});
 }
 
-template <class T, bool BEST, bool FILTER>
-const char* launch(const AkCosine& p, [[maybe_unused]] const AkWhere& where) {
+template <class T, bool GENERAL>
+const char* allow() {
+    return message(cudaFuncSetAttribute(cosine_exp<T, GENERAL>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+}
+
+template <class T, bool GENERAL>
+const char* launch(const AkCosine& p, [[maybe_unused]] void* stream) {
     const dim3 grid(unsigned((p.x_hat.rows + kRows - 1) / kRows), unsigned(p.parts));
-    AK_LAUNCH((cosine_exp<T, BEST, FILTER>), grid, kThreads, kShared, static_cast<cudaStream_t>(where.stream), p);
+    AK_LAUNCH((cosine_exp<T, GENERAL>), grid, kThreads, kShared, static_cast<cudaStream_t>(stream), p);
     return launch_error();
 }
 
-// Loads the kernel on the current device and lets it have its shared memory; whether it can run there shows here.
-template <class T, bool BEST, bool FILTER>
-const char* prepare() {
-#ifndef AK_EMULATE
-    auto error = cudaFuncSetAttribute(cosine_exp<T, BEST, FILTER>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-    if (error != cudaSuccess) {
-        cudaGetLastError();  // not left to the next launch
-        return cudaGetErrorString(error);
-    }
-#endif
-    return nullptr;
-}
+}  // namespace
 
-template <class T>
-const char* prepare() {
-    for (const char* error : {prepare<T, false, false>(), prepare<T, false, true>(), prepare<T, true, false>(),
-                              prepare<T, true, true>()})
+const char* check_cosine() {
+    for (const char* error : {allow<half, false>(), allow<half, true>(), allow<bfloat16, false>(), allow<bfloat16, true>(),
+                              allow<tfloat32, false>(), allow<tfloat32, true>()})
         if (error) return error;
     return nullptr;
 }
 
-template <class T>
-const char* launch(const AkCosine& p, const AkWhere& where) {
-    const bool filter = p.filter <= 1.0f;
-    if (p.best) return filter ? launch<T, true, true>(p, where) : launch<T, true, false>(p, where);
-    return filter ? launch<T, false, true>(p, where) : launch<T, false, false>(p, where);
-}
-
-const char* check() {
-    for (const char* error : {prepare<half>(), prepare<bfloat16>(), prepare<tfloat32>()})
-        if (error) return error;
-    return nullptr;
-}
-
-const char* tiling(AkTiling& p) {
-    p.rows = kRows, p.classes = kClasses, p.parts = 1, p.blocks = 4;
-#ifndef AK_EMULATE
-    if (const char* error = prepare<bfloat16, false, false>()) return error;
+const char* tile_cosine(AkTiling& p) {
+    p.rows = kRows, p.classes = kClasses, p.parts = 1;
+    if (const char* error = allow<bfloat16, false>()) return error;
     int device = 0, multiprocessors = 0, resident = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    const auto kernel = cosine_exp<bfloat16, false, false>;
-    auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, kShared);
-    if (error != cudaSuccess) {
-        cudaGetLastError();
-        return cudaGetErrorString(error);
-    }
+    const auto kernel = cosine_exp<bfloat16, false>;
+    const char* error = message(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, kShared));
     p.blocks = resident * multiprocessors;
-#endif
-    return nullptr;
+    return error;
 }
 
-const char* launch_any(const AkCosine& p, const AkWhere& where) {
-    return with_operand_type(p.x_hat.type, [&](auto tag) { return launch<typename decltype(tag)::type>(p, where); });
+const char* launch_cosine(const AkCosine& given, void* stream) {
+    AkCosine p = given;
+    if (!has_filter(p)) p.filter = INFINITY;
+    return with_operand_type(p.x_hat.type, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        return has_filter(p) || p.best ? launch<T, true>(p, stream) : launch<T, false>(p, stream);
+    });
 }
 
-void block(AkBlock& p) { p.threads = kThreads, p.bytes = kShared; }
-
-}  // namespace
-
-const CosineKernel portable_cosine = {check, tiling, launch_any, block};
-
+}  // namespace sm80
 }  // namespace ak

@@ -1,20 +1,21 @@
-// What the cosine kernels do with one cosine, whatever multiplied it.
+// What both cosine kernels do with a row of the batch and with one cosine, whatever multiplied it.
 #pragma once
 
 #include "arithmetic.h"
-#include "portable.cuh"
+#include "launch.cuh"
 
 namespace ak {
 
-// What the epilogue wants of a row of the batch; its label as a column of this chunk, negative where it is in another.
+// What the epilogue wants of a row; its label as a column of this chunk, negative where it is in another.
 struct Row {
     float factor, shift;
     int32_t label;
 };
 
-__host__ __device__ inline int32_t label_here(int64_t label, int64_t class_start, int64_t classes) {
-    const int64_t local = label - class_start;
-    return local >= 0 && local < classes ? int32_t(local) : -1;
+__device__ inline Row load_row(const AkCosine& p, int64_t row) {
+    if (row >= p.x_hat.rows) return {0.0f, 0.0f, -1};
+    const int64_t label = p.labels[row] - p.class_start;
+    return {p.factor[row], p.shift ? p.shift[row] : 0.0f, label >= 0 && label < p.w_hat.rows ? int32_t(label) : -1};
 }
 
 // The largest cosine so far, and the lowest column that has it.
@@ -23,23 +24,36 @@ struct Most {
     int32_t column = INT32_MAX;
 };
 
-__host__ __device__ inline Most larger(Most a, Most b) {
+__device__ inline Most larger(Most a, Most b) {
     return b.cosine > a.cosine || (b.cosine == a.cosine && b.column < a.column) ? b : a;
 }
 
-// E of one cosine: 2^logit, 0 where it is masked (its row's own class, past the last class) or filtered out.
-template <bool BEST, bool FILTER>
-__host__ __device__ inline float term(float cosine, int32_t column, bool masked, const Row& row, float filter,
-                                      bool only_unbounded, Most& most) {
-    const bool filtered = FILTER && cosine > filter;
+// E of one cosine: 2^logit, 0 where it is masked (its row's own class, past the last class) or filtered out. GENERAL kernels
+// look for the largest cosine and have a filter; one that is not wanted is infinite.
+template <bool GENERAL>
+__device__ inline float term(float cosine, int32_t column, bool masked, const Row& row, float filter, bool only_unbounded,
+                             Most& most) {
+    const bool filtered = GENERAL && cosine > filter;
     // A pass for the shift must not see what the filter leaves out.
-    if (BEST && !masked && !(filtered && only_unbounded) && cosine > most.cosine) most.cosine = cosine, most.column = column;
+    if (GENERAL && !masked && !(filtered && only_unbounded) && cosine > most.cosine) most = {cosine, column};
     return masked || filtered ? 0.0f : exp2_fast(cosine * row.factor - row.shift);
 }
 
-// Two of them as they lie in memory.
-__host__ __device__ inline uint32_t pack(const float (&e)[2]) {
-    return uint32_t(from_float<bfloat16>(e[1]).bits) << 16 | from_float<bfloat16>(e[0]).bits;
+inline bool has_filter(const AkCosine& p) { return p.filter <= 1.0f; }
+
+// Two terms as they lie in memory.
+__device__ inline uint32_t pack(const float (&e)[2]) {
+    return uint32_t(float_to_bfloat16(e[1])) << 16 | float_to_bfloat16(e[0]);
+}
+
+// What a part of the classes has come to: a row's sum and its largest cosine.
+__device__ inline void store_sums(const AkCosine& p, int part, int64_t row, double z, const Most& best) {
+    if (row >= p.x_hat.rows) return;
+    const int64_t owned = part * p.x_hat.rows + row;
+    if (p.z) p.z[owned] = z;
+    if (!p.best) return;
+    p.best[owned] = best.cosine;
+    p.best_class[owned] = best.cosine > -INFINITY ? p.class_start + best.column : -1;
 }
 
 }  // namespace ak

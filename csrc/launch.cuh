@@ -1,8 +1,8 @@
-// Around every launch: the device, the launch's own error, the element types.
+// Around every launch: the device, the launch's own error, the element types. And which kernels there are that multiply.
 #pragma once
 
 #include "library.h"
-#include "portable.cuh"
+#include "elements.cuh"
 
 namespace ak {
 
@@ -34,16 +34,29 @@ inline const char* launch_error() {
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-#ifdef AK_CUTLASS
-// Its own kernels' instructions are those of 9.0a alone: neither 8.x nor 10.x has them.
-inline bool is_hopper([[maybe_unused]] int device) {
-    int major = 9;
-#ifndef AK_EMULATE
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-#endif
-    return major == 9;
+// What a call of CUDA's runtime says is wrong, null if nothing.
+inline const char* message(cudaError_t error) {
+    if (error == cudaSuccess) return nullptr;
+    cudaGetLastError();  // not left to the next launch
+    return cudaGetErrorString(error);
 }
-#endif
+
+// Kernels that multiply, on the current device: a check, which lets them have their shared memory; how they divide a problem;
+// a launch. Arguments have been checked (library.cu).
+namespace sm80 {
+const char* check_cosine();
+const char* tile_cosine(AkTiling&);
+const char* launch_cosine(const AkCosine&, void* stream);
+}  // namespace sm80
+namespace sm90 {  // only where AK_CUTLASS is defined
+constexpr int kWidest = 512;  // of a∘x̂
+const char* check_cosine();
+const char* tile_cosine(AkTiling&);
+const char* launch_cosine(const AkCosine&, void* stream);
+const char* check_gradient();
+const char* tile_gradient(AkGradTiling&);
+const char* launch_gradient(const AkGradCentres&, void* stream);
+}  // namespace sm90
 
 template <class T>
 struct Tag {

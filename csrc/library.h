@@ -11,12 +11,7 @@ enum AkType {
     AK_FLOAT32 = 0,
     AK_FLOAT16 = 1,
     AK_BFLOAT16 = 2,
-    AK_INT64 = 3,
-    AK_INT32 = 4,
-    AK_INT16 = 5,
-    AK_INT8 = 6,
-    AK_UINT8 = 7,
-    AK_TFLOAT32 = 8  // float32 in memory, an operand rounded to ten bits of fraction
+    AK_TFLOAT32 = 3  // float32 in memory, an operand rounded to ten bits of fraction
 };
 
 struct AkMatrix {
@@ -25,9 +20,11 @@ struct AkMatrix {
     int32_t type, reserved;
 };
 
+enum AkKernel { AK_COSINE_SM90 = 1, AK_GRADIENT_SM90 = 2 };  // Hopper's own
+
 struct AkWhere {
     void* stream;
-    int32_t device, reserved;
+    int32_t device, without;  // without: the kernels that are to be left out, each a bit
 };
 
 // s: a number, or a pointer to a float32 on the device; without `normalize` the row's norm takes its place.
@@ -37,28 +34,17 @@ struct AkScale {
     int32_t normalize;
 };
 
-struct AkLabels {
-    const void* labels;  // [B] of any integer type
-    int64_t *result, *count;  // [B], and the number of rows not ignored, at least 1
-    int64_t batch, classes, ignore_index;
-    int32_t type, reserved;
-};
-
 struct AkRows {
     AkMatrix features, weight;  // [B, D], [C, D]
     AkMatrix x_hat;             // [B, width]
     const int64_t* labels;
     float *cosine, *norm, *factor, *shift;  // [B]
     AkScale scale;
-    AkMatrix w_hat;       // [C, width]; data null: not written
-    float* inverse_norm;  // [C], with w_hat
-    AkLabels raw;         // those that `labels` are made of, and counted; raw.labels null: they are there
 };
 
 struct AkCentres {
     AkMatrix weight, w_hat;  // [N, D], [N, width]
     float* inverse_norm;     // [N]
-    const float* unless_bounded;  // if given and at most 64: nothing to do
 };
 
 struct AkCosine {
@@ -81,15 +67,6 @@ struct AkTiling {
     int32_t type, reserved;                // given: of the operands
 };
 
-enum AkKernel { AK_PORTABLE_COSINE = 0, AK_HOPPER_COSINE = 1, AK_HOPPER_GRADIENT = 2 };
-
-// What a block of a kernel takes of an SM, but for its registers; no device is asked.
-struct AkBlock {
-    int64_t width;           // given
-    int32_t type, kernel;    // given: of the operands; an AkKernel
-    int32_t threads, bytes;  // the answer; bytes of dynamic shared memory
-};
-
 struct AkReduce {
     const double* z_parts;         // [parts, B]: z is written
     const float* best_parts;       // [parts, B]: best and its class are, or the shift
@@ -102,16 +79,12 @@ struct AkReduce {
 };
 
 struct AkMargin {
-    AkMatrix features, x_factored;         // [B, D], [B, width]; x_factored.data null: not written
-    const double* z_parts;                 // [parts, B]: z is written; null: z is read
-    float* z;                              // [B]
-    const float *shift, *cosine, *norm;    // [B]
-    const int64_t *labels, *num_rows;      // [B], and a number
-    float *loss, *derivatives;             // [B] or one number; [2 or 3, B]
+    const float *z, *shift, *cosine, *norm;  // [B]
+    const int64_t* labels;                   // [B]
+    float *loss, *derivatives;               // [B], and [3, B] by log z, by the cosine and by the scale
     double margin;
-    int64_t batch, classes, parts;
+    int64_t batch, classes;
     AkScale scale;
-    int32_t reduce, mean, need_scale, reserved;
 };
 
 struct AkFactor {
@@ -125,14 +98,12 @@ struct AkFactor {
 struct AkFinishCentres {
     AkMatrix grad_unit, weight, grad;  // [N, width] float32, [N, D], [N, D]; grad may be grad_unit
     const float* inverse_norm;         // [N]
-    const float* upstream;             // a number to multiply by; null: 1
 };
 
 // The centres' gradient at once: E's product and the normalization's derivative, where clusters of the kernel fit the GPU.
 struct AkGradCentres {
     AkMatrix terms, x_factored, weight, grad;  // [B, N], [B, width], both bfloat16; [N, D] twice
     const float* inverse_norm;                 // [N]
-    const float* upstream;                     // a number to multiply by; null: 1
     int32_t clusters, reserved;                // that share the classes
 };
 
@@ -141,16 +112,28 @@ struct AkGradTiling {
     int32_t type, clusters;  // given: of the centres; the answer: that run at once, 0 where there is no such kernel
 };
 
+// The centres' step: of their gradient by ŵ, or of the whole one (`whole`); `out` has data: the whole gradient is left there.
+struct AkUpdateCentres {
+    AkMatrix grad_unit, centres, target_rows, out;  // [N, width] float32, [N, D], [B, D] float32, [N, D] float32
+    AkMatrix weight, first, second;                 // [*, D]: what is written; data null where the rule has no such state
+    const float* inverse_norm;                      // [N]
+    const int32_t* slots;                           // [N] the row of target_rows with a class's part, -1: none
+    const int64_t* rows;                            // [N] where the classes are in weight and state; null: from `start` on
+    int32_t* skipped;                               // [N] 1 where the gradient is not finite and nothing was written
+    int64_t weight_key, first_key, second_key;      // of random bits
+    int64_t start, class_start;
+    float loss_scale, lr, decay, first_rate, second_rate, third, correction;
+    int32_t whole, nesterov, stochastic;
+};
+
 struct AkFinishRows {
     AkMatrix features, weight, unit_rows, grad_features, grad_weight;  // unit_rows [B, width] float32; null grads: unwanted
     const int64_t* labels;
     const float *norm, *cosine, *row_factor, *grad_cosine, *grad_norm;  // [B]; grad_norm may be null
     double* grad_scale;                                                 // [B], null if not wanted
-    const float* upstream;                                              // a number times row_factor and the grads; null: 1
     AkScale scale;
 };
 
-AK_EXPORT const char* ak_canonical_labels(const AkLabels*, const AkWhere*);
 AK_EXPORT const char* ak_prepare_rows(const AkRows*, const AkWhere*);
 AK_EXPORT const char* ak_prepare_centres(const AkCentres*, const AkWhere*);
 AK_EXPORT const char* ak_cosine_exp(const AkCosine*, const AkWhere*);
@@ -158,12 +141,12 @@ AK_EXPORT const char* ak_reduce(const AkReduce*, const AkWhere*);
 AK_EXPORT const char* ak_constant_margin(const AkMargin*, const AkWhere*);
 AK_EXPORT const char* ak_factor_rows(const AkFactor*, const AkWhere*);
 AK_EXPORT const char* ak_finish_centres(const AkFinishCentres*, const AkWhere*);
+AK_EXPORT const char* ak_update_centres(const AkUpdateCentres*, const AkWhere*);
 AK_EXPORT const char* ak_finish_rows(const AkFinishRows*, const AkWhere*);
 AK_EXPORT const char* ak_grad_centres(const AkGradCentres*, const AkWhere*);
 
 AK_EXPORT const char* ak_tiling(AkTiling*, const AkWhere*);
 AK_EXPORT const char* ak_grad_tiling(AkGradTiling*, const AkWhere*);
-AK_EXPORT const char* ak_block(AkBlock*, const AkWhere*);
 
 // Before anything else on a device: whether the kernels run there.
 AK_EXPORT const char* ak_check(const AkWhere*);

@@ -1,5 +1,6 @@
 // Passes over the batch's rows: piece 1 of a step, and the end of 5. A block a row, in float64: B·D is small.
-#include "centres.cuh"
+#include "arithmetic.h"
+#include "launch.cuh"
 
 namespace ak {
 namespace {
@@ -11,56 +12,10 @@ __device__ inline double element(const T* row, int64_t column, int64_t stride, b
     return present ? double(to_float(row[column * stride])) : 0.0;
 }
 
-__device__ inline int64_t canonical_label(const AkLabels& p, int64_t row) {
-    int64_t label = 0;
-    switch (p.type) {
-        case AK_INT64: label = static_cast<const int64_t*>(p.labels)[row]; break;
-        case AK_INT32: label = static_cast<const int32_t*>(p.labels)[row]; break;
-        case AK_INT16: label = static_cast<const int16_t*>(p.labels)[row]; break;
-        case AK_INT8: label = static_cast<const int8_t*>(p.labels)[row]; break;
-        case AK_UINT8: label = static_cast<const uint8_t*>(p.labels)[row]; break;
-    }
-    return label == p.ignore_index ? -1 : label < 0 || label >= p.classes ? p.classes : label;
-}
-
-const char* check_labels(const AkLabels& p) {
-    const bool integer = p.type == AK_INT64 || p.type == AK_INT32 || p.type == AK_INT16 || p.type == AK_INT8 ||
-                         p.type == AK_UINT8;
-    return integer ? nullptr : "labels of a type that is not an integer";
-}
-
-// All of them, by one block: their number, and with WRITE themselves.
-template <bool WRITE>
-__device__ inline void count_labels(const AkLabels& p) {
-    int32_t count = 0;
-    for (int64_t row = threadIdx.x; row < p.batch; row += blockDim.x) {
-        const int64_t label = canonical_label(p, row);
-        if (WRITE) p.result[row] = label;
-        count += label >= 0;
-    }
-    const int64_t total = block_sum(int64_t(count));
-    if (threadIdx.x == 0) *p.count = total > 0 ? total : 1;
-}
-
-__global__ void __launch_bounds__(1024) canonical_labels(AkLabels p) { count_labels<true>(p); }
-
-// A block before the rows' counts the labels, if they are not canonical yet, and each row's writes its own; those after them,
-// if there are any, take a class a warp. Two launches less.
+// x̂, ‖x‖, the target's cosine and the logits' factor.
 template <class X, class W, class O>
-__global__ void __launch_bounds__(kThreads) prepare_rows(AkRows p, bool vector) {
-    const bool raw = p.raw.labels;
-    if (raw && blockIdx.x == 0) return count_labels<false>(p.raw);
-    const unsigned block = blockIdx.x - (raw ? 1 : 0);
-    if (block >= p.features.rows) {
-        const int64_t row = (block - p.features.rows) * (kThreads / 32) + threadIdx.x / 32;
-        if (row >= p.weight.rows) return;
-        if (vector)
-            prepare_centre<W, O, true>(p.weight, p.w_hat, p.inverse_norm, row);
-        else
-            prepare_centre<W, O, false>(p.weight, p.w_hat, p.inverse_norm, row);
-        return;
-    }
-    const int64_t row = block, label = raw ? canonical_label(p.raw, row) : p.labels[row];
+__global__ void __launch_bounds__(kThreads) prepare_rows(AkRows p) {
+    const int64_t row = blockIdx.x, label = p.labels[row];
     const bool ignored = label < 0, present = !ignored && label < p.weight.rows;
     const X* x = row_of<X>(p.features, row);
     const W* w = row_of<W>(p.weight, present ? label : 0);
@@ -84,10 +39,10 @@ __global__ void __launch_bounds__(kThreads) prepare_rows(AkRows p, bool vector) 
         p.norm[row] = length;
         p.factor[row] = scale_of(p.scale, length) * kLog2e;
         p.shift[row] = 0;
-        if (raw) p.raw.result[row] = label;
     }
 }
 
+// a∘x̂, and x̂ and the logits' factor again where they were not kept.
 template <class X, class O, class H>
 __global__ void factor_rows(AkFactor p) {
     const int64_t row = blockIdx.x;
@@ -105,7 +60,8 @@ __global__ void factor_rows(AkFactor p) {
     if (p.x_hat.data && threadIdx.x == 0) p.factor[row] = s * kLog2e;
 }
 
-// Threads of a warp take neighbouring rows, warps take parts in turn; their sums are added in order.
+// Sums and maxima of all parts of the classes. Threads of a warp take neighbouring rows, warps take parts in turn; their sums
+// are added in order.
 __global__ void reduce_parts(AkReduce p) {
     __shared__ double sums[8][32];
     __shared__ float largest[8][32];
@@ -136,6 +92,7 @@ __global__ void reduce_parts(AkReduce p) {
     if (p.shift) p.shift[row] = p.factor[row] > kBound && best > -INFINITY ? best * p.factor[row] : 0.0f;
 }
 
+// dx from dx̂, and what the target's class adds to dw.
 template <class X, class W>
 __global__ void finish_rows(AkFinishRows p) {
     const int64_t row = blockIdx.x, label = p.labels[row], batch = p.features.rows, D = p.features.columns;
@@ -146,7 +103,7 @@ __global__ void finish_rows(AkFinishRows p) {
         double b = element(w, i, p.weight.column_stride, true);
         ww += b * b;
     }
-    const double w_inverse = inverse(sqrt(block_sum(ww))), outer = p.upstream ? *p.upstream : 1.0f;
+    const double w_inverse = inverse(sqrt(block_sum(ww)));
 
     if (p.grad_features.data || p.grad_scale) {
         const X* x = row_of<X>(p.features, row);
@@ -156,11 +113,11 @@ __global__ void finish_rows(AkFinishRows p) {
         for (int64_t i = threadIdx.x; i < D; i += kThreads)
             along += double(sums[i]) * element(x, i, p.features.column_stride, !ignored) * x_inverse;
         along = block_sum(along);
-        double a = p.row_factor[row] * outer;
+        double a = p.row_factor[row];
         if (p.grad_scale && threadIdx.x == 0) p.grad_scale[row] = a * along;
         if (p.grad_features.data) {
-            const double tau = present ? p.grad_cosine[row] * (x_inverse * outer) : 0.0;
-            const double by_norm = p.grad_norm ? p.grad_norm[row] * outer : 0.0;
+            const double tau = present ? p.grad_cosine[row] * x_inverse : 0.0;
+            const double by_norm = p.grad_norm ? double(p.grad_norm[row]) : 0.0;
             if (p.scale.normalize)
                 a *= scale_of(p.scale, p.norm[row]) * x_inverse;
             else
@@ -192,7 +149,7 @@ __global__ void finish_rows(AkFinishRows p) {
                 if (p.labels[other] != label) continue;
                 const X* x = row_of<X>(p.features, other);
                 const double x_inverse = inverse(double(p.norm[other])), t = p.cosine[other];
-                const double tau = p.grad_cosine[other] * (w_inverse * outer);
+                const double tau = p.grad_cosine[other] * w_inverse;
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
                     const int64_t i = column + k * kThreads;
@@ -215,14 +172,6 @@ __global__ void finish_rows(AkFinishRows p) {
 
 extern "C" {
 
-const char* ak_canonical_labels(const AkLabels* p, const AkWhere* where) {
-    ak::DeviceGuard guard(where->device);
-    if (guard.error()) return guard.error();
-    if (const char* wrong = ak::check_labels(*p)) return wrong;
-    AK_LAUNCH(ak::canonical_labels, 1, 1024, 0, static_cast<cudaStream_t>(where->stream), *p);
-    return ak::launch_error();
-}
-
 const char* ak_prepare_rows(const AkRows* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     if (guard.error()) return guard.error();
@@ -233,14 +182,7 @@ const char* ak_prepare_rows(const AkRows* p, const AkWhere* where) {
                 using X = typename decltype(x)::type;
                 using W = typename decltype(w)::type;
                 using O = typename decltype(o)::type;
-                if (p->w_hat.data && !ak::aligned_rows(p->w_hat, sizeof(O)))
-                    return "rows of normalized centres must start at multiples of 16 bytes";
-                if (const char* wrong = p->raw.labels ? ak::check_labels(p->raw) : nullptr) return wrong;
-                constexpr int kClasses = ak::kThreads / 32;
-                const int64_t centres = p->w_hat.data ? (p->weight.rows + kClasses - 1) / kClasses : 0;
-                const bool vector = ak::in_eights<W>(p->weight, p->w_hat);
-                const int64_t blocks = (p->raw.labels ? 1 : 0) + p->features.rows + centres;
-                AK_LAUNCH((ak::prepare_rows<X, W, O>), blocks, ak::kThreads, 0, stream, *p, vector);
+                AK_LAUNCH((ak::prepare_rows<X, W, O>), p->features.rows, ak::kThreads, 0, stream, *p);
                 return ak::launch_error();
             });
         });

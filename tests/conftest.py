@@ -19,7 +19,8 @@ from amsoftmax_kernels.backends import chunking, shard
 from amsoftmax_kernels.backends.cuda import library as cuda_library
 
 from .cases import CHUNK
-from .emulation import build_emulated, hopper_on_cpu, serve
+from .emulation import emulated as compiled
+from .emulation import seed, serve
 from .ranks import Ranks
 
 
@@ -37,8 +38,8 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.Library:
-    return build_emulated(tmp_path_factory.mktemp("emulated"))
+def emulated_library() -> cuda_library.Library:
+    return compiled()
 
 
 @pytest.fixture
@@ -58,16 +59,27 @@ def fused_backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def hopper_library(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.Library:
-    """The emulated library with Hopper's tiles in the place of the portable kernel."""
-    part = hopper_on_cpu()
-    return build_emulated(tmp_path_factory.mktemp("hopper"), "-DAK_CUTLASS", str(part), f"-Wl,-rpath,{part.parent}")
+def hopper_library() -> cuda_library.Library:
+    """The emulated library with Hopper's own kernels."""
+    return compiled(hopper=True)
 
 
 @pytest.fixture
 def hopper(hopper_library: cuda_library.Library, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hopper_library.has_hopper
     serve(hopper_library, monkeypatch)
+    seed(hopper_library, 0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seeds", type=int, default=2, help="times that Hopper's kernels are emulated, in other orders of events"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "order" in metafunc.fixturenames:
+        metafunc.parametrize("order", range(metafunc.config.getoption("--seeds")))
 
 
 @pytest.fixture(scope="session", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])

@@ -46,6 +46,20 @@ def test_each_kernel_by_hand() -> None:
     assert a100["centres' gradient"].seconds == pytest.approx(flops / (250e12 * 584 / 790) + 12 * 512e6 / 1.7e12)
 
 
+def test_the_cpp_kernels_shared_memory_by_hand() -> None:
+    """x̂ 32, ŵ 64, its copies 32, E 16 bytes a clock of 128 at D = 512; of fewer columns E is more of it."""
+    assert estimate.shared_memory_bytes(512, 2) == 144 == estimate.shared_memory_bytes(512, 4) - 32
+    assert estimate.shared_memory_bytes(128, 2) == 128 + 64 and estimate.shared_memory_bytes(1024, 2) == 160 + 8
+    bfloat16, tf32 = estimate.KINDS["bfloat16"], estimate.KINDS["TF32"]
+    full = 4096 * 132 * 1.755e9
+    assert estimate.shared_memory_bound(H200, 512, bfloat16) == pytest.approx(full * 128 / 144)
+    assert estimate.shared_memory_bound(H200, 256, tf32) == pytest.approx(full / 2 * 128 / 160)
+    assert estimate.shared_memory_bound(estimate.CARDS["sm_100"], 512, bfloat16) == float("inf")
+    for D, bound in ((512, 584e12), (64, full * 128 / 256)):  # which is less
+        found = {each.kernel: each for each in estimate.work(H200, 1024, D, 1_000_000, kept=False, kernels="C++")}
+        assert found["cosine_exp"].rate == pytest.approx(bound, rel=0.02)
+
+
 def test_tiles_come_in_whole_rounds() -> None:
     """84 tiles of 128 x 256 on 132 SMs take as long as 132."""
     assert H200.rounds(84) == pytest.approx(132 / 84) and H200.rounds(132) == 1 and H200.rounds(136) == 264 / 136

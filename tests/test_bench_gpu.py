@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -20,8 +21,10 @@ from bench.gpu import command as gpu
 from bench.gpu import graphs as gpu_graphs
 from bench.gpu import peers as gpu_peers
 from bench.gpu import smoke as gpu_smoke
+from bench.gpu import terms as gpu_terms
 from bench.gpu import times as gpu_times
 from bench.gpu import undecided as gpu_undecided
+from bench.gpu import whole_steps as gpu_whole_steps
 from bench.loss.peers import MARGIN, SCALE, eager, problem
 
 from .cases import relative
@@ -41,6 +44,7 @@ SHAPES: dict[str, Any] = {
         "chunks": [(8, 16, 48)], "steps": [(8, 16, 40)], "backbone": (4, 16, 40, 8), "make": small_backbone,
     },
     "times": [(8, 16, 40)],
+    "steps": {"shapes": [(8, 16, 40)], "checked": [(8, 16, 40)]},
     "size": 64,
     "profile": {"shapes": ((8, 16, 40),)},
 }  # fmt: skip
@@ -53,7 +57,7 @@ def nothing_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checks, "left_out", {})
     monkeypatch.setattr(gpu_checks.clock, "ends", math.inf)
     gpu_checks.not_compiled.clear()
-    for module in (gpu_graphs, gpu_undecided):
+    for module in (gpu_graphs, gpu_undecided, gpu_whole_steps):
         monkeypatch.setattr(module, "SECONDS", 0.0)
     for name in ("triton", "cuda"):
         kernels: Any = backends.load(name)._Kernels  # type: ignore[attr-defined]
@@ -62,7 +66,7 @@ def nothing_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "NAMES", ("chunked", "reference"))  # others are interpreted
-    stages = ("compile", "smoke", "correctness", "determinism", "graph", "undecided", "times", "profile")
+    stages = ("compile", "smoke", "correctness", "determinism", "graph", "undecided", "times", "steps", "profile")
     assert gpu.run_stages(tmp_path, stages, True, CPU, SHAPES) == 0
     (path,) = tmp_path.glob("*.json")
     report = json.loads(path.read_text())
@@ -80,12 +84,15 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     }  # fmt: skip
     timed = {row["peer"] for row in found["times"] if "median_s" in row}
     assert timed >= {"eager PyTorch", "PartialFC algorithm"}
+    steps = {row["way"]: row["median_s"] for row in found["steps"] if "way" in row}
+    assert found["steps"][0]["ok"] and found["steps"][0]["apart"] < 1e-5 and min(steps.values()) > 0
+    assert {name.split(", ")[-1] for name in steps} == {"FusedSGD", "torch.optim.SGD"} and len(steps) == 5
     printed = capsys.readouterr().out
     assert "every check that ran passed" in printed and "every check ran" in printed
 
 
 def test_stages_come_in_the_order_that_is_documented() -> None:
-    assert gpu.STAGES[:5] == ("compile", "smoke", "correctness", "determinism", "graph")
+    assert gpu.STAGES[:6] == ("compile", "smoke", "correctness", "determinism", "terms", "graph")
     assert gpu.STAGES[-3:] == ("sanitizer", "races", "tests") and set(gpu.QUICK) < set(gpu.STAGES)
 
 
@@ -298,6 +305,75 @@ def test_a_backend_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPatch
     assert gpu_checks.left_out == {"triton": "grad_centres"} and "triton" in backends.NAMES
     assert gpu_smoke.leave_out([fine, ill, ill | {"without": "grad_centres"}]) == ["triton"]
     assert backends.NAMES == ("cuda", "chunked", "reference")
+
+
+def test_the_portable_kernel_is_asked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Hopper's own serves, by the environment of a process of its own; and where only that does, it stays so."""
+    asked: list[Any] = []
+
+    def ask(device: torch.device, name: str, kernel: str | None, seconds: float) -> dict[str, Any]:
+        asked.append(kernel)
+        return {"backend": name, "without": kernel, "ok": kernel in works}
+
+    works: tuple[str | None, ...] = ()
+
+    monkeypatch.setattr(gpu_smoke, "_ask", ask)
+    monkeypatch.setattr(gpu_smoke, "absent", lambda device: [])
+    monkeypatch.setattr(gpu_smoke, "compared_backends", lambda device: ["cuda"])
+    monkeypatch.setattr(gpu_smoke, "has_hopper", lambda device: True)
+    monkeypatch.setattr(backends, "NAMES", ("cuda", "chunked"))
+    monkeypatch.setenv("AMSOFTMAX_KERNELS_WITHOUT", "")
+    both = gpu_smoke.PORTABLE
+    for served, expected, left in (
+        ((None, both), [None, both], []),
+        ((None,), [None, both], []),
+        (("cosine_sm90", both), [None, "gradient_sm90", "cosine_sm90", both], ["cuda's cosine_sm90"]),
+        ((both,), [None, "gradient_sm90", "cosine_sm90", both], [f"cuda's {both}"]),
+    ):
+        asked.clear()
+        gpu_checks.left_out.clear()
+        works = served
+        rows = list(gpu_smoke.smoke(CPU))
+        assert asked == expected and gpu_smoke.leave_out(rows) == left
+    assert os.environ["AMSOFTMAX_KERNELS_WITHOUT"] == both and gpu_checks.left_out == {"cuda": both}
+    commands: list[Any] = []
+    monkeypatch.setattr(gpu_terms, "compared_backends", lambda device: ["cuda", "chunked"])
+    monkeypatch.setattr(gpu_checks, "left_out", {})
+    monkeypatch.setattr(
+        gpu_terms, "run_child", lambda *given: (commands.append(given), {"ok": True, "output": '{"ok": true}\n'})[1]
+    )
+    rows = list(gpu_terms.terms(CPU))
+    assert [(row["without"], row["C"]) for row in rows] == [(w, C) for w in (None, both) for _, _, C in gpu_terms.SHAPES]
+    assert [given[2]["AMSOFTMAX_KERNELS_WITHOUT"] for given in commands] == [""] * 3 + [both] * 3
+    assert max(B * C for B, _, C in gpu_terms.SHAPES) > 2**31 and gpu_terms.REPEATS == 50
+
+
+def test_terms_of_a_kernel_by_itself(
+    fused_backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Right, and the same bits each time; a wrong sum and a bit that changes are seen."""
+    assert gpu_terms.main(["cpu", fused_backend, "5", "16", "40", "3"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["ok"] and row["same_bits"] and row["repeats"] == 3 and 0 < row["E_error"] < 1e-4
+    kernels: Any = type(backends.load(fused_backend).fused.kernels)  # type: ignore[attr-defined]
+    right, calls = kernels.cosine_exp, 0
+
+    def changed(self: Any, *given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        right(self, *given)
+        out = given[-1]
+        if what == "sum":
+            out.z[0] *= 1.01
+        elif calls > 1:
+            out.terms[1, 7] *= 1 + 1e-6
+
+    monkeypatch.setattr(kernels, "cosine_exp", changed)
+    for what, name in (("sum", "z_error"), ("bit", "same_bits")):
+        calls = 0
+        assert gpu_terms.main(["cpu", fused_backend, "5", "16", "40", "3"]) == 1
+        row = json.loads(capsys.readouterr().out)
+        assert not row["ok"] and (row[name] > 1e-3 if what == "sum" else not row[name])
 
 
 def test_a_users_first_step_is_tried() -> None:

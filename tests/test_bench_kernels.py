@@ -22,7 +22,6 @@ pytest.importorskip("triton")
 from amsoftmax_kernels import backends, functional
 from amsoftmax_kernels.backends import chunking, fused
 from amsoftmax_kernels.backends.cuda import build
-from amsoftmax_kernels.backends.cuda import library as cuda_library
 from bench.kernels import command as kernels
 from bench.kernels import estimate, launches, library
 from bench.kernels.launches import Launch, no_product, of_a_step, recording, variants
@@ -195,18 +194,19 @@ def test_programs_resident() -> None:
 def test_the_cpp_kernels_are_read(arch: str) -> None:
     found = library.rows(arch)
     hopper = [row for row in found if "Hopper" in row["kernel"]]
-    assert len(hopper) == (18 if arch == "90a" and build.find_cutlass() else 0) and len(found) == 12 + len(hopper)
+    assert len(hopper) == (18 if arch == "90a" and build.find_cutlass() else 0) and len(found) == 6 + len(hopper)
     assert len({(row["kernel"], row["variant"]) for row in found}) == len(found)
     assert not any(row["faults"] for row in found) and all(64 < row["registers"] <= 255 for row in found)
     assert len(library.printed(found).splitlines()) == len(found) + 1
     for row in found:  # two share an SM where its shared memory has room and no maxima are sought
         both = "portable" in row["kernel"] and "maxima" not in row["variant"]
-        assert row["fits"] == (2 if both else 1) and 64 << 10 < row["shared_memory"] <= 227 << 10
-    for kernel in range(3):
+        assert row["fits"] >= (2 if both else 1) and 64 << 10 < row["shared_memory"] <= 227 << 10
+    for kernel in library.KERNELS:
         assert library._faults(kernel, 0, found[0]["instructions"] | {"HGMMA": 0, "HMMA": 0}) != []
     for row in hopper:
-        kernel = cuda_library.KERNELS.index(row["kernel"])
-        assert library._faults(kernel, 0, row["instructions"] | {"in flight": 0}) == ["each group of HGMMAs is waited for"]
+        assert library._faults(row["kernel"], 0, row["instructions"] | {"in flight": 0}) == [
+            "each group of HGMMAs is waited for"
+        ]
 
 
 @pytest.mark.parametrize("at_once", [False, True])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import platform
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ from amsoftmax_kernels.backends.cuda import library as cuda_library
 from amsoftmax_kernels.backends.kernels import Cosines, Rows
 
 from .cases import CASES, CHUNK, Case, in_turn, relative
-from .emulation import build_changed, serve
 from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel, on_the_device
 from .test_loss import eager, evaluate, oracle
 
@@ -95,17 +96,6 @@ def check_the_cosine_kernel(
         assert torch.allclose(best.max(0).values.double(), allowed, atol=1e-6)
         kernels.cosine_exp(problem, 1000, rows, w_hat, maxima)
         assert best.max() == -math.inf or (factor > 92.33).any()
-
-
-@pytest.mark.parametrize("wrong", ["kStages - 1", "kStages"])
-def test_a_wait_for_too_few_copies_would_be_seen(
-    wrong: str, emulated_library: cuda_library.Library, poisoned: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = "wait_copies<kStages - 2>"
-    changed = build_changed(emulated_library, tmp_path, "cosine_sm80.cu", right, f"wait_copies<{wrong}>")
-    serve(changed, monkeypatch)
-    with pytest.raises(AssertionError):
-        check_the_cosine_kernel(127, 129, 160, torch.float16, 2)
 
 
 def check(case: Case, actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
@@ -271,7 +261,7 @@ def test_the_margin_kernel(normalize: bool, emulated: None) -> None:
     check_the_margin_kernel(cuda.fused.kernels, normalize, CPU)
 
 
-def test_errors_come_back_as_exceptions(emulated: None) -> None:
+def test_errors_come_back_as_exceptions(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = torch.empty(4, 17, dtype=torch.float16)[:, :16]
     problem = Problem(odd, odd, torch.zeros(4).long(), None, 30.0, True, torch.float16, math.inf)
     with pytest.raises(RuntimeError, match="multiples of 16 bytes"):
@@ -279,9 +269,13 @@ def test_errors_come_back_as_exceptions(emulated: None) -> None:
         cuda._Kernels().cosine_exp(problem, 0, rows, odd, Cosines())
     with pytest.raises(KeyError):
         cuda_library.matrix(torch.empty(4, 16, dtype=torch.float64))
-    x = torch.empty(4, 16, dtype=torch.int16)
-    problem = Problem(x, x, torch.zeros(4).long(), None, 30.0, True, torch.float16, math.inf)
-    with pytest.raises(RuntimeError, match="ak_cosine_exp: operands must be float16, bfloat16 or, rounded to TF32, float32"):
+    with (
+        monkeypatch.context() as changed,
+        pytest.raises(RuntimeError, match="operands must be float16, bfloat16 or, rounded"),
+    ):
+        for types in (cuda_library._TYPES, cuda_library._OPERANDS):
+            changed.setitem(types, torch.int16, 4)
+        x = torch.empty(4, 16, dtype=torch.int16)
         z = torch.empty(1, 4, dtype=torch.float64)
         cuda._Kernels().cosine_exp(problem, 0, Rows(x, *[torch.ones(4)] * 3, None), x, Cosines(z=z))
     x = torch.empty(4, 16)
@@ -291,6 +285,7 @@ def test_errors_come_back_as_exceptions(emulated: None) -> None:
 
 
 NVCC = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
+CUTLASS = pytest.mark.skipif(build.find_cutlass() is None, reason=f"no CUTLASS headers: pip install {build.CUTLASS}")
 
 
 @NVCC
@@ -422,13 +417,61 @@ def test_a_library_built_ahead_of_time_is_taken(monkeypatch: pytest.MonkeyPatch,
     assert build.missing() is None and build.prebuilt() == tmp_path / "library.so"
 
 
+def test_a_library_in_the_cache_serves_without_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The newest of these sources, whichever nvcc built it; not one of others."""
+    monkeypatch.setattr(build, "cache", lambda: tmp_path)
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    kept = []
+    for age, version in ((20, "release 12.8"), (10, "release 13.0")):
+        monkeypatch.setattr(build, "_nvcc_version", lambda version=version: version)
+        kept.append(build.path_of("80"))
+        kept[-1].touch()
+        os.utime(kept[-1], (time.time() - age,) * 2)
+    (tmp_path / "sm_80-of-other-sources.so").touch()
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(build, "_nvcc_version", lambda: "")
+    assert kept[0] != kept[1] and build.path_of("80") == build.cached("80") == kept[1]
+    assert build.missing("80") is None
+    for arch in ("90a", ""):
+        assert "install the CUDA toolkit" in (build.missing(arch) or "")
+    with pytest.raises(build.BuildError, match="install the CUDA toolkit"):
+        build.cached("80", broken=build.written(kept[1]))
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(build, "cache", lambda: tmp_path / "file" / "amsoftmax_kernels")
+    with pytest.raises(build.BuildError, match=r"file/amsoftmax_kernels \(.*XDG_CACHE_HOME .*AMSOFTMAX_KERNELS_LIBRARY"):
+        build.cached("80")
+
+
+@pytest.mark.filterwarnings("ignore:amsoftmax_kernels")
+def test_a_driver_that_is_too_old_is_found_before_the_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And once: the reason stays."""
+    asked: list[object] = []
+    monkeypatch.setattr(build, "cache", lambda: tmp_path)
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/somewhere/nvcc")
+    monkeypatch.setattr(build, "_nvcc_version", lambda: "Cuda compilation tools, release 13.0, V13.0.48")
+    monkeypatch.setattr(build, "build", lambda *_: 1 / 0)
+    monkeypatch.setattr(build, "driver_version", lambda: (asked.append(None), (12, 4))[1])
+    monkeypatch.setattr(cuda, "_failed", {})
+    monkeypatch.setattr(cuda, "_library", cuda._library.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    said = r"/somewhere/nvcc is of CUDA 13\.0, and this machine's driver runs CUDA 12\.4: .*a toolkit of CUDA 12 .*CUDA_HOME"
+    for _ in range(2):
+        assert re.search(said, cuda.refusal(torch.device("cuda", 0), torch.float16) or "")
+    assert len(asked) == 1
+    for version in ((13, 0), (14, 1), None):
+        monkeypatch.setattr(build, "driver_version", lambda version=version: version)
+        assert build.too_new() is None
+
+
 @pytest.mark.parametrize("device", [1, 99])
 def test_nothing_is_launched_on_another_device(device: int, hopper_library: cuda_library.Library) -> None:
     """Where the caller's cannot be made the current one; the emulation has number 0 alone."""
     for name, structure in cuda_library.LAUNCHERS.items():
-        if name != "ak_block":  # which asks no device
-            with pytest.raises(RuntimeError, match=f"{name}: invalid device ordinal"):
-                hopper_library.call(name, structure(), torch.device("cpu", device))
+        with pytest.raises(RuntimeError, match=f"{name}: invalid device ordinal"):
+            hopper_library.call(name, structure(), torch.device("cpu", device))
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
         hopper_library.check(torch.device("cuda", device))
 
@@ -444,7 +487,7 @@ VERSION = f'extern "C" int ak_version() {{ return {cuda_library.VERSION}; }}'
         ("", "not a lib"),
         (VERSION, "other.so has no ak_contract.*build it again"),
         (VERSION + 'extern "C" int ak_contract() { return 7; }', "has other structures in its interface.*build it again"),
-        (f'{VERSION} extern "C" int ak_contract() {{ return {build.contract()}; }}', "has no ak_canonical_labels"),
+        (f'{VERSION} extern "C" int ak_contract() {{ return {build.contract()}; }}', "has no ak_prepare_rows"),
     ],
     ids=["outdated", "another", "before a function", "other structures", "without a launcher"],
 )
@@ -473,7 +516,7 @@ def test_nvcc_is_looked_for_until_a_library_is_loaded(monkeypatch: pytest.Monkey
     looked: list[object] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(build, "missing", lambda: looked.append(None))
+    monkeypatch.setattr(build, "missing", lambda *_: looked.append(None))
     loaded = functools.lru_cache(lambda arch: object())
     monkeypatch.setattr(cuda_library, "library", loaded)
     assert cuda.unavailable_reason() is None and len(looked) == 1
@@ -497,7 +540,6 @@ def test_a_failed_build_shows_the_compilers_message_and_leaves_nothing(
 @NVCC
 def test_eight_processes_share_one_build(tmp_path: Path) -> None:
     """As eight ranks that start at once do."""
-    import os
     import sys
 
     (tmp_path / "csrc").mkdir()

@@ -1,18 +1,15 @@
-"""Hopper's kernels without a GPU: their schedule, the cosine kernel's epilogue in its layouts, and its machine code."""
+"""Hopper's kernels without a GPU: the cosine kernel, emulated as it stands, its machine code, and the choice of it."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import math
 import re
-import shutil
 import subprocess
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -21,22 +18,17 @@ from torch import Tensor
 import amsoftmax_kernels as ak
 from amsoftmax_kernels import __main__ as command
 from amsoftmax_kernels import backends
-from amsoftmax_kernels.backends import Problem, chunking, cuda
+from amsoftmax_kernels.backends import Problem, chunking, cuda, proof
 from amsoftmax_kernels.backends.cuda import build
 from amsoftmax_kernels.backends.cuda import library as cuda_library
 from amsoftmax_kernels.backends.kernels import Cosines, Rows
-from bench.kernels.library import IN_FLIGHT
+from bench.kernels import library as read
 
 from .cases import CASES, CHUNK, Case, in_turn
-from .test_cuda import BY_NAME, CPU, DTYPES, NVCC, check, check_the_cosine_kernel, ours
+from .emulation import last_block, seed, serve
+from .test_cuda import BY_NAME, CPU, CUTLASS, DTYPES, NVCC, check, check_the_cosine_kernel, ours
+from .test_cuda_gradient import check_the_gradient_kernel
 from .test_loss import oracle
-
-CUTLASS = pytest.mark.skipif(build.find_cutlass() is None, reason=f"no CUTLASS headers: pip install {build.CUTLASS}")
-
-
-def test_the_layouts(hopper_library: cuda_library.Library) -> None:
-    """Products read what bulk copies write, and every logit of a tile is one thread's."""
-    hopper_library.check(CPU)
 
 
 def test_one_block_of_few_rows_and_two_that_share_classes(hopper_library: cuda_library.Library) -> None:
@@ -47,60 +39,18 @@ def test_one_block_of_few_rows_and_two_that_share_classes(hopper_library: cuda_l
         assert (tiling.rows, tiling.classes, tiling.parts) == (rows, 128, 2)
 
 
-@pytest.fixture(scope="session")
-def simulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes | None]:
-    """The kernels' loops on fibers: (seed, halves, shares, stages, steps, stays, tiles, streams, fault) -> what went wrong.
-
-    A cluster has ``halves`` x ``shares`` blocks; those of the cosine kernel have no ``shares``.
-    """
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the schedule")
-    path = tmp_path_factory.mktemp("schedule") / "schedule.so"
-    source = Path(__file__).with_name("hopper_schedule.cpp")
-    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-I", str(build.sources())]
-    result = subprocess.run([*command, str(source), "-o", str(path)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    function = ctypes.CDLL(str(path)).simulate
-    function.restype = ctypes.c_char_p
-    return cast("Callable[..., bytes | None]", function)
-
-
-@pytest.mark.parametrize("halves", [1, 2])
-@pytest.mark.parametrize(
-    ("shares", "stages", "stays"),
-    [(1, 5, 1), (1, 6, 0), (4, 4, 0), (4, 6, 0)],
-    ids=["x stays", "x comes again", "gradient", "gradient of few columns"],
-)
-def test_the_schedule(halves: int, shares: int, stages: int, stays: int, simulate: Callable[..., bytes | None]) -> None:
-    """No order of events that barriers allow overwrites what is read, reads what is not there, or comes to a stop."""
-    for steps, (tiles, streams) in itertools.product((1, 3, 5, 8, 17), ((0, 1), (1, 1), (2, 1), (5, 1), (23, 3))):
-        for seed in range(40):
-            assert simulate(seed, halves, shares, stages, steps, stays, tiles, streams, 0) is None, (steps, tiles, seed)
-
-
-FAULTS = ["leaves early", "waits for no products", "releases to one block", "takes no turns", "waits for no x"]
-
-
-@pytest.mark.parametrize("fault", range(1, 6), ids=FAULTS)
-def test_a_faulty_schedule_would_be_seen(fault: int, simulate: Callable[..., bytes | None]) -> None:
-    assert any(simulate(seed, 2, 1, 5, 8, 1, 5, 1, fault) for seed in range(50))
-    if fault < 4:  # the gradient kernel takes no turns, and keeps no x
-        assert any(simulate(seed, 2, 4, 4, 8, 0, 5, 1, fault) for seed in range(50))
-
-
-def test_sums_sent_to_one_place_would_be_seen(simulate: Callable[..., bytes | None]) -> None:
-    """The gradient kernel's two places for what the other half sends are both needed."""
-    assert any(simulate(seed, 2, 4, 4, 1, 0, 5, 1, 6) for seed in range(50))
-
-
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=["fp16", "bf16", "tf32"])
 @pytest.mark.parametrize(
     ("B", "N", "width", "partial_sums"),
-    [(1, 1, 16, 2), (64, 64, 48, 14), (127, 129, 16, 4), (130, 300, 160, 2), (130, 300, 160, 4), (257, 640, 16, 14)],
-)
-def test_the_epilogue(B: int, N: int, width: int, partial_sums: int, dtype: torch.dtype, hopper: None) -> None:
-    """At every edge of a tile, with streams that have several tiles, one, and none."""
+    [(1, 1, 16, 2), (64, 64, 48, 14), (127, 129, 16, 4), (130, 300, 160, 2), (257, 640, 16, 14), (128, 700, 272, 2),
+     (130, 700, 528, 2), (129, 400, 1024, 2), (256, 700, 512, 4)],
+)  # fmt: skip
+def test_the_cosine_kernel(
+    B: int, N: int, width: int, partial_sums: int, dtype: torch.dtype, order: int, hopper: None,
+    hopper_library: cuda_library.Library,
+) -> None:  # fmt: skip
+    """At tiles' edges, one block and two, rows of x̂ that stay and that come again, streams of many tiles and of none."""
+    seed(hopper_library, order)
     check_the_cosine_kernel(B, N, width, dtype, partial_sums)
 
 
@@ -175,6 +125,51 @@ def test_predictions(hopper: None, short_chunks: None) -> None:
     assert (predictions == expected).float().mean() > 0.9
 
 
+def test_blocks_are_as_the_benchmarks_count_them(
+    hopper: None, hopper_library: cuda_library.Library, emulated_library: cuda_library.Library,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for width, variant in ((512, "x̂ stays"), (528, read.COMES_AGAIN)):
+        check_the_cosine_kernel(1, 1, width, torch.bfloat16, 2)
+        assert last_block(hopper_library) == read.block(read.COSINE, variant)
+    for width in (128, 512):
+        check_the_gradient_kernel(1, 1, width, torch.float32)
+        assert last_block(hopper_library) == read.block(read.GRADIENT, "")
+    serve(emulated_library, monkeypatch)
+    check_the_cosine_kernel(1, 1, 16, torch.bfloat16, 1)
+    assert last_block(emulated_library) == read.block(read.PORTABLE, "")
+
+
+def test_kernels_are_left_out_one_by_one(
+    hopper: None, hopper_library: cuda_library.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the environment: the portable kernel and the pass over the library's product serve in their place."""
+    for names, parts, clusters in (
+        ("", 2, 3),
+        ("cosine_sm90", 1, 3),
+        ("gradient_sm90", 2, 0),
+        (" cosine_sm90, gradient_sm90", 1, 0),
+    ):
+        monkeypatch.setenv("AMSOFTMAX_KERNELS_WITHOUT", names)
+        library = cuda_library.Library(hopper_library.path)
+        library.check(CPU)
+        assert library.tiling(CPU, 300, 512, torch.bfloat16).parts == parts
+        assert library.grad_clusters(CPU, 512, torch.float32) == clusters
+        assert library.has_hopper == (parts == 2 or clusters > 0)
+        serve(library, monkeypatch)
+        check_the_cosine_kernel(130, 300, 16, torch.bfloat16, 2)
+        if clusters:
+            check_the_gradient_kernel(3, 64, 64, torch.float32)
+    facts = []
+    for names in ("", "cosine_sm90"):  # what serves is proven, whatever is left out
+        monkeypatch.setenv("AMSOFTMAX_KERNELS_WITHOUT", names)
+        facts.append([proof._facts(name, _traits(CPU, torch.bfloat16)) for name in ("cuda", "triton")])
+    assert facts[0][0] != facts[1][0] and facts[0][1] == facts[1][1]
+    monkeypatch.setenv("AMSOFTMAX_KERNELS_WITHOUT", "cosine_sm80")
+    with pytest.raises(ValueError, match=r"AMSOFTMAX_KERNELS_WITHOUT names 'cosine_sm80', .* cosine_sm90, gradient_sm90"):
+        cuda_library.Library(hopper_library.path)
+
+
 def test_an_odd_number_of_partial_sums_is_an_error(hopper: None) -> None:
     with pytest.raises(RuntimeError, match="ak_cosine_exp: an odd number of partial sums"):
         check_the_cosine_kernel(1, 1, 16, torch.float16, 3)
@@ -202,7 +197,9 @@ def test_the_machine_code() -> None:
         for instruction in (products, *copies, *registers, r"MUFU\.EX2"):
             assert re.search(rf"\b{instruction}(?![\w.])", code), instruction
         assert not re.search(r"\b(LDL|STL)\b", code)
-        assert len(re.findall(rf"\b{IN_FLIGHT}\b", code)) > 2, "each group of products is waited for"
+        # Each stage's products are waited for once the next one's are under way, and the last ones alone.
+        waits = "".join("A" if each == "ARRIVE" else each[-1] for each in re.findall(rf"WARPGROUP\.({read.WAITS})", code))
+        assert re.fullmatch("(A1)+0", waits), waits
         # The warps that load give all but 24 registers away.
         loads = re.search(r"USETMAXREG\.DEALLOC\.CTAPOOL 0x18 ;(.*?)\bEXIT\b", code, re.DOTALL)
         assert loads is not None and max(int(each) for each in re.findall(r"\bR(\d+)\b", loads[1])) < 24
@@ -252,12 +249,12 @@ def test_cutlass_is_for_hopper_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_headers_that_do_not_compile_leave_the_portable_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of a CUTLASS that is too old or too new; in strict builds, and of our own mistakes, an error."""
     commands: list[list[str]] = []
-    faulty = build.HOPPER_SOURCES[0]
+    faulty, said = build.HOPPER_SOURCES[0], "x.hpp(1): error: no such thing"
 
     def run(command: list[str]) -> None:
         commands.append(command)
         if any(part.endswith(faulty) for part in command):
-            raise build.BuildError(f"{' '.join(command)}\nx.hpp(1): error: no such thing\n")
+            raise build.BuildError(f"{' '.join(command)}\n{said}\n")
         Path(command[-1]).touch()
 
     monkeypatch.setattr(build, "_run", run)
@@ -272,6 +269,9 @@ def test_headers_that_do_not_compile_leave_the_portable_kernels(monkeypatch: pyt
         assert build.cached("90a").is_file()
     first = commands.index(next(each for each in commands if "-DAK_CUTLASS" not in each))
     assert not any("AK_CUTLASS" in part or part.endswith(build.HOPPER_SOURCES) for each in commands[first:] for part in each)
+    said = "cute/config.hpp:42:10: fatal error: cuda/std/utility: No such file or directory"
+    (remark,) = build.build(["90a"], tmp_path / "library.so")
+    assert f"CCCL's, which nvcc does not find: pip install {build.CCCL}" in remark and build.CUTLASS not in remark
     faulty = "rows.cu"
     with pytest.raises(build.BuildError, match=faulty):
         build.build(["90a"], tmp_path / "library.so")
@@ -371,6 +371,8 @@ def test_hopper_without_its_own_kernel_says_so(has_hopper: bool, headers: bool, 
     said = "did not compile" if headers else f"pip install {build.CUTLASS}"
     remark = cuda.remark()
     assert remark is None if has_hopper else remark is not None and said in remark
+    monkeypatch.setenv("AMSOFTMAX_KERNELS_WITHOUT", "gradient_sm90")
+    assert "AMSOFTMAX_KERNELS_WITHOUT leaves out gradient_sm90" in (cuda.remark() or "")
     _pretend(monkeypatch, (8, 0))
     assert cuda.remark() is None
 
@@ -387,7 +389,7 @@ def test_hoppers_own_kernels_built_ahead_come_first(
     monkeypatch.setattr(cuda, "_builds", lambda device: (looked.append(device), True)[1])
     monkeypatch.setattr(cuda, "_library", lambda device: type("Library", (), {"has_hopper": has_hopper}))
     monkeypatch.setattr(build, "prebuilt_name", lambda: "library.so" if prebuilt else "")
-    monkeypatch.setattr(build, "missing", lambda: None)
+    monkeypatch.setattr(build, "missing", lambda *_: None)
     triton = backends.load("triton")
     monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
     monkeypatch.setattr(triton, "refusal", lambda device, dtype: None)

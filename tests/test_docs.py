@@ -11,6 +11,7 @@ What a block's fence says after its three backticks decides what becomes of it:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -180,6 +181,10 @@ def test_the_sharded_script_resumes(two_ranks: Ranks, tmp_path: Path) -> None:
     assert first + second[1:] == expected and len(expected) == 4
 
 
+def _is_result(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) or (inspect.isclass(value) and issubclass(value, tuple))
+
+
 def exported() -> Iterator[tuple[str, Any]]:
     """What a user can import: functions and classes of the package itself, and of the modules that it exports."""
     for name in ak.__all__:
@@ -187,10 +192,15 @@ def exported() -> Iterator[tuple[str, Any]]:
         if not inspect.ismodule(found):
             yield name, found
             continue
+        if hasattr(
+            found, "__path__"
+        ):  # a package exports what it lists; results and records of its functions need no example
+            listed = ((inner, getattr(found, inner)) for inner in found.__all__)
+            yield from ((f"{name}.{inner}", value) for inner, value in listed if not _is_result(value))
+            continue
         for inner, value in vars(found).items():
             public = inspect.isclass(value) if name == "margins" else inspect.isclass(value) or inspect.isfunction(value)
-            here = public and f"{value.__module__}.".startswith(f"{found.__name__}.")  # also where it is a package
-            if here and not inner.startswith("_"):
+            if public and not inner.startswith("_") and value.__module__ == found.__name__:
                 yield f"{name}.{inner}", value
 
 

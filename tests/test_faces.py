@@ -72,8 +72,10 @@ def test_whole_run_and_that_workers_do_not_change_the_numbers(people: Path, tmp_
     ]
     for result in report["results"]:
         assert {"scale", "train_loss", "seconds"} <= result.keys()
-        for metric in ("eer", "vr@far=1e-2", "vr@far=1e-3", "rank1"):
+        for metric in ("eer", "rank1"):
             assert 0 <= result[metric] <= 1
+        # 48 impostor pairs: half of one is not enough for a rate.
+        assert result["vr@far=1e-2"] is None and result["vr@far=1e-3"] is None
         assert (result["genuine_pairs"], result["impostor_pairs"]) == (
             3 * 6,
             3 * 16,

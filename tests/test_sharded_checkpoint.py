@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels.insightface import load_centres
+from amsoftmax_kernels.insightface import load_centres, save_centres
 from amsoftmax_kernels.optim import FusedAdamW, FusedSGD
 from amsoftmax_kernels.sharded.shards import whole
 
@@ -220,6 +220,29 @@ def test_insightface_files_on_any_number_of_ranks(ranks: Ranks, tmp_path: Path, 
     assert torch.equal(head.weight, weight)
 
 
+def export_centres(folder: str, written: int | None) -> Tensor:
+    head = ak.ShardedAMSoftmaxLoss(D, C, seed=1, device=device())
+    save_centres(head, folder, written)
+    return whole(head.weight).detach().cpu()
+
+
+@pytest.mark.parametrize("written, world", [(None, 3), (4, 3), (2, 5), (30, 2), (1, 1)])
+def test_centres_are_written_as_insightface_reads_them(
+    ranks: Ranks, tmp_path: Path, written: int | None, world: int
+) -> None:
+    weight = ranks.run(world, export_centres, str(tmp_path / "new"), written)[0]
+    files = written or world
+    each, longer = divmod(C, files)
+    parts = []
+    for rank in range(files):
+        content = torch.load(tmp_path / "new" / f"checkpoint_gpu_{rank}.pt", weights_only=True)
+        parts.append(content["state_dict_softmax_fc"]["weight"])
+        assert len(parts[-1]) == each + (rank < longer) and parts[-1].untyped_storage().nbytes() == parts[-1].nbytes
+    assert torch.equal(torch.cat(parts), weight) and len(list((tmp_path / "new").iterdir())) == files
+    with pytest.raises(FileExistsError, match="checkpoint_gpu_0"):
+        save_centres(ak.AMSoftmaxLoss(D, C), tmp_path / "new")
+
+
 def test_insightface_files_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
     head = ak.AMSoftmaxLoss(D, C)
     before = head.weight.detach().clone()
@@ -292,8 +315,12 @@ def test_what_cannot_take_insightface_files(tmp_path: Path) -> None:
     for world_size, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("1", TypeError)):
         with pytest.raises(error, match="world_size must be"):
             load_centres(ak.AMSoftmaxLoss(D, C), tmp_path, world_size)  # type: ignore[arg-type]
+        with pytest.raises(error, match="world_size must be"):
+            save_centres(ak.AMSoftmaxLoss(D, C), tmp_path / "new", world_size)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"head must hold its centres.*to_empty"):
         load_centres(ak.AMSoftmaxLoss(D, C, device="meta"), tmp_path)
+    with pytest.raises(ValueError, match=r"head must hold its centres.*to_empty"):
+        save_centres(ak.AMSoftmaxLoss(D, C, device="meta"), tmp_path / "new")
     torch.save({"state_dict_softmax_fc": Path("centres")}, tmp_path / "checkpoint_gpu_0.pt")
     with pytest.raises(ValueError, match=r"checkpoint_gpu_0\.pt cannot be read with weights_only=True"):
         load_centres(ak.AMSoftmaxLoss(D, C), tmp_path)

@@ -17,10 +17,9 @@ import pytest
 import torch
 
 from amsoftmax_kernels.backends import chunking, cuda, fused
-from amsoftmax_kernels.backends.cuda import library as cuda_library
 
 from . import strict_driver
-from .emulation import build_emulated, serve
+from .emulation import only_checked, serve
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
@@ -80,23 +79,23 @@ def test_what_the_driver_says_of_a_tensor_map(
     assert (error != 0) == bool(message) and message in capfd.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.Library:
-    """The C++ library's host side, whose launches are checked in the place of being run."""
-    return build_emulated(tmp_path_factory.mktemp("checked"), "-DAK_CHECK_LAUNCHES")
-
-
-def test_no_cpp_launch_is_refused(checked: cuda_library.Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the portable kernels; Hopper's own launchers run in the emulation of its kernels."""
-    serve(checked, monkeypatch)
-    launched = ctypes.c_uint64.in_dll(checked._library, "ak_launches")
+@pytest.mark.parametrize("kernels", ["emulated_library", "hopper_library"])
+def test_no_cpp_launch_is_refused(kernels: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the portable kernels, and of Hopper's own, whose matrices are described to bulk copies besides."""
+    library = request.getfixturevalue(kernels)
+    serve(library, monkeypatch)
     monkeypatch.setattr(fused, "_product", lambda a, b, out: out)
+    with only_checked(library) as launches:
+        _launch_everything(monkeypatch)
+        assert launches.value > 2000
+        monkeypatch.setattr(cuda._Kernels, "streams", lambda *_: 140_000)
+        with pytest.raises(RuntimeError, match="ak_cosine_exp: invalid configuration argument"):
+            strict_driver.step(70, 512, 1000, torch.bfloat16, torch.float32, backend="cuda")
+
+
+def _launch_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     for D, (B, C), options, save_bytes in itertools.product(
         (512, 100, 3), strict_driver.SHAPES, strict_driver.OPTIONS, (1 << 40, 0)
     ):
         monkeypatch.setattr(chunking, "CHUNK_ELEMENTS", 1 << 18 if B == 256 else 1 << 27)
         strict_driver.step(B, D, C, torch.bfloat16, torch.float32, backend="cuda", save_bytes=save_bytes, **options)
-    assert launched.value > 2000
-    monkeypatch.setattr(cuda._Kernels, "streams", lambda *_: 70_000)
-    with pytest.raises(RuntimeError, match="ak_cosine_exp: invalid configuration argument"):
-        strict_driver.step(70, 512, 1000, torch.bfloat16, torch.float32, backend="cuda")

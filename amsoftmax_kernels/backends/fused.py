@@ -231,10 +231,22 @@ class Fused:
         span: range, terms: Tensor, x_factored: Tensor,
     ) -> None:  # fmt: skip
         """The step of a chunk's centres, a few thousand classes at a time."""
+        update.tally.begun = True
         for mine, unit in _unit_gradients(terms, x_factored, None):
             classes = slice(span.start + mine.start, span.start + mine.stop)
-            of_them = parts._replace(slots=parts.slots[classes])
-            self.kernels.update_centres(unit, problem.weight[classes], inverse_norm[classes], of_them, classes.start, update)
+            weight, inverse, of_them = (
+                problem.weight[classes],
+                inverse_norm[classes],
+                parts._replace(slots=parts.slots[classes]),
+            )
+            apply = functools.partial(self.kernels.update_centres, inverse_norm=inverse, parts=of_them, update=update)
+            if update.blocks is None:
+                apply(unit, weight, start=classes.start, whole=False, out=None)
+                continue
+            grad = torch.empty_like(weight, dtype=torch.float32)
+            apply(unit, weight, start=classes.start, whole=False, out=grad)
+            for start, block in update.blocks.of(classes.start, grad):  # added up over the replicas
+                apply(block, update.centres(start, len(block)), start=start, whole=True, out=None)
 
     def _target_parts(
         self, own: Problem, slots: Tensor, saved: Forward, s: float | Tensor, upstream: Upstream

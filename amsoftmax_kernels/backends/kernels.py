@@ -93,9 +93,13 @@ class Kernels(Protocol):
         """From the gradient by ŵ to that of the centres; ``grad`` may be ``grad_unit``."""
 
     def update_centres(
-        self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, parts: TargetParts, start: int, update: Update
-    ) -> None:
-        """From the gradient by ŵ of the classes from ``start`` on to their step; weight, 1/‖w‖ and slots are theirs."""
+        self, grad: Tensor, weight: Tensor, inverse_norm: Tensor, parts: TargetParts, start: int, update: Update,
+        whole: bool, out: Tensor | None,
+    ) -> None:  # fmt: skip
+        """From the gradient by ŵ of the classes from ``start`` on to their step; weight, 1/‖w‖ and slots are theirs.
+
+        With ``out`` their whole gradient is left there, and no step is taken; ``whole``: it is what ``grad`` has.
+        """
 
     def finish_rows(self, problem: Problem, saved: Forward, s: float | Tensor, upstream: Upstream, grads: Grads) -> None:
         """dx, the targets' part of dw, and the parts of the scale's gradient."""

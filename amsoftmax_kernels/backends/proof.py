@@ -89,6 +89,7 @@ def _facts(name: str, traits: Traits) -> dict[str, Any]:
         "triton": _version("triton"),
         "package": _version("amsoftmax-kernels"),
         "sources": _sources(build.prebuilt_name() if name == "cuda" else ""),
+        "without": os.environ.get(build.WITHOUT, "") if name == "cuda" else "",
         "traits": _encoded(traits) | {"device": traits.device.type},  # cards of one name share a verdict
     }
 

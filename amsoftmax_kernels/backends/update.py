@@ -76,6 +76,27 @@ class AdamW(NamedTuple):
         w.addcdiv_(mean, root, value=-length)
 
 
+@dataclass
+class Tally:
+    """What has become of an optimizer's updates."""
+
+    begun: bool = False  # a class has had its step in the backward pass that is under way
+    skipped: list[Tensor | int] = field(default_factory=list)  # numbers of classes that were left as they are
+
+    def count(self, classes: Tensor) -> None:
+        """Add some that were left; on a GPU in place, as the host does not read it."""
+        if classes.device.type == "cpu":
+            self.skipped.append(int(classes))
+        elif self.skipped and isinstance(self.skipped[-1], Tensor):
+            self.skipped[-1] += classes
+        else:
+            self.skipped.append(classes)
+
+    def total(self) -> int:
+        self.skipped = [sum(int(each) for each in self.skipped)]
+        return int(self.skipped[0])
+
+
 @dataclass(frozen=True)
 class Update:
     """What a backward pass does with the gradient of its classes in the place of returning it."""
@@ -89,7 +110,7 @@ class Update:
     step: int = 0  # that it depends on
     loss_scale: float = 1.0  # a GradScaler's factor, which is in every gradient
     blocks: Blocks | None = None  # gradients go through these first, and chunks come in order
-    skipped: list[Tensor | int] = field(default_factory=list)  # numbers of classes that were left as they are
+    tally: Tally = field(default_factory=Tally)
 
     def keys(self) -> list[int]:
         """Of the random bits of weight and two tensors of state."""
@@ -99,13 +120,6 @@ class Update:
         """The problem's centres from ``start`` on ``[count, D]``, as they are now."""
         places = slice(start, start + count)
         return self.weight[places] if self.rows is None else self.weight.index_select(0, self.rows[places])
-
-    def count(self, classes: Tensor) -> None:
-        """Add to the number of classes that were left as they are; on a GPU in place, as the host does not read it."""
-        if classes.device.type != "cpu" and self.skipped and isinstance(self.skipped[-1], Tensor):
-            self.skipped[-1] += classes
-        else:
-            self.skipped.append(classes if classes.device.type != "cpu" else int(classes))
 
     def unscaled(self, grad: Tensor) -> Tensor:
         """``grad`` without a GradScaler's factor."""
@@ -137,9 +151,10 @@ class Update:
             values = [each.index_select(0, self.rows[places]).to(grad.dtype) for each in whole]
         keep = _not_finite(grad)
         before = None if keep is None else [each.clone() for each in values]
+        self.tally.begun = True
         self.rule.apply_(values[0], grad, *values[1:])
         if keep is not None and before is not None:
-            self.count(keep.sum())
+            self.tally.count(keep.sum())
             for value, old in zip(values, before, strict=True):
                 value.copy_(torch.where(keep[:, None], old, value))
         for i, (target, value) in enumerate(zip(targets, values, strict=True)):
@@ -151,7 +166,7 @@ class Update:
         if self.seed is not None and target.dtype == torch.bfloat16:
             where = torch.arange(places.start, places.stop, device=value.device) if self.rows is None else self.rows[places]
             rounded = torch.empty_like(value, dtype=torch.bfloat16) if self.rows is not None else target
-            rounding.round_(rounded, value, where + self.class_start, rounding.key(self.seed, self.step, number))
+            rounding.round_(rounded, value.float(), where + self.class_start, rounding.key(self.seed, self.step, number))
             value = rounded
         if self.rows is not None:
             target.index_copy_(0, self.rows[places], value.to(target.dtype))

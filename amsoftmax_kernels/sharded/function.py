@@ -15,7 +15,7 @@ from ..arguments import accumulate_dtype
 from ..backends.budget import BOUNDED_SCALE
 from ..backends.norms import row_norms
 from ..backends.update import Blocks, Update
-from ..functional import Updater, is_asked_for, once_differentiable
+from ..functional import Updater, once_differentiable, updater_of
 from .sampling import draw_classes
 from .shards import ClassShards, Rows
 
@@ -128,21 +128,23 @@ class ShardedFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads[:3]):
             return (None,) * 6
-        if ctx.updater is None or not is_asked_for(ctx):
-            grad_features, grad_weight, grad_scale = _backward(ctx, grads, None)
+        updater = updater_of(ctx)
+        tensors = ctx.saved_tensors
+        if updater is None:
+            grad_features, grad_weight, grad_scale = _backward(ctx, tensors, grads, None)
         else:
-            with ctx.updater.updating() as update:
-                grad_features, grad_weight, grad_scale = _backward(ctx, grads, update)
+            with updater.updating(tensors[2]) as update:
+                grad_features, grad_weight, grad_scale = _backward(ctx, tensors, grads, update)
         return grad_features, None, grad_weight, grad_scale, None, None
 
 
 def _backward(
-    ctx: Any, grads: tuple[Tensor | None, ...], update: Update | None
+    ctx: Any, tensors: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], update: Update | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of this rank's features and centres, and of the scale; None where one is not needed."""
     plan: Plan = ctx.plan
     shards = plan.shards
-    features, x, weight, scale, z, *saved = ctx.saved_tensors
+    features, x, weight, scale, z, *saved = tensors
     scale = ctx.scale if scale is None else scale
     mine = plan.rows.replica_slice
     row_factor, grad_cosine = (torch.zeros_like(z) if grad is None else grad[mine] for grad in grads[:2])
@@ -202,7 +204,7 @@ def _update_of(update: Update, shards: ClassShards, problem: backends.Problem, c
     """The step of a panel's classes, whose gradients the replicas add up."""
     num_classes, width = problem.weight.shape
     blocks = None if shards.replicas == 1 else Blocks(num_classes, width, shards.sum_replicas_)
-    return replace(update, class_start=shards.start, rows=classes, blocks=blocks)
+    return replace(update, rows=classes, blocks=blocks)
 
 
 class LocalRows(torch.autograd.Function):

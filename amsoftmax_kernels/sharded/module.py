@@ -290,11 +290,15 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         backend = backends.choose(self.backend, traits)
         if backend == "reference":
             raise ValueError("backend 'reference' is the formula in one process: it cannot be sharded")
+        updater = None if self._centres_optimizer is None else self._centres_optimizer.found()
+        if updater is not None and torch.is_grad_enabled():
+            updater.check(self.weight)
         return backend, canonical_labels(labels, self.num_classes, self.ignore_index)[0]
 
     def _agreed(self, features: Tensor, backend: str, predict: bool) -> dict[str, Any]:
         """What must be alike on all ranks for their collectives to fit together."""
         grad = torch.is_grad_enabled()
+        updater = None if self._centres_optimizer is None else self._centres_optimizer.found()
         sampled = self.sample_rate < 1
         return {
             "D": features.shape[1],
@@ -302,7 +306,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             "compute_dtype": compute_dtype(features, self.weight),
             "features.requires_grad": grad and features.requires_grad,
             "weight.requires_grad": grad and self.weight.requires_grad,
-            "optimizer": None if self._centres_optimizer is None else type(self._centres_optimizer.found()).__name__,
+            "optimizer": None if updater is None else updater.agreement(),
             "num_classes": self.num_classes,
             "mesh": (self.shards.replicas, self.shards.shards),
             "scale": _comparable(self.scale),

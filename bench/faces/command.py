@@ -26,7 +26,9 @@ from typing import Any
 
 import torch
 
-from . import data, reporting, training, verification
+from amsoftmax_kernels import evaluation
+
+from . import data, rank1, reporting, training
 
 MARGINS = (0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
 FULL_SEEDS, QUICK_SEEDS = 8, 3
@@ -78,27 +80,30 @@ def plan(quick: bool, num_seeds: int) -> list[Run]:
 
 
 def execute(run: Run, faces: data.FaceSet, settings: training.Settings, report: Callable[[int], None]) -> dict[str, Any]:
-    """Train and evaluate one run; "roc" is the verification rate at each FAR of reporting.FAR_GRID."""
+    """Train and evaluate one run; "roc" is the verification rate at each FAR of reporting.FAR_GRID.
+
+    A rate is None where there are too few impostor pairs for its FAR.
+    """
     train_people, test_people = data.split_people(len(faces.people), data.TRAIN_SHARE, run.seed)
     trained = training.train(faces.of_people(train_people), run.loss, run.margin, run.seed, settings, report)
     held_out = faces.of_people(test_people)
-    similarity = verification.cosine_matrix(training.embed(trained.network, held_out.images).numpy())
-    labels = held_out.labels.numpy()
-    genuine, impostor = verification.split_pairs(similarity, labels)
+    embeddings, labels = training.embed(trained.network, held_out.images), held_out.labels
+    found = evaluation.verification(embeddings, labels, (1e-2, 1e-3, *reporting.FAR_GRID.tolist()))
+    rates = {far: None if math.isnan(rate) else rate for far, rate in found.vr.items()}
     return {
         "loss": run.loss,
         "margin": run.margin,
         "scale": None if run.loss == "softmax" else settings.scale,
         "seed": run.seed,
-        "eer": verification.equal_error_rate(genuine, impostor),
-        "vr@far=1e-2": verification.verification_rate(genuine, impostor, 1e-2),
-        "vr@far=1e-3": verification.verification_rate(genuine, impostor, 1e-3),
-        "rank1": verification.rank1_identification(similarity, labels),
+        "eer": found.eer,
+        "vr@far=1e-2": rates[1e-2],
+        "vr@far=1e-3": rates[1e-3],
+        "rank1": rank1.rank1_identification(rank1.cosine_matrix(embeddings.numpy()), labels.numpy()),
         "train_loss": trained.train_loss,
         "seconds": round(trained.seconds, 2),
-        "genuine_pairs": int(genuine.size),
-        "impostor_pairs": int(impostor.size),
-        "roc": verification.verification_rates(genuine, impostor, reporting.FAR_GRID).tolist(),
+        "genuine_pairs": found.genuine,
+        "impostor_pairs": found.impostors,
+        "roc": [rates[far] for far in reporting.FAR_GRID.tolist()],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,16 +35,23 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         group = groups[loss, margin]
         row: dict[str, Any] = {"loss": loss, "margin": margin, "num_seeds": len(group)}
         for metric in METRICS:
-            values = np.array([result[metric] for result in group.values()])
-            paired = np.array([group[s][metric] - baseline[s][metric] for s in group if s in baseline])
-            row[metric] = {"mean": float(values.mean()), "std": _deviation(values)}
+            both = [(group[s][metric], baseline[s][metric]) for s in group if s in baseline]
+            values = _known(result[metric] for result in group.values())
+            paired = _known(None if None in pair else pair[0] - pair[1] for pair in both)
+            row[metric] = {"mean": float(values.mean()) if values.size else None, "std": _deviation(values)}
             if loss != "softmax" and paired.size:
                 error = _deviation(paired)
                 row[metric]["minus_softmax"] = float(paired.mean())
                 row[metric]["minus_softmax_stderr"] = None if error is None else error / paired.size**0.5
-        row["tar"] = np.mean([result["roc"] for result in group.values()], axis=0).tolist()
+        rates = zip(*(result["roc"] for result in group.values()), strict=True)
+        row["tar"] = [None if None in each else float(np.mean(each)) for each in rates]
         rows.append(row)
     return rows
+
+
+def _known(values: Iterable[float | None]) -> NDArray[np.float64]:
+    """Those that there are: a rate is None where there are too few impostor pairs."""
+    return np.array([value for value in values if value is not None], np.float64)
 
 
 def _deviation(values: NDArray[np.float64]) -> float | None:
@@ -72,6 +80,9 @@ def table_cells(summary: list[dict[str, Any]]) -> list[list[str]]:
         cells = [label(row["loss"], row["margin"])]
         for metric in METRICS:
             value = row[metric]
+            if value["mean"] is None:
+                cells.append("no rate")
+                continue
             deviation = "" if value["std"] is None else f" \N{PLUS-MINUS SIGN}{100 * value['std']:.1f}"
             cells.append(f"{100 * value['mean']:.1f}{deviation}")
         value = row["vr@far=1e-2"]
@@ -129,7 +140,7 @@ def picture(report: dict[str, Any]) -> Figure:
             style = {"color": matplotlib.colormaps["plasma"](next(shades))}
         left.plot(
             far[visible],
-            np.array(curve["tar"])[visible],
+            np.array(curve["tar"], np.float64)[visible],
             label=label(curve["loss"], curve["margin"]),
             **style,
         )

@@ -1,9 +1,9 @@
 """`python -m bench gpu`: everything a GPU is needed for, in one run under nine minutes, each row written as it comes.
 
 Everything is compiled first, in parallel, outside every later limit. Then right before fast: whether each backend runs at
-all, in a process of its own, correctness, determinism, CUDA graphs; then what only a GPU can decide, this card's ceilings,
-time and peak memory beside the peers, and a profile of our own kernels; the sanitizer and the repository's tests last, in
-what time is left.
+all, in a process of its own, correctness, determinism, the kernel of z and E by itself, CUDA graphs. Then what only a GPU
+can decide, this card's ceilings, time and peak memory beside the peers, of the loss and of a whole step with the centres'
+update, and a profile of our own kernels; the sanitizer and the repository's tests last, in what time is left.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import torch
 import amsoftmax_kernels as ak
 
 from .. import machine
-from . import checks, compilation, graphs, smoke, times, undecided
+from . import checks, compilation, graphs, smoke, terms, times, undecided, whole_steps
 
-QUICK = ("compile", "smoke", "correctness", "determinism", "graph", "ceilings", "times", "profile")
-STAGES = (*QUICK[:5], "undecided", *QUICK[5:], "sanitizer", "races", "tests")
+QUICK = ("compile", "smoke", "correctness", "determinism", "graph", "ceilings", "times", "steps", "profile")
+STAGES = (*QUICK[:4], "terms", "graph", "undecided", *QUICK[5:], "sanitizer", "races", "tests")
 _LONG = ("kernels", "shapes", "compiled", "failed")  # of a row, in the file and not on the screen
 OUT_OF_TIME = {"ok": None, "skipped": "out of time"}
 _LAST_SECONDS = 15.0  # for the row that is under way at the end
@@ -136,11 +136,13 @@ def _actions(
         "smoke": lambda: smoke.smoke(device),
         "correctness": lambda: checks.correctness(device, quick, **shapes.get("correctness", {})),
         "determinism": lambda: checks.determinism(device, 10 if quick else 100, **shapes.get("determinism", {})),
+        "terms": lambda: terms.terms(device, **shapes.get("terms", {})),
         "graph": lambda: graphs.graphs(device, **shapes.get("graph", {})),
         "undecided": lambda: undecided.undecided(device, **shapes.get("undecided", {})),
         "sanitizer": lambda: checks.sanitizer(device, checks.MEMORY),
         "ceilings": lambda: times.ceilings(device, shapes.get("times"), shapes.get("size", 8192)),
         "times": lambda: times.times(device, known_ceilings(), quick, shapes.get("times")),
+        "steps": lambda: whole_steps.whole_steps(device, known_ceilings(), quick, **shapes.get("steps", {})),
         "profile": lambda: times.profile(device, **shapes.get("profile", {})),
         "races": lambda: checks.sanitizer(device, checks.RACES),
         "tests": lambda: checks.gpu_tests(),

@@ -25,7 +25,7 @@ from amsoftmax_kernels.backends.cuda import build
 from ..kernels.estimate import SHAPES
 from ..loss.peers import problem, step
 from ..measure import first_line
-from . import checks, graphs, peers, smoke
+from . import checks, graphs, peers, smoke, whole_steps
 from .checks import DTYPES, given, not_compiled, run_child, serves, step_name, take_step
 
 Row = dict[str, Any]
@@ -33,8 +33,8 @@ SECONDS = 240  # for all of them: a C++ library takes a minute, no Triton kernel
 STEPS_A_CHILD = 4
 # Sizes that change from step to step compile nothing new: a few rows and classes stand for all.
 ROWS, CLASSES = 64, 1000
-# Children that are no backend's: torch.compile's code, and other libraries'.
-COMPILED, PEERS = "torch.compile", "peers"
+# Children that are no backend's: torch.compile's code, other libraries', steps that update the centres.
+COMPILED, PEERS, UPDATED = "torch.compile", "peers", "whole steps"
 
 
 class Step(NamedTuple):
@@ -74,7 +74,7 @@ def compiled(device: torch.device, seconds: float = SECONDS) -> Iterator[Row]:
             parts = -(-len(steps(device)) // STEPS_A_CHILD) if name == "triton" else 1
             jobs += [(name, part, parts) for part in range(parts)]
     if device.type == "cuda":
-        jobs += [(COMPILED, 0, 1), (PEERS, 0, 1)]
+        jobs += [(COMPILED, 0, 1), (PEERS, 0, 1), (UPDATED, 0, 1)]
     jobs.sort(key=lambda job: job[0] != "cuda")  # the longest first
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting = [pool.submit(_ask, device, *job, seconds) for job in jobs]
@@ -135,6 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
         told = _compiled_heads(args.device)
     elif args.name == PEERS:
         told = _others(args.device)
+    elif args.name == UPDATED:
+        told = _whole_steps(args.device)
     else:
         mine = steps(args.device)
         size = -(-len(mine) // args.parts)
@@ -195,6 +197,20 @@ def _compiled_heads(device: torch.device) -> Iterator[Row]:
     for shape in SHAPES[:2]:
         peer = next(each for each in peers.peers() if each.name == "torch.compile")
         yield _once(peer, shape, device)
+
+
+def _whole_steps(device: torch.device) -> Iterator[Row]:
+    """Steps that update the centres, of the widths that are checked and timed."""
+    widths = dict.fromkeys(D for _, D, _ in (*whole_steps.CHECKED, *whole_steps.SHAPES))
+    for name, D in itertools.product(checks.compared_backends(device), widths):
+        row: Row = {"step": f"{name}, FusedSGD, D={D}", "ok": True}
+        features, weight, labels = problem(ROWS, D, CLASSES, device)
+        try:
+            for save_bytes in (1 << 40, 0):
+                whole_steps.ours(name, save_bytes, fused=True)(D, CLASSES, weight.detach())(features, labels)
+        except Exception as error:  # the stage itself says it too
+            row |= {"ok": False, "error": first_line(error)}
+        yield row
 
 
 def _others(device: torch.device) -> Iterator[Row]:

@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 
 from amsoftmax_kernels import backends
+from amsoftmax_kernels.backends.cuda import build, library
 
 from ..loss.peers import problem
 from . import checks
@@ -36,7 +37,11 @@ from .checks import (
 
 Row = dict[str, Any]
 SECONDS = 100  # for a child; its kernels are compiled already
-WITHOUT: dict[str, tuple[str, ...]] = {"triton": ("grad_centres",), "cuda": ("grad_centres",)}  # what it can do without
+# What a backend can do without; of the C++ one Hopper's own kernels, as AMSOFTMAX_KERNELS_WITHOUT names them.
+PORTABLE = "cosine_sm90,gradient_sm90"
+WITHOUT: dict[str, tuple[str, ...]] = {
+    "triton": ("grad_centres",), "cuda": ("gradient_sm90", "cosine_sm90", PORTABLE),
+}  # fmt: skip
 # Tiles' edges; rows in part of a tile, in one and in several; several tiles a stream.
 SHAPES = [
     (5, 16, 3),
@@ -76,6 +81,9 @@ def smoke(device: torch.device, seconds: float = SECONDS) -> Iterator[Row]:
                 break
             row = _ask(device, name, kernel, seconds)
             yield row
+        if name == "cuda" and row["ok"] and row["without"] != PORTABLE and has_hopper(device):
+            # Also the portable kernel, which is to serve wherever Hopper's own do not.
+            yield _ask(device, name, PORTABLE, seconds) | {"backend": "cuda, portable"}
     if device.type == "cuda":
         yield default(device, seconds)
 
@@ -105,7 +113,8 @@ def leave_out(rows: list[Row]) -> list[str]:
     """Take what failed out of this process, and say what that is."""
     if not isinstance(rows, list):
         return []  # the stage itself broke
-    rows = [row for row in rows if "backend" in row]  # not what says that the stage ended early
+    # Not what says that the stage ended early, nor the portable kernel beside Hopper's own.
+    rows = [row for row in rows if row.get("backend") in backends.NAMES]
     served = {row["backend"]: row["without"] for row in rows if row["ok"]}
     broken = {row["backend"] for row in rows if row["ok"] is False and row["backend"] not in served}
     lacking = {name: kernel for name, kernel in served.items() if kernel is not None}
@@ -117,16 +126,46 @@ def leave_out(rows: list[Row]) -> list[str]:
 
 
 def do_without(name: str, kernel: str) -> None:
-    """Take one kernel from a backend in this process."""
-    kernels: Any = backends.load(name)
-    setattr(kernels._Kernels, kernel, _refuses)
+    """Take a kernel from a backend in this process."""
+    backend: Any = backends.load(name)
+    if name == "cuda":
+        os.environ[build.WITHOUT] = kernel
+        load_anew()
+    else:
+        setattr(backend._Kernels, kernel, _refuses)
+
+
+def load_anew() -> None:
+    """The C++ library, which reads what it is to leave out when it is loaded."""
+    backend: Any = backends.load("cuda")
+    for cached in (library.library, backend._library, backend._tiling, backend._grad_clusters, backend._has_hopper):
+        cached.cache_clear()
+
+
+def has_hopper(device: torch.device) -> bool:
+    """Whether the C++ library has Hopper's own kernels for this device."""
+    backend: Any = backends.load("cuda")
+    return device.type == "cuda" and bool(backend._library(device).has_hopper)
 
 
 @contextlib.contextmanager
 def without(name: str, kernel: str) -> Iterator[None]:
     """The same for a while."""
-    kernels: Any = backends.load(name)
-    with mock.patch.object(kernels._Kernels, kernel, _refuses):
+    if name == "cuda":
+        with mock.patch.dict(os.environ, {build.WITHOUT: kernel}):
+            load_anew()
+            yield
+        load_anew()
+    else:
+        with without_gradient(name):
+            yield
+
+
+@contextlib.contextmanager
+def without_gradient(name: str) -> Iterator[None]:
+    """A backend without its kernel for the centres' gradient, for a while: a product and a pass make it."""
+    backend: Any = backends.load(name)
+    with mock.patch.object(backend._Kernels, "grad_centres", _refuses):
         yield
 
 

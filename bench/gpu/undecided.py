@@ -95,11 +95,11 @@ def _gradients(name: str, B: int, D: int, C: int, device: torch.device) -> Ways:
     assert width == padded(D), "this D takes columns beside it"
 
     def at_once(grad: Tensor) -> tuple[Tensor]:
-        backend.fused._grad_centres(given, range(C), terms, x_factored, inverse, grad)
+        backend.fused._grad_centres(given, inverse, grad, range(C), terms, x_factored)
         return (grad,)
 
     def apart(grad: Tensor) -> tuple[Tensor]:
-        with smoke.without(name, "grad_centres"):
+        with smoke.without_gradient(name):
             return at_once(grad)
 
     ways: Ways = {"product and pass": functools.partial(apart, torch.empty_like(weight))}

@@ -37,8 +37,10 @@ EPILOGUE = {"Triton": 0.35, "C++": 0.0}
 SECONDS_A_LAUNCH = 2.5e-6
 # PyTorch's own small kernels of a step: labels 12, reduction 2, upstream gradients 3. Counted in the code.
 TORCH_LAUNCHES = 17
-# Classes of a tile of the C++ kernels: an SM's share of a cluster's tile.
+# Rows and classes of a tile of the C++ cosine kernel: an SM's share of a cluster's tile.
 CPP_TILE = (128, 128)
+# Hopper's shared memory, and what wgmma multiplies in bfloat16, a clock and SM.
+SHARED_BYTES, TENSOR_FLOPS = 128, 4096
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ def work(
         """Of chunks with so many tiles, by their sizes: rounds that are not full."""
         return sum(size * card.rounds(count) for size, count in zip(chunks, tiles_of, strict=True)) / C
 
+    if kernels == "C++":
+        shallow = min(shallow, shared_memory_bound(card, D, how))
     cosine = shallow / (1 + EPILOGUE[kernels]) / waits([-(-B // rows) * -(-each // classes) for each in chunks])
     terms = how.e_size * B * C
     prepared = passes * (centre + how.size) * C * D
@@ -165,6 +169,26 @@ def work(
     found.append(Work("centres' gradient", flops, gradient, moved + terms, flops / gradient + moved / card.copy))
     found.append(Work("launches", 0, 0, 0, launches(B, D, C, kept, at_once) * SECONDS_A_LAUNCH))
     return found
+
+
+def shared_memory_bytes(D: int, size: int) -> float:
+    """Bytes a clock that the C++ cosine kernel's shared memory on Hopper moves at the tensor cores' full rate.
+
+    Counted: products of 64 x 128 read 32 of x̂ and 64 of ŵ; bulk copies write 32 of ŵ, and of x̂ where a row of more than
+    1,024 bytes comes again with each tile; each box of E is written, and read by a bulk copy. ``size``: bytes of an element.
+    """
+    rows, classes = CPP_TILE
+    clocks = 2 * rows * classes * D / (TENSOR_FLOPS * 2 / size)
+    filled = 32 * (1 if D * size <= 1024 else 2)
+    return 32 + 64 + filled + 2 * rows * classes * size / clocks
+
+
+def shared_memory_bound(card: Card, D: int, how: Kind) -> float:
+    """Flop/s that the C++ cosine kernel's use of shared memory leaves it on Hopper; infinite elsewhere."""
+    if card.capability != (9, 0):
+        return float("inf")
+    full = TENSOR_FLOPS * 2 / how.size * card.multiprocessors * card.clock
+    return full * min(1.0, SHARED_BYTES / shared_memory_bytes(padded(D), how.size))
 
 
 def _at_once(card: Card, D: int, how: Kind) -> bool:
@@ -235,6 +259,11 @@ def printed(rows: list[dict[str, Any]], card: Card) -> str:
             f" {1e3 * each.seconds:8.3f}"
         )
     names = list(rows[0]["pieces_s"])
+    if card.capability == (9, 0):
+        lines.append(
+            f"C++: at the tensor cores' full rate cosine_exp wants {shared_memory_bytes(D, 2):.0f} of shared memory's"
+            f" {SHARED_BYTES} bytes a clock: {shared_memory_bound(card, D, KINDS['bfloat16']) / 1e12:.0f} TFLOP/s at most"
+        )
     lines += [
         "",
         "All shapes, milliseconds; the floor: products at a large one's rate, and the bytes that must move",

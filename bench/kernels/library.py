@@ -6,13 +6,11 @@ import re
 import subprocess
 from typing import Any
 
-import torch
-
 from amsoftmax_kernels.backends.cuda import build
-from amsoftmax_kernels.backends.cuda import library as cuda_library
 
 from .estimate import CARDS
 
+WAITS = r"ARRIVE|DEPBAR\.LE gsb0, 0x\d"  # of WARPGROUP: products begin, and are waited for but for the last so many groups
 IN_FLIGHT = r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1"  # a wait that leaves the last group of HGMMAs at work
 INSTRUCTIONS = {
     "local": r"LDL|STL",
@@ -25,7 +23,8 @@ INSTRUCTIONS = {
     "cp.async": r"LDGSTS",
     "exp2": r"MUFU\.EX2",
 }
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+PORTABLE, COSINE, GRADIENT = KERNELS = ("cosine_exp, portable", "cosine_exp, Hopper's", "grad_centres, Hopper's")
+COMES_AGAIN = "x̂ comes again"
 
 
 def rows(arch: str) -> list[dict[str, Any]]:
@@ -34,7 +33,6 @@ def rows(arch: str) -> list[dict[str, Any]]:
 
     card = CARDS["sm_" + arch.rstrip("a")]
     path = build.cached(arch, strict=True)
-    built = cuda_library.Library(path)
 
     def dump(option: str) -> str:
         command = [triton.knobs.nvidia.cuobjdump.path, option, "-arch", f"sm_{arch}", str(path)]
@@ -47,17 +45,15 @@ def rows(arch: str) -> list[dict[str, Any]]:
         if not re.search("cosine_exp|grad_centres", name):
             continue
         resources = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[name])}
-        hopper, gradient, variant = "sm90" in name, "grad_centres" in name, _variant(name)
-        kernel = 2 if gradient else int(hopper)
-        # A width that stays in shared memory, and one that does not; the most that a block of the gradient kernel has.
-        width = 1024 if "comes again" in variant else 128 if "128" in variant else 256 if hopper else 512
-        threads, shared = built.block(kernel, width, _DTYPES[variant.split(",")[0]])
+        variant = _variant(name)
+        kernel = GRADIENT if "grad_centres" in name else COSINE if "sm90" in name else PORTABLE
+        threads, shared = block(kernel, variant)
         fits = card.programs_resident(resources["REG"], shared + resources["SHARED"], threads // 32)
-        planned = 1 if hopper or "maxima" in variant else 2 if 2 * shared < card.shared_memory else 1
+        planned = 2 if kernel == PORTABLE and "maxima" not in variant and 2 * shared < card.shared_memory else 1
         counts = {key: len(re.findall(rf"\b(?:{pattern})\b", code)) for key, pattern in INSTRUCTIONS.items()}
         found.append(
             {
-                "kernel": cuda_library.KERNELS[kernel],
+                "kernel": kernel,
                 "variant": variant,
                 "warps": threads // 32,
                 "registers": resources["REG"],
@@ -72,24 +68,31 @@ def rows(arch: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (row["kernel"], row["variant"]))
 
 
+def block(kernel: str, variant: str) -> tuple[int, int]:
+    """Threads of a block as it is launched, and its bytes of dynamic shared memory."""
+    if kernel == PORTABLE:
+        return 256, 64 << 10
+    return 384, (194 if kernel == GRADIENT else 209 if COMES_AGAIN in variant else 225) << 10
+
+
 def _variant(name: str) -> str:
     if "grad_centres" in name:
         (columns,) = re.findall(r"grad_centresILi(\d+)E", name)
         centres = "bf16" if "bfloat16" in name else "fp16" if "half_t" in name else "fp32"
         return f"bf16, {columns} columns, {centres} centres"
     dtype = "bf16" if "bfloat16" in name else "tf32" if "tfloat32" in name else "fp16"
-    first, second = re.findall(r"Lb([01])E", name)[:2]
+    general, *stays = re.findall(r"Lb([01])E", name)
+    words = [dtype, *(["maxima and filter"] if general == "1" else [])]
     if "sm90" in name:
-        words = ["maxima and filter" if first == "1" else "", "x̂ stays" if second == "1" else "x̂ comes again"]
-    else:
-        words = ["maxima" if first == "1" else "", "filter" if second == "1" else ""]
-    return ", ".join(word for word in (dtype, *words) if word)
+        words.append("x̂ stays" if stays[0] == "1" else COMES_AGAIN)
+    return ", ".join(words)
 
 
-def _faults(kernel: int, stack: int, counts: dict[str, int]) -> list[str]:
-    wanted = (("HMMA", "cp.async"), ("HGMMA", "UTMALDG", "multicast", "UTMASTG"), ("HGMMA", "UTMALDG", "multicast"))[kernel]
+def _faults(kernel: str, stack: int, counts: dict[str, int]) -> list[str]:
+    copies = ("HGMMA", "UTMALDG", "multicast")
+    wanted = {PORTABLE: ("HMMA", "cp.async"), COSINE: (*copies, "UTMASTG"), GRADIENT: copies}[kernel]
     found = [f"no {name}" for name in wanted if not counts[name]]
-    if kernel > 0 and not counts["in flight"]:
+    if kernel != PORTABLE and not counts["in flight"]:
         found.append("each group of HGMMAs is waited for")
     if stack or counts["local"]:
         found.append(f"{stack} bytes of stack, {counts['local']} local loads and stores")

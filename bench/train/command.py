@@ -1,8 +1,8 @@
 """`torchrun --nproc-per-node N -m bench train`: a training from end to end, its classes sharded over N processes.
 
-Synthetic identities, any number of them, or real faces; verified on identities that are in no batch. Without torchrun it
-is one process. A run that goes on from a checkpoint (--resume) on as many ranks has the same batches and the same losses,
-to the bit; on another number of ranks it has the same state, and other batches.
+Synthetic identities, any number of them, or real faces, verified on identities that are in no batch; or InsightFace's
+records, verified on its sets. Without torchrun it is one process. A run that goes on from a checkpoint (--resume) on as
+many ranks has the same batches and losses, to the bit; on another number of ranks the same state, and other batches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .data import Faces, Source, Synthetic
 from .loop import AUTOCAST, DTYPES, Training
 from .ranks import Ranks, joined
 
-STEPS, CLASSES = 300, 10_000
+STEPS, CLASSES, EVAL_EVERY = 300, 10_000, 50
 # A run that goes on must agree in these; its number of steps, and what it writes, may differ.
 _FIXED = (
     "data", "classes", "dim", "batch", "optimizer", "momentum", "sample_rate", "sampling_correction", "dtype",
@@ -40,7 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m bench train`."""
     add, default = parser.add_argument, "default: %(default)s"
     add("--out", type=Path, default=Path("out/train"), metavar="DIR", help=f"log, checkpoints, result; {default}")
-    add("--data", default="synthetic", help="synthetic, faces (ORL), or a folder with one sub-folder a person; " + default)
+    add(
+        "--data",
+        default="synthetic",
+        metavar="WHAT",
+        help=f"synthetic, faces (ORL), a folder with one sub-folder a person, or InsightFace's train.rec; {default}",
+    )
+    add(
+        "--verify",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="InsightFace's sets, lfw.bin say, with its records",
+    )
     add("--classes", type=int, metavar="C", help=f"synthetic identities to train on; default: {CLASSES:,}")
     add(
         "--frequent",
@@ -52,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=256, metavar="B", help=f"samples a rank and step; {default}")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help=f"default: {STEPS}")
+    length.add_argument("--epochs", type=int, metavar="N", help="of InsightFace's records")
     length.add_argument("--seconds", type=float, metavar="S", help="train for so long instead")
     add("--optimizer", choices=list(_LR), default="fused-sgd", help=f"fused: in the head's backward pass; {default}")
     add("--lr", type=float, help="of the backbone; default: 0.005 with sgd, 0.001 with adamw")
@@ -69,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help=default)
     add("--log", choices=["csv", "tensorboard"], default="csv", help=f"tensorboard: beside the CSV; {default}")
     add("--log-every", type=int, default=10, metavar="K", help=f"steps; {default}")
-    add("--eval-every", type=int, default=50, metavar="K", help=f"steps; 0: at the end; {default}")
+    add("--eval-every", type=int, metavar="K", help="steps; 0: at the end; default: 50, with records an epoch")
     add("--checkpoint-every", type=int, default=100, metavar="K", help=f"steps, and at the end; 0: none; {default}")
     add("--keep", type=int, default=2, metavar="N", help=f"checkpoints; {default}")
     add("--resume", action="store_true", help="go on from the latest checkpoint in --out, if there is one")
@@ -110,14 +124,19 @@ def _complete(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a wrong argument.
     """
-    synthetic_data = args.data == "synthetic"
+    synthetic_data, records = args.data == "synthetic", _is_records(args.data)
+    for name in ("verify", "epochs"):
+        if getattr(args, name) and not records:
+            raise ValueError(f"--{name} is for InsightFace's records, and --data {args.data} is none")
     if args.classes is not None and not synthetic_data:
         raise ValueError(f"--classes is for synthetic data; --data {args.data} has the classes it has")
     if synthetic_data and args.classes is None:
         args.classes = CLASSES
-    if args.steps is None and args.seconds is None:
+    if args.steps is None and args.seconds is None and args.epochs is None:
         args.steps = STEPS
-    for name in ("classes", "dim", "batch", "steps", "log_every", "keep"):
+    if args.eval_every is None and not records:
+        args.eval_every = EVAL_EVERY
+    for name in ("classes", "dim", "batch", "steps", "epochs", "log_every", "keep"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, but it is {value}")
@@ -126,8 +145,9 @@ def _complete(args: argparse.Namespace) -> None:
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, but it is {value}")
     for name in ("eval_every", "checkpoint_every", "momentum", "weight_decay", "save_bytes"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, but it is {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, but it is {value}")
     if args.classes is not None and args.classes > synthetic.MAX_IDENTITIES:
         raise ValueError(f"--classes must be at most {synthetic.MAX_IDENTITIES:,}, but it is {args.classes:,}")
     if args.frequent is None:
@@ -138,10 +158,28 @@ def _complete(args: argparse.Namespace) -> None:
         train_log.summary_writer()
 
 
+def _is_records(data: str) -> bool:
+    return data.endswith(".rec") or (Path(data) / "train.rec").exists()
+
+
+def _in_epochs(args: argparse.Namespace, source: Source) -> None:
+    """Turn epochs into steps, where a source has them."""
+    if source.steps_an_epoch is None:
+        return
+    if args.epochs is not None:
+        args.steps = args.epochs * source.steps_an_epoch
+    if args.eval_every is None:
+        args.eval_every = source.steps_an_epoch
+
+
 def _source(args: argparse.Namespace, ranks: Ranks) -> Source:
     if args.data == "synthetic":
         return Synthetic(args.classes, args.seed, args.frequent, ranks.device)
     try:
+        if _is_records(args.data):
+            from .records import Records  # needs NumPy
+
+            return Records(Path(args.data), args.verify, args.batch, args.seed, ranks.size, ranks.device)
         return Faces(None if args.data == "faces" else Path(args.data), args.seed, ranks.device)
     except (ImportError, OSError) as error:
         raise ValueError(str(error)) from error
@@ -149,6 +187,8 @@ def _source(args: argparse.Namespace, ranks: Ranks) -> Source:
 
 def _train(args: argparse.Namespace, ranks: Ranks) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
+    source = _source(args, ranks)
+    _in_epochs(args, source)
     fixed = {name: getattr(args, name) for name in _FIXED}
     checkpoints = Checkpoints(args.out / "checkpoints", args.keep, fixed, args.steps, ranks)
     if ranks.rank == 0:
@@ -156,7 +196,6 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> None:
     steps = ranks.first(checkpoints.steps())
     if steps and not args.resume:
         raise ValueError(f"--out {args.out} has checkpoints of a run: give --resume to go on from it, or another --out")
-    source = _source(args, ranks)
     before = train_log.memory(ranks.device)
     training = Training(args, source, ranks)
     if steps:
@@ -165,7 +204,7 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> None:
     if first:
         print(_title(args, source, ranks, start), flush=True)
         if start == 0:
-            print(_expected(source), flush=True)
+            print(source.expected(), flush=True)
         planned = checkpoints.noted(steps[-1]) if steps else None
         if planned not in (None, args.steps):
             print(
@@ -173,7 +212,7 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> None:
                 flush=True,
             )
     due = verification_due(args, start)
-    log = train_log.Log(args.out, start, due, args.log == "tensorboard") if first else None
+    log = train_log.Log(args.out, start, due, args.log == "tensorboard", source.measures) if first else None
     loop = _Loop(args, training, checkpoints, log)
     throughput = loop.run()
     memory = {"peak_bytes": train_log.peak_memory(ranks.device), "before_training_bytes": before}
@@ -181,7 +220,7 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> None:
     if first:
         report = {
             "machine": machine.describe(ranks.device), "ranks": ranks.size, "device": ranks.device.type,
-            "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+            "arguments": {name: _plain(value) for name, value in vars(args).items()},
             "classes": source.num_classes, "resumed_from": start, "steps": training.step, **throughput,
             "memory": everyone, "verification": loop.verification,
         }  # fmt: skip
@@ -204,7 +243,6 @@ class _Loop:
         self, args: argparse.Namespace, training: Training, checkpoints: Checkpoints, log: train_log.Log | None
     ) -> None:
         self.args, self.training, self.checkpoints, self.log = args, training, checkpoints, log
-        self.held_out = None if log is None else training.source.held_out()
         self.verification: dict[str, float] = {}
         self.verified_step = -1
 
@@ -269,15 +307,11 @@ class _Loop:
 
     def verify(self) -> None:
         self.verified_step = self.training.step
-        if self.log is None or self.held_out is None:
+        if self.log is None:
             return
-        self.verification = rates = self.training.verify(self.held_out)
+        self.verification = rates = self.training.verify()
         self.log.row(self.training.step, **rates)
-        print(
-            f"step {self.training.step}: verification of held-out identities: EER {100 * rates['eer']:.2f}%, VR at FAR 1% "
-            f"{100 * rates['vr@far=1e-2']:.1f}%, at FAR 0.1% {100 * rates['vr@far=1e-3']:.1f}%",
-            flush=True,
-        )
+        print(f"step {self.training.step}: verification of {self.training.source.told(rates)}", flush=True)
 
 
 def _named(checkpoints: Checkpoints) -> str:
@@ -286,12 +320,11 @@ def _named(checkpoints: Checkpoints) -> str:
     return f"checkpoints in {checkpoints.folder}: {', '.join(names)}" if names else "no checkpoints, as none were asked for"
 
 
-def _expected(source: Source) -> str:
-    """What the first lines look like, for one who has not seen them before."""
-    return (
-        f"The network is random at first, and most of {source.num_classes:,} classes come late or never: the loss falls\n"
-        "from the first steps on, the accuracy stays near 0, and the EER (chance: 50%) may rise before it falls."
-    )
+def _plain(value: Any) -> Any:
+    """For JSON: paths as text."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _title(args: argparse.Namespace, source: Source, ranks: Ranks, start: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import synthetic
+from .log import MEASURES
 
 HELD_OUT_IDENTITIES, HELD_OUT_SAMPLES = 256, 4  # 1,536 genuine and 522,240 impostor pairs
 _SPLIT_SEED = 0  # which people of --data faces are held out
@@ -27,14 +29,55 @@ class Source(Protocol):
     def batch(self, size: int, rank: int, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels of a rank's batch: the same whenever it is asked for."""
 
+    measures: tuple[str, ...]  # what verification may measure
+    steps_an_epoch: int | None  # None: there are no epochs
+
+    def verification(self, network: nn.Module) -> dict[str, float]:
+        """Rates on samples that are in no batch, those of ``measures`` that there are; ``network`` is in evaluation mode."""
+
+    def told(self, rates: dict[str, float]) -> str:
+        """The rates in a line."""
+
+    def expected(self) -> str:
+        """What a run looks like, for one who has not seen any."""
+
+
+class HeldOut:
+    """Verification over all pairs of identities that are in no batch."""
+
+    measures: tuple[str, ...] = MEASURES
+    steps_an_epoch: int | None = None
+    num_classes: int
+
     def held_out(self) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of identities that are in no batch."""
+        """Inputs and labels of these identities."""
+        raise NotImplementedError
 
     def embed(self, network: nn.Module, inputs: Tensor) -> Tensor:
-        """Embeddings ``[N, D]`` to verify with; ``network`` is in evaluation mode."""
+        """Embeddings ``[N, D]`` to verify with."""
+        raise NotImplementedError
+
+    def verification(self, network: nn.Module) -> dict[str, float]:
+        """Equal error rate and verification rates; one for which there are too few pairs is left out."""
+        from amsoftmax_kernels import evaluation  # needs NumPy
+
+        inputs, labels = self.held_out()
+        found = evaluation.verification(self.embed(network, inputs), labels, (1e-2, 1e-3))
+        rates = dict(zip(self.measures, (found.eer, found.vr[1e-2], found.vr[1e-3]), strict=True))
+        return {name: rate for name, rate in rates.items() if not math.isnan(rate)}
+
+    def told(self, rates: dict[str, float]) -> str:
+        names = dict(zip(self.measures, ("EER", "VR at FAR 1%", "VR at FAR 0.1%"), strict=True))
+        return "held-out identities: " + ", ".join(f"{names[each]} {100 * rate:.2f}%" for each, rate in rates.items())
+
+    def expected(self) -> str:
+        return (
+            f"The network is random at first, and most of {self.num_classes:,} classes come late or never: the loss falls\n"
+            "from the first steps on, the accuracy stays near 0, and the EER (chance: 50%) may rise before it falls."
+        )
 
 
-class Synthetic:
+class Synthetic(HeldOut):
     """Identities 0 to C − 1 to train on; those from C on are held out."""
 
     def __init__(self, num_classes: int, seed: int, frequent: float, device: torch.device) -> None:
@@ -63,7 +106,7 @@ class Synthetic:
         return embeddings
 
 
-class Faces:
+class Faces(HeldOut):
     """The people of bench/faces/data.py, five eighths of them to train on, with the face benchmark's network."""
 
     def __init__(self, folder: Path | None, seed: int, device: torch.device) -> None:

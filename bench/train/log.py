@@ -7,12 +7,14 @@ import math
 import os
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-COLUMNS = ("step", "loss", "accuracy", "samples_per_s", "memory_bytes", "seconds", "eer", "vr@far=1e-2", "vr@far=1e-3")
+COLUMNS = ("step", "loss", "accuracy", "samples_per_s", "memory_bytes", "seconds")
+MEASURES = ("eer", "vr@far=1e-2", "vr@far=1e-3")  # of held-out identities
 
 
 class Log:
@@ -25,20 +27,27 @@ class Log:
         start: the step a run goes on from: rows past it, of a run that was cut off, are dropped. 0 starts anew.
         verify_again: drop an evaluation at ``start`` too: it may or may not have been reached, and is made again.
         tensorboard: also write TensorBoard's event files into ``folder/tensorboard``.
+        measures: columns of an evaluation; those of a run before that had others stay.
     """
 
-    def __init__(self, folder: Path, start: int, verify_again: bool, tensorboard: bool) -> None:
+    def __init__(
+        self, folder: Path, start: int, verify_again: bool, tensorboard: bool, measures: Sequence[str] = MEASURES
+    ) -> None:
         path, kept = folder / "log.csv", []
+        self._columns = [*COLUMNS, *measures]
         if start and path.exists():
             with open(path, newline="", encoding="utf-8") as file:
-                # A row that was being written when the process died has no last column.
-                rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
-            kept = [row for row in rows if int(row[0]) < start or (int(row[0]) == start and (row[1] or not verify_again))]
-        times = [float(row[COLUMNS.index("seconds")]) for row in kept if row[COLUMNS.index("seconds")]]
+                header, *lines = [*csv.reader(file)] or [[]]
+            # A row that was being written when the process died has no last column.
+            rows = [dict(zip(header, line, strict=True)) for line in lines if len(line) == len(header)]
+            self._columns += [name for name in header if name not in self._columns]
+            kept = [row for row in rows if _stays(row, start, verify_again)]
+        times = [float(row["seconds"]) for row in kept if row["seconds"]]
         self.seconds = times[-1] if times else 0.0  # of the runs before
         temporary = path.with_name(f".{path.name}")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *kept])
+            csv.writer(file).writerow(self._columns)
+            csv.writer(file).writerows([[row.get(name, "") for name in self._columns] for row in kept])
         os.replace(temporary, path)
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
         self._writer = csv.writer(self._file)
@@ -46,7 +55,7 @@ class Log:
 
     def row(self, step: int, **values: float) -> None:
         """Write one row; columns that are not given stay empty."""
-        self._writer.writerow([step, *(values.get(name, "") for name in COLUMNS[1:])])
+        self._writer.writerow([step, *(values.get(name, "") for name in self._columns[1:])])
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
@@ -56,6 +65,13 @@ class Log:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def _stays(row: dict[str, str], start: int, verify_again: bool) -> bool:
+    if not row["step"].isdecimal():
+        return False
+    step = int(row["step"])
+    return step < start or (step == start and (bool(row["loss"]) or not verify_again))
 
 
 def summary_writer() -> Any:

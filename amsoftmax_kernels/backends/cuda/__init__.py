@@ -10,6 +10,7 @@ is first needed; one that was built ahead of time and is named is a candidate by
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from typing import Any
 
@@ -38,7 +39,7 @@ def unavailable_reason() -> str | None:
     if _failed and _architecture() in _failed:
         return _failed[_architecture()]
     # To look for nvcc takes some 50 µs, and a step asks each time.
-    return None if c.library.cache_info().currsize else build.missing()
+    return None if c.library.cache_info().currsize else build.missing(_architecture())
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -84,10 +85,14 @@ def built(device: torch.device) -> bool:
 def remark() -> str | None:
     """What would make this backend faster here; None if nothing."""
     device = torch.device("cuda", torch.cuda.current_device())
-    if torch.cuda.get_device_capability(device)[0] != 9 or not _builds(device) or _library(device).has_hopper:
+    if torch.cuda.get_device_capability(device)[0] != 9 or not _builds(device):
+        return None
+    if c.without():
+        return f"of Hopper's own kernels {build.WITHOUT} leaves out {os.environ[build.WITHOUT]}"
+    if _library(device).has_hopper:
         return None
     if build.prebuilt() is None and build.find_cutlass() is not None:
-        return f"by the portable kernel: Hopper's own did not compile ({build.COMMAND} --arch 90a says why)"
+        return f"by the portable kernel: Hopper's own did not compile ({build.COMMAND} --arch 90a --out FILE.so says why)"
     return f"by the portable kernel: Hopper's own takes CUTLASS's headers, pip install {build.CUTLASS}"
 
 
@@ -193,10 +198,9 @@ class _Kernels:
         B = saved.z.shape[0]
         loss, derivatives = torch.empty_like(saved.z), saved.z.new_empty(3, B)
         parameters = c.Margin(
-            z=c.pointer(saved.z), shift=c.pointer(saved.shift), cosine=c.pointer(saved.cosine), norm=c.pointer(saved.norm),
-            labels=c.pointer(problem.labels), loss=c.pointer(loss), derivatives=c.pointer(derivatives), margin=margin,
-            batch=B, classes=problem.weight.shape[0], scale=c.scale(s, problem.normalize_features), need_scale=1,
-            features=c.matrix(problem.features),
+            c.pointer(saved.z), c.pointer(saved.shift), c.pointer(saved.cosine), c.pointer(saved.norm),
+            c.pointer(problem.labels), c.pointer(loss), c.pointer(derivatives), margin, B, problem.weight.shape[0],
+            c.scale(s, problem.normalize_features),
         )  # fmt: skip
         self._call("ak_constant_margin", parameters, loss)
         return loss, derivatives
@@ -223,7 +227,6 @@ class _Kernels:
             c.matrix(weight),
             c.matrix(grad),
             c.pointer(inverse_norm),
-            None,
             clusters,
             0,
         )
@@ -235,14 +238,22 @@ class _Kernels:
         self._call("ak_finish_centres", parameters, grad)
 
     def update_centres(
-        self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, parts: TargetParts, start: int, update: Update
-    ) -> None:
-        """There is no kernel for it: in plain PyTorch, which goes over the gradient and the centres several times."""
-        grad = torch.empty_like(weight, dtype=torch.float32)
-        self.finish_centres(grad_unit, weight.float(), inverse_norm, grad)
-        has_target = (parts.slots >= 0)[:, None]
-        grad += torch.where(has_target, parts.rows.index_select(0, parts.slots.clamp(min=0)), 0)
-        update.apply_(start, update.unscaled(grad))
+        self, grad: Tensor, weight: Tensor, inverse_norm: Tensor, parts: TargetParts, start: int, update: Update,
+        whole: bool, out: Tensor | None,
+    ) -> None:  # fmt: skip
+        N, rows = len(weight), update.rows
+        first, second = (*update.state, None, None)[:2]
+        skipped = parts.slots.new_empty(N)
+        parameters = c.UpdateCentres(
+            c.matrix(grad), c.matrix(weight), c.matrix(parts.rows), c.matrix(out),
+            c.matrix(update.weight), c.matrix(first), c.matrix(second),
+            c.pointer(inverse_norm), c.pointer(parts.slots), c.pointer(None if rows is None else rows[start : start + N]),
+            c.pointer(skipped), *update.keys(), start, update.class_start, update.loss_scale, *update.rule.numbers(),
+            int(whole), int(getattr(update.rule, "nesterov", False)), int(update.seed is not None),
+        )  # fmt: skip
+        self._call("ak_update_centres", parameters, grad)
+        if out is None:
+            update.tally.count(skipped.sum())
 
     def finish_rows(self, problem: Problem, saved: Forward, s: float | Tensor, upstream: Upstream, grads: Grads) -> None:
         rows = saved.rows if saved.rows.dim() == 2 else None
@@ -250,7 +261,7 @@ class _Kernels:
             c.matrix(problem.features), c.matrix(problem.weight), c.matrix(rows), c.matrix(grads.features),
             c.matrix(grads.weight), c.pointer(problem.labels), c.pointer(saved.norm), c.pointer(saved.cosine),
             c.pointer(upstream.row_factor), c.pointer(upstream.cosine), c.pointer(upstream.norm), c.pointer(grads.scale),
-            None, c.scale(s, problem.normalize_features),
+            c.scale(s, problem.normalize_features),
         )  # fmt: skip
         self._call("ak_finish_rows", parameters, upstream.row_factor)
 

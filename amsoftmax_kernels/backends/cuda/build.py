@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
+import ctypes
+import functools
 import hashlib
 import importlib.util
 import os
@@ -35,10 +38,13 @@ ARCHITECTURES = ("80", "86", "87", "89", "90a", "100", "103", "110", "120", "121
 # PTX beside each: what runs on a GPU that is newer than all of them.
 _FALLBACK = "-gencode=arch=compute_80,code=compute_80"
 _PREBUILT = "AMSOFTMAX_KERNELS_LIBRARY"  # names a library that was built ahead of time
+WITHOUT = "AMSOFTMAX_KERNELS_WITHOUT"  # names kernels that are to be left out, with commas between them
 HOPPER = "90a"
 HOPPER_SOURCES = ("cosine_sm90.cu", "gradient_sm90.cu")  # what needs CUTLASS, compiled for Hopper alone
 _ENVIRONMENT = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")  # what nvcc reads beside its arguments
 CUTLASS = "nvidia-cutlass==4.2.0.0"  # what it was written for
+CCCL = "nvidia-cuda-cccl"  # headers of CUDA's toolkit that CUTLASS's include; some installations leave them out
+_NO_CCCL = r'(cuda/std|cub|thrust)/[\w./]+: No such file|cannot open source file "(cuda/std|cub|thrust)/'
 
 
 class BuildError(RuntimeError):
@@ -109,18 +115,43 @@ def cutlass_version(headers: Path) -> str:
     return ".".join(re.findall(r"#define CUTLASS_(?:MAJOR|MINOR|PATCH)\s+(\d+)", text))
 
 
-def missing() -> str | None:
-    """What has to be installed before a library can be had; None if nothing."""
+def missing(arch: str = "") -> str | None:
+    """What has to be installed before a library can be had, for an architecture if one is given; None if nothing."""
     library = prebuilt()
     if library is not None:
         return None if library.is_file() else f"{_PREBUILT} names {library}, which is not there"
     if os.name != "posix":
         return "built on Linux only"
-    if find_nvcc() is None:
-        return "no nvcc on the path or under CUDA_HOME: install the CUDA toolkit"
     if not (sources() / "library.h").is_file():
         return f"the C++ sources are not at {sources()}"
+    if find_nvcc() is None and not (arch and path_of(arch).exists()):
+        return "no nvcc on the path or under CUDA_HOME: install the CUDA toolkit"
     return None
+
+
+@functools.cache
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that this machine's driver runs; None where there is no driver."""
+    version = ctypes.c_int(0)
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else (version.value // 1000, version.value % 1000 // 10)
+
+
+def too_new() -> str | None:
+    """Why what nvcc builds would not run on this machine; None if it would, or there is nothing to tell by.
+
+    A driver runs what toolkits of its own major version build, and of older ones.
+    """
+    driver, toolkit = driver_version(), re.search(r"release (\d+)\.(\d+)", _nvcc_version())
+    if driver is None or toolkit is None or int(toolkit[1]) <= driver[0]:
+        return None
+    return (
+        f"{find_nvcc()} is of CUDA {toolkit[1]}.{toolkit[2]}, and this machine's driver runs CUDA {driver[0]}.{driver[1]}:"
+        f" take a newer driver, or put a toolkit of CUDA {driver[0]} first on the path, or name it by CUDA_HOME"
+    )
 
 
 def cache() -> Path:
@@ -129,8 +160,15 @@ def cache() -> Path:
 
 
 def path_of(arch: str, strict: bool = False) -> Path:
-    """Where the library for one architecture is kept, whether or not it is there yet."""
-    return cache() / f"{key(arch, strict)}.so"
+    """Where the library for one architecture is kept, whether or not it is there yet.
+
+    Without nvcc the newest that any nvcc has built of these sources.
+    """
+    path = cache() / f"{key(arch, strict)}.so"
+    if find_nvcc() is not None or path.exists():
+        return path
+    kept = [(written(each), each) for each in cache().glob(f"sm_{arch}-{_sources_key(arch, strict)}-*.so")]
+    return max(kept)[1] if kept else path
 
 
 def cached(arch: str, strict: bool = False, broken: int | None = None) -> Path:
@@ -139,15 +177,25 @@ def cached(arch: str, strict: bool = False, broken: int | None = None) -> Path:
     ``broken``: when the one was written that could not be loaded: built again, unless another process has done so.
 
     Raises:
-        BuildError: nvcc is missing or refuses the sources.
+        BuildError: nvcc is missing or refuses the sources, the driver is too old for what it builds, or the cache cannot be
+            written.
     """
     import fcntl  # not on Windows
 
     path = path_of(arch, strict)
     if path.exists() and written(path) != broken:
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w", encoding="utf-8") as lock:
+    if (reason := too_new()) is not None:
+        raise BuildError(reason)
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path.with_suffix(".lock"), "w", encoding="utf-8"))
+        except OSError as error:
+            raise BuildError(
+                f"the library cannot be written to {path.parent} ({error.strerror}): set XDG_CACHE_HOME to a folder that can"
+                f" be written, or {_PREBUILT} to a library that was built ahead of time"
+            ) from error
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first to come builds, the others find it built
         if not path.exists() or written(path) == broken:
             for remark in build([arch], path, strict):
@@ -161,17 +209,22 @@ def written(path: Path) -> int:
 
 
 def key(arch: str, strict: bool = False) -> str:
-    """A name that changes with whatever the library depends on."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())  # the commands and flags
+    """A name that changes with whatever the library depends on: the sources first, then what compiles them."""
     cutlass = find_cutlass() if arch == HOPPER else None
     version = cutlass_version(cutlass) if cutlass else ""
     environment = [f"{name}={os.environ.get(name)}" for name in _ENVIRONMENT]
-    for part in (platform.machine(), _nvcc_version(), version, arch, str(strict), *environment):
+    digest = hashlib.sha256("\0".join((_nvcc_version(), version, *environment)).encode())
+    return f"sm_{arch}-{_sources_key(arch, strict)}-{digest.hexdigest()[:12]}"
+
+
+def _sources_key(arch: str, strict: bool) -> str:
+    digest = hashlib.sha256(Path(__file__).read_bytes())  # the commands and flags
+    for part in (platform.machine(), arch, str(strict)):
         digest.update(part.encode() + b"\0")
     for path in sorted(sources().iterdir()):
         if path.suffix in (".cu", ".cuh", ".h"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return f"sm_{arch}-{digest.hexdigest()[:24]}"
+    return digest.hexdigest()[:24]
 
 
 def build(architectures: Sequence[str], out: Path, strict: bool = False) -> list[str]:
@@ -208,10 +261,17 @@ def build(architectures: Sequence[str], out: Path, strict: bool = False) -> list
         if cutlass is None or strict or not refused or not any(f"{name} -o" in text for name in HOPPER_SOURCES):
             raise  # what may not be so the next time must not leave a library without them
         _build(nvcc, targets, None, out, strict)
-        remarks.append(
-            f"without Hopper's own kernels, which do not compile with the headers of CUTLASS {cutlass_version(cutlass)} at"
-            f" {cutlass}: pip install {CUTLASS} ({summary(str(error))})"
-        )
+        said = summary(text)
+        if re.search(_NO_CCCL, text):
+            remarks.append(
+                f"without Hopper's own kernels: CUTLASS's headers include CCCL's, which {nvcc} does not find:"
+                f" pip install {CCCL}, or your system's package of it ({said})"
+            )
+        else:
+            remarks.append(
+                "without Hopper's own kernels, which do not compile with the headers of"
+                f" CUTLASS {cutlass_version(cutlass)} at {cutlass}: pip install {CUTLASS} ({said})"
+            )
     return remarks
 
 

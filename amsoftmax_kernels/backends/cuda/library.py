@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,9 @@ from torch import Tensor
 
 from . import build
 
-VERSION = 5  # of the contract: ak_version()
-_TYPES = {
-    torch.float32: 0, torch.float16: 1, torch.bfloat16: 2,
-    torch.int64: 3, torch.int32: 4, torch.int16: 5, torch.int8: 6, torch.uint8: 7,
-}  # fmt: skip
-
-
-_OPERANDS = _TYPES | {torch.float32: 8}  # multiplied as TF32
+VERSION = 7  # of the contract: ak_version()
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_OPERANDS = _TYPES | {torch.float32: 3}  # multiplied as TF32
 
 
 def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
@@ -34,17 +30,12 @@ def _named(ctype: Any, names: str) -> dict[str, Any]:
 Matrix = _structure(
     "AkMatrix", data=c_void_p, **_named(c_int64, "rows columns row_stride column_stride"), **_named(c_int32, "type reserved")
 )
-Where = _structure("AkWhere", stream=c_void_p, **_named(c_int32, "device reserved"))
+Where = _structure("AkWhere", stream=c_void_p, **_named(c_int32, "device without"))
 Scale = _structure("AkScale", pointer=c_void_p, number=c_float, normalize=c_int32)
-Labels = _structure(
-    "AkLabels", **_named(c_void_p, "labels result count"), **_named(c_int64, "batch classes ignore_index"),
-    **_named(c_int32, "type reserved"),
-)  # fmt: skip
 Rows = _structure(
-    "AkRows", **_named(Matrix, "features weight x_hat"), **_named(c_void_p, "labels cosine norm factor shift"), scale=Scale,
-    w_hat=Matrix, inverse_norm=c_void_p, raw=Labels,
-)  # fmt: skip
-Centres = _structure("AkCentres", **_named(Matrix, "weight w_hat"), **_named(c_void_p, "inverse_norm unless_bounded"))
+    "AkRows", **_named(Matrix, "features weight x_hat"), **_named(c_void_p, "labels cosine norm factor shift"), scale=Scale
+)
+Centres = _structure("AkCentres", **_named(Matrix, "weight w_hat"), inverse_norm=c_void_p)
 Cosine = _structure(
     "AkCosine", **_named(Matrix, "x_hat w_hat terms"), **_named(c_void_p, "labels factor shift z best best_class"),
     class_start=c_int64, filter=c_float, **_named(c_int32, "parts only_unbounded reserved"),
@@ -52,15 +43,13 @@ Cosine = _structure(
 Tiling = _structure(
     "AkTiling", **_named(c_int64, "batch width"), **_named(c_int32, "rows classes parts blocks type reserved")
 )
-Block = _structure("AkBlock", width=c_int64, **_named(c_int32, "type kernel threads bytes"))
 Reduce = _structure(
     "AkReduce", **_named(c_void_p, "z_parts best_parts class_parts labels factor z best shift best_class"),
     **_named(c_int64, "batch parts"),
 )  # fmt: skip
 Margin = _structure(
-    "AkMargin", **_named(Matrix, "features x_factored"),
-    **_named(c_void_p, "z_parts z shift cosine norm labels num_rows loss derivatives"), margin=c_double,
-    **_named(c_int64, "batch classes parts"), scale=Scale, **_named(c_int32, "reduce mean need_scale reserved"),
+    "AkMargin", **_named(c_void_p, "z shift cosine norm labels loss derivatives"), margin=c_double,
+    **_named(c_int64, "batch classes"), scale=Scale,
 )  # fmt: skip
 Factor = _structure(
     "AkFactor",
@@ -68,28 +57,45 @@ Factor = _structure(
     **_named(c_void_p, "labels norm row_factor factor"),
     scale=Scale,
 )
-FinishCentres = _structure(
-    "AkFinishCentres", **_named(Matrix, "grad_unit weight grad"), **_named(c_void_p, "inverse_norm upstream")
-)
+FinishCentres = _structure("AkFinishCentres", **_named(Matrix, "grad_unit weight grad"), inverse_norm=c_void_p)
 GradCentres = _structure(
-    "AkGradCentres", **_named(Matrix, "terms x_factored weight grad"), **_named(c_void_p, "inverse_norm upstream"),
+    "AkGradCentres", **_named(Matrix, "terms x_factored weight grad"), inverse_norm=c_void_p,
     **_named(c_int32, "clusters reserved"),
 )  # fmt: skip
 GradTiling = _structure("AkGradTiling", width=c_int64, **_named(c_int32, "type clusters"))
+UpdateCentres = _structure(
+    "AkUpdateCentres", **_named(Matrix, "grad_unit centres target_rows out weight first second"),
+    **_named(c_void_p, "inverse_norm slots rows skipped"),
+    **_named(c_int64, "weight_key first_key second_key start class_start"),
+    **_named(c_float, "loss_scale lr decay first_rate second_rate third correction"),
+    **_named(c_int32, "whole nesterov stochastic"),
+)  # fmt: skip
 FinishRows = _structure(
     "AkFinishRows", **_named(Matrix, "features weight unit_rows grad_features grad_weight"),
-    **_named(c_void_p, "labels norm cosine row_factor grad_cosine grad_norm grad_scale upstream"), scale=Scale,
+    **_named(c_void_p, "labels norm cosine row_factor grad_cosine grad_norm grad_scale"), scale=Scale,
 )  # fmt: skip
 
 LAUNCHERS = {
-    "ak_canonical_labels": Labels, "ak_prepare_rows": Rows, "ak_prepare_centres": Centres, "ak_tiling": Tiling,
-    "ak_block": Block,
-    "ak_cosine_exp": Cosine, "ak_reduce": Reduce,
-    "ak_constant_margin": Margin, "ak_factor_rows": Factor, "ak_finish_centres": FinishCentres,
-    "ak_finish_rows": FinishRows, "ak_grad_centres": GradCentres, "ak_grad_tiling": GradTiling,
+    "ak_prepare_rows": Rows, "ak_prepare_centres": Centres, "ak_tiling": Tiling, "ak_cosine_exp": Cosine,
+    "ak_reduce": Reduce, "ak_constant_margin": Margin, "ak_factor_rows": Factor, "ak_finish_centres": FinishCentres,
+    "ak_update_centres": UpdateCentres, "ak_finish_rows": FinishRows, "ak_grad_centres": GradCentres,
+    "ak_grad_tiling": GradTiling,
 }  # fmt: skip
 CONSTANTS = ("ak_version", "ak_contract", "ak_has_hopper")
-KERNELS = ("cosine_exp, portable", "cosine_exp, Hopper's", "grad_centres, Hopper's")  # as AkKernel has them
+KERNELS = {"cosine_sm90": 1, "gradient_sm90": 2}  # Hopper's own, as AkKernel has them
+
+
+def without() -> int:
+    """Which kernels the environment leaves out, as ``AkWhere`` has it.
+
+    Raises:
+        ValueError: it names a kernel that there is not.
+    """
+    names = [name.strip() for name in os.environ.get(build.WITHOUT, "").split(",") if name.strip()]
+    for name in names:
+        if name not in KERNELS:
+            raise ValueError(f"{build.WITHOUT} names {name!r}, which is none of {', '.join(KERNELS)}")
+    return sum(KERNELS[name] for name in set(names))
 
 
 class Library:
@@ -116,7 +122,9 @@ class Library:
             function.argtypes, function.restype = [c_void_p, c_void_p], c_char_p
         self._check = self._function("ak_check")
         self._check.argtypes, self._check.restype = [ctypes.POINTER(Where)], c_char_p
-        self.has_hopper = bool(self._constant("ak_has_hopper"))  # its own kernels
+        self._without = without()
+        # Its own kernels: whether they are there, and not all left out.
+        self.has_hopper = bool(self._constant("ak_has_hopper")) and self._without != sum(KERNELS.values())
 
     def _function(self, name: str) -> Any:
         function = getattr(self._library, name, None)
@@ -135,13 +143,14 @@ class Library:
     def call(self, name: str, parameters: ctypes.Structure, device: torch.device) -> None:
         """Launch; RuntimeError with the library's own words if it cannot."""
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        error = self._functions[name](ctypes.byref(parameters), ctypes.byref(Where(stream, device.index or 0, 0)))
+        where = Where(stream, device.index or 0, self._without)
+        error = self._functions[name](ctypes.byref(parameters), ctypes.byref(where))
         if error is not None:
             raise RuntimeError(f"{name}: {error.decode()}")
 
     def check(self, device: torch.device) -> None:
         """RuntimeError if the kernels do not run on this device."""
-        error = self._check(ctypes.byref(Where(None, device.index or 0, 0)))
+        error = self._check(ctypes.byref(Where(None, device.index or 0, self._without)))
         if error is not None:
             raise RuntimeError(f"the kernels of {self.path} do not run on {device}: {error.decode()}")
 
@@ -156,12 +165,6 @@ class Library:
         tiling = GradTiling(width, _TYPES[dtype])
         self.call("ak_grad_tiling", tiling, device)
         return int(tiling.clusters)
-
-    def block(self, kernel: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Threads of a block of a kernel, an index into ``KERNELS``, and its bytes of dynamic shared memory."""
-        block = Block(width, _OPERANDS[dtype], kernel)
-        self.call("ak_block", block, torch.device("cpu"))
-        return block.threads, block.bytes
 
 
 @functools.cache

@@ -184,22 +184,9 @@ class _Kernels:
         )
 
     def update_centres(
-        self, grad_unit: Tensor, weight: Tensor, inverse_norm: Tensor, parts: TargetParts, start: int, update: Update
-    ) -> None:
-        if update.blocks is None:
-            self._update(grad_unit, weight, inverse_norm, parts, start, update, None, complete=False)
-            return
-        grad = torch.empty_like(weight, dtype=torch.float32)
-        self._update(grad_unit, weight, inverse_norm, parts, start, update, grad, complete=False)
-        for first, block in update.blocks.of(start, grad):
-            centres = update.centres(first, len(block))
-            self._update(block, centres, inverse_norm, parts, first, update, None, complete=True)
-
-    def _update(
         self, grad: Tensor, weight: Tensor, inverse_norm: Tensor, parts: TargetParts, start: int, update: Update,
-        out: Tensor | None, complete: bool,
+        whole: bool, out: Tensor | None,
     ) -> None:  # fmt: skip
-        """One launch: from ``grad`` to a step, or to the whole gradient ``out``."""
         N, D = weight.shape
         block, rows = _rows_a_program(grad.shape[1])
         programs, unused = _ceil(N, rows), update.weight
@@ -212,10 +199,10 @@ class _Kernels:
             grad, weight, *weight.stride(), inverse_norm, parts.slots, parts.rows, _or(out, grad),
             parts.slots if update.rows is None else update.rows[start : start + N], update.weight, state[0], state[1],
             skipped, *update.keys(), N, start, update.class_start, D, grad.shape[1], update.loss_scale, *rule.numbers(),
-            complete, applied, *(applied and flag for flag in flags), rows, block,
+            whole, applied, *(applied and flag for flag in flags), rows, block,
         )  # fmt: skip
         if applied:
-            update.count(skipped.sum())
+            update.tally.count(skipped.sum())
 
     def finish_rows(self, problem: Problem, saved: Forward, s: float | Tensor, upstream: Upstream, grads: Grads) -> None:
         features, weight = problem.features, problem.weight

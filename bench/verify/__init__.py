@@ -1,0 +1,1 @@
+"""The protocols of amsoftmax_kernels.evaluation on features that are in files."""
