@@ -178,7 +178,7 @@ def loss_of(
         math.inf if interclass_filter is None else float(interclass_filter),
         kept, return_predictions, torch.is_grad_enabled(), None if anchor is None else updater,
     )  # fmt: skip
-    constant = margin.margin if type(margin) is AdditiveMargin else margin
+    constant = margin.margin if type(margin) is AdditiveMargin and not margin.only_above else margin
     if isinstance(constant, (int, float)):
         result: Tensor | tuple[Tensor, Tensor]
         result = AMSoftmaxFunction.apply(features, weight, labels, scale, float(constant), reduction, options, anchor)  # type: ignore[no-untyped-call]

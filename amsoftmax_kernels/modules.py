@@ -143,6 +143,8 @@ class AMSoftmaxLoss(nn.Module):
                     )
                 self.register_buffer(name, value.detach().clone().to(device=device))
             else:
+                if isinstance(value, nn.Module) and device is not None and torch.device(device).type != "meta":
+                    value.to(device)  # its buffers: a margin's state
                 setattr(self, name, value)
         self.reset_parameters()
 
