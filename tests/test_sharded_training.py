@@ -259,7 +259,7 @@ def recorded_work(monkey: list[str]) -> Iterator[None]:
 
     chunked = backends.load("chunked")
     backward, scatter, wait = chunked.backward, sharding.ClassShards.scatter_rows, sharding.Scattered.wait
-    chunked.backward = lambda *a: (monkey.append(f"backend {tuple(a[-1])}"), backward(*a))[1]
+    chunked.backward = lambda *a: (monkey.append(f"backend {tuple(a[3])}"), backward(*a))[1]
     sharding.ClassShards.scatter_rows = lambda *a: (monkey.append("start"), scatter(*a))[1]
     sharding.Scattered.wait = lambda *a: (monkey.append("wait"), wait(*a))[1]
     try:
