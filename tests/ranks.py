@@ -55,9 +55,9 @@ class Ranks:
             while not pipe.poll(1):
                 assert process.is_alive(), f"rank {rank} has died: {process.exitcode}"
         results = [torch.load(io.BytesIO(pipe.recv_bytes()), map_location="cpu", weights_only=False) for _, pipe in ranks]
-        for rank, (_, error) in enumerate(results):
-            if error is not None:
-                raise AssertionError(f"rank {rank}: {error}")
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error is not None]
+        if errors:
+            raise AssertionError("\n".join(errors))
         return [result for result, _ in results]
 
     def close(self) -> None:

@@ -132,7 +132,11 @@ def launches_of_a_call(dtype: torch.dtype, choice: dict[str, Any]) -> set[Launch
         mock.patch.object(fused, "_product", no_product),
         torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
     ):
-        head = SimpleNamespace(updating=lambda: contextlib.nullcontext(updated.of(weight.detach())))
+        head = SimpleNamespace(
+            check=lambda weight: None,
+            check_turn=lambda asked: None,
+            updating=lambda weight: contextlib.nullcontext(updated.of(weight)),
+        )
         result = functional.loss_of(
             features, weight, torch.zeros(16, dtype=torch.int64), None if updated is None else head, scale, margin,
             choice["normalize_features"], choice["reduction"], -100, choice["interclass_filter"],
