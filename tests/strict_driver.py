@@ -33,6 +33,7 @@ from amsoftmax_kernels import backends
 from amsoftmax_kernels.backends import chunking, fused
 from amsoftmax_kernels.backends import triton as backend
 from amsoftmax_kernels.backends.triton import tiles
+from amsoftmax_kernels.optim import FusedAdamW, FusedSGD
 
 CAPABILITY, MULTIPROCESSORS = (9, 0), 132
 # Rows and classes around tiles' edges, from one row to the shapes that are trained.
@@ -112,12 +113,25 @@ def step(
     return torch.autograd.grad(loss.sum(), (features, weight))
 
 
+def updated_steps(B: int, D: int, C: int, weight_dtype: torch.dtype, backend: str = "triton") -> None:
+    """Two steps that update the centres in the backward pass, by each rule."""
+    for make, options in ((FusedSGD, {"lr": 0.1, "momentum": 0.9}), (FusedAdamW, {"state_dtype": torch.float32})):
+        head = ak.AMSoftmaxLoss(D, C, dtype=weight_dtype, backend=backend, save_bytes=0)
+        optimizer = make(head, **options)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                head(torch.zeros(B, D, requires_grad=True), torch.zeros(B, dtype=torch.int64)).backward()
+            optimizer.step()
+
+
 def launch_everything(quick: bool) -> None:
     """All options at all shapes where they are cheap; each new D compiles its kernels anew."""
     for D, (B, C), options, save_bytes in itertools.product((512, 100, 3), SHAPES, OPTIONS, (1 << 40, 0)):
         for compute, weight_dtype in HALF[:1] if quick or D != 512 else HALF:
             with mock.patch.object(chunking, "CHUNK_ELEMENTS", 1 << 18 if B == 256 else 1 << 27):  # in 41 chunks, in one
                 step(B, D, C, compute, weight_dtype, save_bytes=save_bytes, **options)
+    for D, (B, C), dtype in itertools.product((512, 3), SHAPES, (torch.float32, torch.bfloat16)):
+        updated_steps(B, D, C, dtype)
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
         for options in OPTIONS[:2]:

@@ -99,3 +99,5 @@ def _launch_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(chunking, "CHUNK_ELEMENTS", 1 << 18 if B == 256 else 1 << 27)
         strict_driver.step(B, D, C, torch.bfloat16, torch.float32, backend="cuda", save_bytes=save_bytes, **options)
+    for dtype in (torch.float32, torch.bfloat16):
+        strict_driver.updated_steps(70, 512, 1000, dtype, backend="cuda")
