@@ -36,7 +36,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("how", ["--quick", pytest.param(None, marks=pytest.mark.slow, id="every variant")])
-@pytest.mark.parametrize("arch", list(estimate.CARDS))
+@pytest.mark.parametrize(  # sm_120 takes sm_80's instructions
+    "arch", [pytest.param(name, marks=[pytest.mark.slow] if name == "sm_120" else []) for name in estimate.CARDS]
+)
 def test_every_kernel_compiles_as_planned(arch: str, how: str | None, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench", "kernels", "--arch", arch, "--out", str(tmp_path), *([how] if how else [])]
@@ -194,7 +196,7 @@ def test_programs_resident() -> None:
 
 
 @pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
-@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("arch", [pytest.param("80", marks=pytest.mark.slow), "90a"])
 def test_the_cpp_kernels_are_read(arch: str) -> None:
     found = library.rows(arch)
     hopper = [row for row in found if "Hopper" in row["kernel"]]
