@@ -319,6 +319,16 @@ class _DifferentiatedOnce(torch.autograd.Function):
         raise RuntimeError("am_softmax_loss can be differentiated once; backend='reference' can be any number of times")
 
 
+class _Unpacked:
+    """A function's context, whose tensors can be had twice: torch.utils.checkpoint hands them out once."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
     """PyTorch's decorator of this name lets a second gradient vanish silently where the upstream one is a constant."""
 
@@ -328,11 +338,13 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
             return backward(ctx, *grads)
         if (updater := getattr(ctx, "updater", None)) is not None:
             raise RuntimeError(f"create_graph=True does not go with {type(updater).__name__}, which updates the centres")
-        with torch.no_grad():
-            results = backward(ctx, *grads)
         if torch.compiler.is_compiling():
-            return results
-        inputs = [each for each in (*ctx.saved_tensors, *grads) if each is not None and each.requires_grad]
+            with torch.no_grad():
+                return backward(ctx, *grads)
+        unpacked = _Unpacked(ctx)
+        with torch.no_grad():
+            results = backward(unpacked, *grads)
+        inputs = [each for each in (*unpacked.saved_tensors, *grads) if each is not None and each.requires_grad]
         return tuple(
             None if each is None else _DifferentiatedOnce.apply(each, *inputs)  # type: ignore[no-untyped-call]
             for each in results

@@ -152,3 +152,9 @@ def test_a_checkpointed_call(margin: Any, reentrant: bool) -> None:
     expected = torch.autograd.grad(head(x, labels), [x, head.weight])
     torch.utils.checkpoint.checkpoint(head, x, labels, use_reentrant=reentrant).backward()
     assert torch.equal(x.grad, expected[0]) and torch.equal(head.weight.grad, expected[1])
+    if not reentrant:  # which PyTorch does not let differentiate again
+        loss = torch.utils.checkpoint.checkpoint(head, x, labels, use_reentrant=False)
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        assert torch.equal(grad, expected[0])
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            grad.sum().backward()

@@ -119,14 +119,12 @@ def test_one_chunk() -> None:
 
 
 def test_the_numbers_can_differ() -> None:
-    """The comparison is no tautology: another momentum is seen, and a target's part that is left out."""
-    with mock.patch.dict(KINDS, momentum=(*KINDS["momentum"][:2], {"lr": 0.5})):
-        changed = KINDS["momentum"][0], lambda p, **o: torch.optim.SGD(p, lr=0.4), KINDS["momentum"][2]
-        with mock.patch.dict(KINDS, momentum=changed):
-            assert train("momentum", torch.float64, 3)[0] > 1e-3
-    with mock.patch.object(shard.Targets, "add_", lambda *_: None):
-        ours, _fused, other, theirs = pair("plain", torch.float64, save_bytes=0)
-    (x, labels) = batch(0, torch.float64)
+    """The comparison is no tautology: another learning rate is seen, and a target's part that is left out."""
+    fused, theirs, options = KINDS["plain"]
+    with mock.patch.dict(KINDS, plain=(fused, lambda parameters, **_: theirs(parameters, lr=0.4), options)):
+        assert train("plain", torch.float64, 3)[0] > 1e-3
+    ours, _fused, other, theirs = pair("plain", torch.float64, save_bytes=0)
+    x, labels = batch(0, torch.float64)
     with mock.patch.object(shard.Targets, "add_", lambda *_: None), mock.patch.object(shard, "_chunk_size", lambda *_: 64):
         ours(x, labels).backward()
     other(x, labels).backward()
