@@ -120,7 +120,8 @@ def _workspace(run: Run) -> dict[str, int]:
         count = shard.stream_count(rows, dim, classes, torch.device("cpu"))
         parts["sums of the streams"] = count * rows * (4 * dim + 32)
         threads = max(torch.get_num_threads() // run.ranks, 1)  # ranks share the machine
-        parts["chunks, one a thread"] = threads * (3 * 4 * chunk * (rows + dim)) + _CPU_BUFFERS
+        widths = 2 * rows + dim * (1 if run.dtype == torch.float32 else 2)  # E, its terms, the gradient, converted centres
+        parts["chunks, one a thread"] = threads * 4 * chunk * widths + _CPU_BUFFERS
         if run.fused and (run.sampled or run.dtype != torch.float32):  # copies of centres and state
             block = 4 * min(update.ELEMENTS, classes * dim)
             parts["classes that are updated"] = threads * (3 + OPTIMIZERS[run.optimizer]) * block
