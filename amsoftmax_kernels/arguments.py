@@ -30,13 +30,19 @@ def check_arguments(
     ignore_index: Any,
     interclass_filter: Any = None,
     save_bytes: Any = None,
+    subcentres: int = 1,
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` for anything but the labels' values (:func:`canonical_labels` checks those)."""
     check_features(features, weight)
+    if weight.shape[0] % subcentres:
+        raise ValueError(
+            f"weight must have shape [C·K, D] with K = subcentres = {subcentres}, but it has {list(weight.shape)}"
+        )
+    num_classes = weight.shape[0] // subcentres
     _check_dense("labels", labels, _INTEGERS)
     if labels.shape not in ((features.shape[0],), (features.shape[0], 1)):
         advice = ""
-        if labels.shape == (features.shape[0], weight.shape[0]):
+        if labels.shape == (features.shape[0], num_classes):
             advice = ": if it is one-hot, give labels.argmax(1)"
         elif labels.numel() == features.shape[0]:
             advice = ": give labels.view(-1)"
@@ -45,7 +51,7 @@ def check_arguments(
         if tensor.device != features.device:
             raise ValueError(f"{name} must be on features' device {features.device}, but it is on {tensor.device}")
     check_scale(scale, features.device)
-    check_margin(margin, weight.shape[0], features.device)
+    check_margin(margin, num_classes, features.device)
     check_options(
         normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
         interclass_filter=interclass_filter, save_bytes=save_bytes,

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from . import backends, reference
-from .arguments import canonical_labels, check_arguments, check_flag, compute_dtype, no_autocast
+from .arguments import canonical_labels, check_arguments, check_flag, check_size, compute_dtype, no_autocast
 from .backends import Forward, Needs, Problem, Request, Upstream
 from .backends.budget import BOUNDED_SCALE
 from .backends.margin import predictions
+from .backends.subcentres import nearest
 from .margins import AdditiveMargin, Margin, as_margin, reduce_rows, target_psi
 from .values import is_number, plain, type_name, whole
 
@@ -38,6 +39,7 @@ def am_softmax_loss(
     *,
     scale: float | Tensor = 30.0,
     margin: float | Tensor | Margin = 0.35,
+    subcentres: int = 1,
     normalize_features: bool = True,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -54,6 +56,7 @@ def am_softmax_loss(
     *,
     scale: float | Tensor = 30.0,
     margin: float | Tensor | Margin = 0.35,
+    subcentres: int = 1,
     normalize_features: bool = True,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -69,6 +72,7 @@ def am_softmax_loss(
     *,
     scale: float | Tensor = 30.0,
     margin: float | Tensor | Margin = 0.35,
+    subcentres: int = 1,
     normalize_features: bool = True,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -85,12 +89,15 @@ def am_softmax_loss(
 
     Args:
         features: ``[B, D]`` float64, float32, float16 or bfloat16, any strides.
-        weight: ``[C, D]`` class centres of any norm, on the same device. On a GPU ``"chunked"`` takes norms from 1e-18 to
-            1e19, ``"cuda"`` from 1e-12 to 1e19: a shorter row counts as zero, a longer one gives NaN.
+        weight: ``[C, D]`` class centres of any norm, on the same device; ``[C·K, D]`` with ``subcentres=K``. On a GPU
+            ``"chunked"`` takes norms from 1e-18 to 1e19, ``"cuda"`` from 1e-12 to 1e19: a shorter row counts as zero, a
+            longer one gives NaN.
         labels: ``[B]`` integer class indices, or ``[B, 1]``.
         scale: s, a positive float or a 0-d tensor (learned if it requires grad). Under ``torch.compile`` a scale or a
             margin that changes from step to step is to be a tensor: each number is a constant, and compiles anew.
         margin: m, a float, a ``[C]`` tensor (one a class), or a margin object (:class:`amsoftmax_kernels.margins.Margin`).
+        subcentres: K, centres a class, rows j·K to j·K + K − 1 of ``weight`` for class j: its cosine is the largest of
+            theirs, and the gradient flows to the nearest alone, the first of equals (sub-centre ArcFace, Deng et al. 2020).
         normalize_features: if False, ‖x‖ takes the place of ``scale``, which is then ignored (the paper's variant without
             feature normalization).
         reduction: ``"mean"`` over the rows not ignored, ``"sum"``, or ``"none"`` for the ``[B]`` rows.
@@ -132,35 +139,37 @@ def am_softmax_loss(
         tensor([0, 1, 2])
     """
     return loss_of(
-        features, weight, labels, None, scale, margin, normalize_features, reduction, ignore_index, interclass_filter,
-        return_predictions, backend, save_bytes,
+        features, weight, labels, None, scale, margin, subcentres, normalize_features, reduction, ignore_index,
+        interclass_filter, return_predictions, backend, save_bytes,
     )  # fmt: skip
 
 
 def loss_of(
     features: Tensor, weight: Tensor, labels: Tensor, updater: Updater | None,
-    scale: float | Tensor, margin: float | Tensor | Margin, normalize_features: bool, reduction: str, ignore_index: int,
-    interclass_filter: float | None, return_predictions: bool, backend: str | None, save_bytes: int | None,
+    scale: float | Tensor, margin: float | Tensor | Margin, subcentres: int, normalize_features: bool, reduction: str,
+    ignore_index: int, interclass_filter: float | None, return_predictions: bool, backend: str | None,
+    save_bytes: int | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`am_softmax_loss`, whose backward pass updates ``weight`` by ``updater`` if there is one."""
     scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
     interclass_filter, save_bytes = plain(interclass_filter), whole(save_bytes)
+    subcentres = check_size("subcentres", subcentres)
     check_flag("return_predictions", return_predictions)
     check_arguments(
         features, weight, labels,
-        scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction,
+        scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction, subcentres=subcentres,
         ignore_index=ignore_index, interclass_filter=interclass_filter, save_bytes=save_bytes,
     )  # fmt: skip
-    dtype = compute_dtype(features, weight)
+    dtype, num_classes = compute_dtype(features, weight), weight.shape[0] // subcentres
     filtered = interclass_filter is not None
-    traits = traits_of(features, weight, scale, normalize_features, filtered, return_predictions)
+    traits = traits_of(features, weight, scale, normalize_features, filtered, return_predictions, subcentres)
     backend = backends.choose(backend, traits)
     if backend == "reference":
         if updater is not None:
             raise ValueError("backend 'reference' makes a gradient of all centres at once, and cannot update them instead")
-        labels, num_rows = canonical_labels(labels, weight.shape[0], ignore_index)
+        labels, num_rows = canonical_labels(labels, num_classes, ignore_index)
         rows, predictions = reference.loss_rows(
-            features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter
+            features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter, subcentres
         )
         loss = reduce_rows(rows, num_rows, reduction)
         return (loss, predictions) if return_predictions else loss
@@ -176,17 +185,17 @@ def loss_of(
     options = Options(
         backend, dtype, normalize_features, ignore_index,
         math.inf if interclass_filter is None else float(interclass_filter),
-        kept, return_predictions, torch.is_grad_enabled(), None if anchor is None else updater,
+        kept, return_predictions, torch.is_grad_enabled(), None if anchor is None else updater, subcentres,
     )  # fmt: skip
     constant = margin.margin if type(margin) is AdditiveMargin and not margin.only_above else margin
     if isinstance(constant, (int, float)):
         result: Tensor | tuple[Tensor, Tensor]
         result = AMSoftmaxFunction.apply(features, weight, labels, scale, float(constant), reduction, options, anchor)  # type: ignore[no-untyped-call]
         return result
-    labels, num_rows = canonical_labels(labels, weight.shape[0], ignore_index)
+    labels, num_rows = canonical_labels(labels, num_classes, ignore_index)
     scale = beside(scale, features.device)
     log_z, cosine, norm, best, best_class = NegativesFunction.apply(features, weight, labels, scale, options, anchor)  # type: ignore[no-untyped-call]
-    rows = loss_rows(log_z, cosine, norm, labels, weight.shape[0], scale if normalize_features else norm, as_margin(margin))
+    rows = loss_rows(log_z, cosine, norm, labels, num_classes, scale if normalize_features else norm, as_margin(margin))
     loss = reduce_rows(rows, num_rows, reduction)
     if not return_predictions:
         return loss
@@ -214,11 +223,17 @@ class Options(NamedTuple):
     predict: bool
     grad: bool  # whether autograd records the call
     updater: Updater | None = None  # updates the centres in the backward pass
+    subcentres: int = 1
 
     def problem(self, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None, fixed: float) -> Problem:
         return Problem(
-            features, weight, labels, scale, fixed, self.normalize_features, self.compute_dtype, self.interclass_filter
-        )
+            features, weight, labels, scale, fixed, self.normalize_features, self.compute_dtype, self.interclass_filter,
+            self.subcentres,
+        )  # fmt: skip
+
+    def targets(self, features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """A problem's labels, from canonical ones of classes."""
+        return labels if self.subcentres == 1 else nearest(features, weight, labels, self.subcentres)
 
     def request(self, needs: Needs) -> Request:
         return Request(self.save_bytes, self.predict, self.grad and (needs.features or needs.scale))
@@ -269,17 +284,18 @@ def backward_of(
 
 
 def traits_of(
-    features: Tensor, weight: Tensor, scale: float | Tensor, normalize_features: bool, filtered: bool, predict: bool
-) -> backends.Traits:
+    features: Tensor, weight: Tensor, scale: float | Tensor, normalize_features: bool, filtered: bool, predict: bool,
+    subcentres: int = 1,
+) -> backends.Traits:  # fmt: skip
     """What the choice of a backend depends on."""
-    bounded, width = normalize_features, weight.shape[1]
+    bounded, width = normalize_features, weight.shape[-1]
     if isinstance(scale, Tensor) or scale > BOUNDED_SCALE:
         bounded = False
     if torch.compiler.is_compiling():
         width = int(f"{width}")  # a symbolic size becomes the number that it is
     return backends.Traits(
         features.device, compute_dtype(features, weight), features.dtype, weight.dtype, width,
-        normalize_features, bounded, filtered, predict,
+        normalize_features, bounded, filtered, predict, subcentres,
     )  # fmt: skip
 
 
@@ -389,9 +405,10 @@ class AMSoftmaxFunction(torch.autograd.Function):
         if options is None:
             scale, margin = plain(scale), plain(margin)
             options = _checked(features, weight, labels, scale, margin, reduction)
-        labels, num_rows = canonical_labels(labels, weight.shape[0], options.ignore_index)
+        labels, num_rows = canonical_labels(labels, weight.shape[0] // options.subcentres, options.ignore_index)
         device = scale.device if isinstance(scale, Tensor) else None
-        problem = options.problem(features, weight, labels, *backends.scale_fields(beside(scale, features.device)))
+        targets = options.targets(features, weight, labels)
+        problem = options.problem(features, weight, targets, *backends.scale_fields(beside(scale, features.device)))
         backend = backends.load(options.backend)
         out = backend.forward(problem, options.request(_needs(ctx)))
         rows, derivatives = backend.additive_margin(problem, out, float(margin))
@@ -459,7 +476,8 @@ class NegativesFunction(torch.autograd.Function):
         ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor, options: Options,
         anchor: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        problem = options.problem(features, weight, labels, *backends.scale_fields(scale))
+        targets = options.targets(features, weight, labels)
+        problem = options.problem(features, weight, targets, *backends.scale_fields(scale))
         out = backends.load(options.backend).forward(problem, options.request(_needs(ctx)))
         ctx.save_for_backward(*problem[:4], *out)
         ctx.options, ctx.updater, ctx.fixed_scale = options, options.updater, problem.fixed_scale

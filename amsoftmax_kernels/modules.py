@@ -5,13 +5,24 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, reference
-from .arguments import FLOATS, check_features, check_margin, check_options, check_scale, check_size
+from .arguments import (
+    FLOATS,
+    canonical_labels,
+    check_arguments,
+    check_features,
+    check_margin,
+    check_options,
+    check_scale,
+    check_size,
+)
+from .backends.subcentres import nearest
 from .functional import Updater, am_softmax_loss
 from .margins import Margin
 from .values import is_number, plain, type_name, whole
@@ -66,6 +77,7 @@ class AMSoftmaxLoss(nn.Module):
             learned needs a term in the loss that holds it up. Under ``torch.compile`` a scale or a margin that changes from
             step to step is to be a tensor, a buffer here, changed in place (``head.scale.fill_(20.0)``): each number
             compiles anew.
+        subcentres: K, centres a class; :meth:`subcentre_sizes` and :meth:`keep_largest_subcentres` leave one afterwards.
         normalize_features, reduction, ignore_index, interclass_filter, backend, save_bytes: as in :func:`am_softmax_loss`.
         std: standard deviation of the centres' first values; None: 1/√D, for norms near 1.
         device, dtype: of the centres.
@@ -74,7 +86,8 @@ class AMSoftmaxLoss(nn.Module):
     (``requires_grad_(False)``) has no gradient to exchange and is not to be wrapped.
 
     Attributes:
-        weight: Parameter ``[C, D]``, drawn from a normal distribution.
+        weight: Parameter ``[C, D]``, drawn from a normal distribution; ``[C·K, D]`` with ``subcentres=K``, a class's K
+            together.
 
     Raises:
         TypeError, ValueError: as :func:`am_softmax_loss`, at construction where the argument is given here.
@@ -102,6 +115,7 @@ class AMSoftmaxLoss(nn.Module):
         scale: float | Tensor = 30.0,
         margin: float | Tensor | Margin = 0.35,
         *,
+        subcentres: int = 1,
         normalize_features: bool = True,
         reduction: str = "mean",
         ignore_index: int = -100,
@@ -114,6 +128,7 @@ class AMSoftmaxLoss(nn.Module):
     ) -> None:
         super().__init__()
         embedding_dim, num_classes = check_size("embedding_dim", embedding_dim), check_size("num_classes", num_classes)
+        subcentres = check_size("subcentres", subcentres)
         scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
         interclass_filter, save_bytes = plain(interclass_filter), whole(save_bytes)
         if dtype is not None and dtype not in FLOATS:
@@ -128,7 +143,7 @@ class AMSoftmaxLoss(nn.Module):
             raise ValueError(f"std must be None or a positive float, but it is {std!r}")
         backends.check_available(backend)
         self.std: float = embedding_dim**-0.5 if std is None else float(std)
-        self.embedding_dim, self.num_classes = embedding_dim, num_classes
+        self.embedding_dim, self.num_classes, self.subcentres = embedding_dim, num_classes, subcentres
         self.normalize_features, self.reduction, self.ignore_index = normalize_features, reduction, ignore_index
         self.interclass_filter, self.backend, self.save_bytes = interclass_filter, backend, save_bytes
         self.weight = nn.Parameter(self._empty_weight(device, dtype))
@@ -149,7 +164,7 @@ class AMSoftmaxLoss(nn.Module):
         self.reset_parameters()
 
     def _empty_weight(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-        return torch.empty(self.num_classes, self.embedding_dim, device=device, dtype=dtype)
+        return torch.empty(self.num_classes * self.subcentres, self.embedding_dim, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Draw the centres anew, from a normal distribution of standard deviation ``std``."""
@@ -159,21 +174,25 @@ class AMSoftmaxLoss(nn.Module):
     def set_centres(self, centres: Tensor) -> None:
         """Copy ``centres [C, D]`` into ``weight``; every rank of a sharded head is given all of them, and keeps its own.
 
+        With ``subcentres=K`` they are ``[C·K, D]``.
+
         Raises:
             TypeError: ``centres`` is no floating-point tensor.
-            ValueError: its shape is not ``[C, D]``.
+            ValueError: its shape is another.
         """
         if not isinstance(centres, Tensor) or not centres.is_floating_point():
             raise TypeError(f"centres must be a floating-point Tensor, but it is {type_name(centres)}")
-        if centres.shape != (self.num_classes, self.embedding_dim):
-            expected = [self.num_classes, self.embedding_dim]
-            raise ValueError(f"centres must have shape [C, D] = {expected}, but it has {list(centres.shape)}")
-        own = self._own_rows(centres)
-        weight: Tensor = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight  # of a DTensor
-        weight.copy_(own)
+        expected = [self.num_classes * self.subcentres, self.embedding_dim]
+        if list(centres.shape) != expected:
+            name = "[C, D]" if self.subcentres == 1 else "[C·K, D]"
+            raise ValueError(f"centres must have shape {name} = {expected}, but it has {list(centres.shape)}")
+        self._local_centres().copy_(self._own_rows(centres))
         self._torn = False
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        found: Any = state_dict.get(f"{prefix}weight")
+        if self.weight.dim() == 2 and isinstance(found, Tensor) and found.dim() == 3:  # a sharded head's, [C, K, D]
+            state_dict[f"{prefix}weight"] = found.flatten(0, 1)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._torn = self._torn and f"{prefix}weight" not in state_dict
 
@@ -183,8 +202,77 @@ class AMSoftmaxLoss(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _own_rows(self, centres: Tensor) -> Tensor:
-        """Those of ``centres [C, D]`` that this process holds."""
+        """Those of ``centres [C·K, D]`` that this process holds."""
         return centres
+
+    def _local_centres(self) -> Tensor:
+        """The centres that this process holds, one a row, as a view of ``weight``."""
+        return self.weight
+
+    def subcentre_sizes(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """How many of the samples are nearest to each of their class's K centres: ``[C, K]`` int64, on the centres' device.
+
+        Args:
+            batches: pairs of features ``[B, D]`` and labels ``[B]``, of the whole training set for what follows in
+                :meth:`keep_largest_subcentres`. Every rank of a sharded head brings as many batches, of any sizes, and is
+                given the sizes of its own classes, of all ranks' samples.
+
+        Raises:
+            TypeError, ValueError: as a call of the head.
+        """
+        sizes = torch.zeros(self._local_centres().shape[0], dtype=torch.int64, device=self.weight.device)
+        for features, labels in batches:
+            sizes += torch.bincount(self._nearest_centres(features, labels), minlength=len(sizes) + 1)[:-1]
+        return sizes.view(-1, self.subcentres)
+
+    @torch.no_grad()
+    def _nearest_centres(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Of each row the nearest of its class's centres, or one past the last where it has none here."""
+        check_arguments(
+            features, self.weight, labels, scale=1.0, margin=0.0, normalize_features=True, reduction="mean",
+            ignore_index=self.ignore_index, subcentres=self.subcentres,
+        )  # fmt: skip
+        labels = canonical_labels(labels, self.num_classes, self.ignore_index)[0]
+        centres = nearest(features, self.weight, labels, self.subcentres)
+        return centres.masked_fill_(centres < 0, len(self.weight))
+
+    @torch.no_grad()
+    def keep_largest_subcentres(self, sizes: Tensor) -> None:
+        """Leave each class the centre that most samples are nearest to, and the head one centre a class.
+
+        As the sub-centre paper does (Deng et al. 2020): most of a class's clean samples lie at one centre, wrongly labelled
+        and hard ones at the others. ``weight`` is another Parameter afterwards: make the optimizer after this call.
+
+        Args:
+            sizes: ``[C, K]`` of :meth:`subcentre_sizes`; of equal ones the first counts. On a sharded head each rank
+                gives those of its own classes.
+
+        Raises:
+            TypeError, ValueError: ``sizes`` is no integer tensor, or of another shape.
+
+        Example:
+            >>> import torch
+            >>> from amsoftmax_kernels import AMSoftmaxLoss
+            >>> head = AMSoftmaxLoss(embedding_dim=8, num_classes=100, subcentres=3)
+            >>> batches = [(torch.randn(16, 8), torch.randint(100, (16,))) for _ in range(4)]
+            >>> sizes = head.subcentre_sizes(batches)
+            >>> sizes.shape, int(sizes.sum())
+            (torch.Size([100, 3]), 64)
+            >>> head.keep_largest_subcentres(sizes)
+            >>> head
+            AMSoftmaxLoss(embedding_dim=8, num_classes=100, scale=30.0, margin=0.35)
+        """
+        centres = self._local_centres().detach()
+        groups = centres.unflatten(0, (-1, self.subcentres))
+        if not isinstance(sizes, Tensor) or sizes.is_floating_point() or sizes.is_complex():
+            raise TypeError(f"sizes must be an integer Tensor, but it is {type_name(sizes)}")
+        if sizes.shape != groups.shape[:2]:
+            raise ValueError(f"sizes must have shape [C, K] = {list(groups.shape[:2])}, but it has {list(sizes.shape)}")
+        largest = sizes.to(centres.device).max(1).indices
+        kept = groups[torch.arange(len(groups), device=centres.device), largest]
+        self.subcentres, requires_grad = 1, self.weight.requires_grad
+        self.weight = nn.Parameter(self._empty_weight(centres.device, centres.dtype), requires_grad=requires_grad)
+        self._local_centres().copy_(kept)
 
     @overload
     def forward(self, features: Tensor, labels: Tensor, return_predictions: Literal[False] = False) -> Tensor: ...
@@ -203,6 +291,7 @@ class AMSoftmaxLoss(nn.Module):
             labels,
             scale=self.scale,
             margin=self.margin,
+            subcentres=self.subcentres,
             normalize_features=self.normalize_features,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
@@ -214,17 +303,18 @@ class AMSoftmaxLoss(nn.Module):
         return result
 
     def cosine(self, features: Tensor) -> Tensor:
-        """Cosines ``[B, C]`` of ``features [B, D]`` to every centre, float32 (float64 for float64), differentiable.
+        """Cosines ``[B, C]`` of ``features [B, D]`` to every class, float32 (float64 for float64), differentiable.
 
         Holds all B×C of them: for evaluation with few classes.
         """
         check_features(features, self.weight)
-        return reference.cosine(features, self.weight)
+        return reference.cosine(features, self.weight, self.subcentres)
 
     def extra_repr(self) -> str:
         parts = [f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}"]
         names = ("scale", "margin") if self.normalize_features else ("margin",)  # where ‖x‖ takes the place of s
         parts += [f"{name}={_described(value)}" for name in names if not isinstance(value := getattr(self, name), nn.Module)]
+        parts += [] if self.subcentres == 1 else [f"subcentres={self.subcentres}"]
         parts += [] if self.normalize_features else ["normalize_features=False"]
         parts += [] if self.interclass_filter is None else [f"interclass_filter={self.interclass_filter}"]
         return ", ".join(parts)

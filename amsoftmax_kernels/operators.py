@@ -11,7 +11,7 @@ from torch import Tensor
 # The arguments that every backend's operators share: backends.Problem, and what the backward pass is given.
 PROBLEM_SCHEMA = (
     "Tensor features, Tensor weight, Tensor labels, Tensor? scale, float fixed_scale, bool normalize_features, "
-    "ScalarType compute_dtype, float interclass_filter"
+    "ScalarType compute_dtype, float interclass_filter, int subcentres"
 )
 LABELS_SCHEMA = "(Tensor labels, SymInt num_classes, int ignore_index) -> (Tensor, Tensor)"
 GRADS_SCHEMA = (

@@ -74,8 +74,8 @@ class _Fused(torch.optim.Optimizer):
     def loss(self, head: AMSoftmaxLoss, features: Tensor, labels: Tensor, return_predictions: bool) -> Any:
         """The head's loss, whose backward pass updates its centres; the head's forward pass calls it."""
         return loss_of(
-            features, head.weight, labels, self, head.scale, head.margin, head.normalize_features, head.reduction,
-            head.ignore_index, head.interclass_filter, return_predictions, head.backend, head.save_bytes,
+            features, head.weight, labels, self, head.scale, head.margin, head.subcentres, head.normalize_features,
+            head.reduction, head.ignore_index, head.interclass_filter, return_predictions, head.backend, head.save_bytes,
         )  # fmt: skip
 
     def agreement(self) -> tuple[Any, ...]:
@@ -153,7 +153,7 @@ class _Fused(torch.optim.Optimizer):
         Raises:
             RuntimeError: the centres are others than the loss's, and nothing is changed.
         """
-        own = local_part(self._weight).detach()
+        own = self._rows(self._weight).detach()
         if own.shape != weight.shape or own.data_ptr() != weight.data_ptr():
             raise RuntimeError(
                 f"the head's weight was changed for another one since the loss was computed, which {type(self).__name__} "
@@ -170,6 +170,10 @@ class _Fused(torch.optim.Optimizer):
             torch.autograd.graph.increment_version((update.weight, *update.state))
         self._pending, self._graph_task = True, torch._C._current_graph_task_id()
 
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """This rank's part of the weight, of its gradient or its state: one centre a row."""
+        return local_part(tensor).view(-1, tensor.shape[-1])
+
     def _begin(self, loss_scale: float) -> Update:
         """The next step, with state for it."""
         self._tally.begun = False
@@ -184,9 +188,10 @@ class _Fused(torch.optim.Optimizer):
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
         head = self._head
         return Update(
-            self._rule(_numbers(group), first, step), local_part(self._weight).detach(),
-            tuple(local_part(state[name]) for name in names), seed=self._seed if self._stochastic else None, step=step,
-            class_start=head.shards.start if isinstance(head, ShardedAMSoftmaxLoss) else 0, loss_scale=loss_scale,
+            self._rule(_numbers(group), first, step), self._rows(self._weight).detach(),
+            tuple(self._rows(state[name]) for name in names), seed=self._seed if self._stochastic else None, step=step,
+            class_start=head.shards.start * head.subcentres if isinstance(head, ShardedAMSoftmaxLoss) else 0,
+            loss_scale=loss_scale,
             tally=self._tally,
         )  # fmt: skip
 
@@ -223,7 +228,7 @@ class _Fused(torch.optim.Optimizer):
                     f"the head's weight has a gradient from elsewhere beside the update that {name} made: take an optimizer "
                     "of torch.optim where the weight has other uses in the loss, and load the centres anew"
                 )
-            self._apply(local_part(self._weight.grad), 1.0 if factor is None else float(factor))
+            self._apply(self._rows(self._weight.grad), 1.0 if factor is None else float(factor))
         elif self._passed_by and not self._pending:
             warnings.warn(
                 f"{name}.step() has nothing to end: the backward pass was told its inputs, and left the centres alone. Call "

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .arguments import accumulate_dtype, canonical_labels, check_arguments, check_flag, compute_dtype, no_autocast
+from .arguments import (
+    accumulate_dtype,
+    canonical_labels,
+    check_arguments,
+    check_flag,
+    check_size,
+    compute_dtype,
+    no_autocast,
+)
 from .margins import Margin, as_margin, reduce_rows, target_psi
 from .values import plain
 
@@ -29,6 +37,7 @@ def am_softmax_loss(
     ignore_index: int = -100,
     interclass_filter: float | None = None,
     return_predictions: bool = False,
+    subcentres: int = 1,
 ) -> Any:
     """AM-Softmax loss (Wang et al. 2018, equation 6) with all B×C logits in memory.
 
@@ -43,15 +52,17 @@ def am_softmax_loss(
         True
     """
     scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
-    interclass_filter = plain(interclass_filter)
+    interclass_filter, subcentres = plain(interclass_filter), check_size("subcentres", subcentres)
     check_flag("return_predictions", return_predictions)
     check_arguments(
         features, weight, labels,
         scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction,
-        ignore_index=ignore_index, interclass_filter=interclass_filter,
+        ignore_index=ignore_index, interclass_filter=interclass_filter, subcentres=subcentres,
     )  # fmt: skip
-    labels, num_rows = canonical_labels(labels, weight.shape[0], ignore_index)
-    rows, predictions = loss_rows(features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter)
+    labels, num_rows = canonical_labels(labels, weight.shape[0] // subcentres, ignore_index)
+    rows, predictions = loss_rows(
+        features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter, subcentres
+    )
     loss = reduce_rows(rows, num_rows, reduction)
     return (loss, predictions) if return_predictions else loss
 
@@ -64,12 +75,13 @@ def loss_rows(
     margin: Margin,
     normalize_features: bool,
     interclass_filter: float | None,
+    subcentres: int,
 ) -> tuple[Tensor, Tensor]:
     """The rows' losses and predicted classes ``[B]`` for checked arguments and canonical labels."""
     dtype = accumulate_dtype(compute_dtype(features, weight))
     with no_autocast(features.device):
         x, w = features.to(dtype), weight.to(dtype)
-        num_classes = w.shape[0]
+        num_classes = w.shape[0] // subcentres
         x = x.masked_fill((labels < 0)[:, None], 0)
         target = labels.clamp(0, num_classes - 1)
         (x_unit, norm), (w_unit, _) = _unit_rows(x), _unit_rows(w)
@@ -78,7 +90,7 @@ def loss_rows(
         if isinstance(s, Tensor):
             s = s.to(x.device, x.dtype)
 
-        cos = x_unit @ w_unit.T
+        cos = _nearest(x_unit @ w_unit.T, subcentres)
         t = cos.gather(1, target[:, None])[:, 0]
         t = t.masked_fill(labels >= num_classes, math.nan)
         logits = cos * (s[:, None] if isinstance(s, Tensor) and s.dim() else s)
@@ -92,12 +104,17 @@ def loss_rows(
         return rows, torch.where(t.detach() >= best, labels, best_class)
 
 
-def cosine(features: Tensor, weight: Tensor) -> Tensor:
-    """Cosines ``[B, C]`` of ``features [B, D]`` to the centres ``weight [C, D]``, float32 (float64 for float64)."""
+def cosine(features: Tensor, weight: Tensor, subcentres: int = 1) -> Tensor:
+    """Cosines ``[B, C]`` of ``features [B, D]`` to the centres ``weight [C·K, D]``, float32 (float64 for float64)."""
     dtype = accumulate_dtype(torch.promote_types(features.dtype, weight.dtype))
     with no_autocast(features.device):
         cos: Tensor = _unit_rows(features.to(dtype))[0] @ _unit_rows(weight.to(dtype))[0].T
-    return cos
+    return _nearest(cos, subcentres)
+
+
+def _nearest(cos: Tensor, subcentres: int) -> Tensor:
+    """Of cosines to K centres a class ``[B, C·K]`` each class's largest ``[B, C]``, the first of equals."""
+    return cos if subcentres == 1 else cos.unflatten(1, (-1, subcentres)).max(2).values
 
 
 def _unit_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:

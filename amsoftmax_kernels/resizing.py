@@ -74,8 +74,8 @@ def resize_classes(
     mine = wanted if shards is None else wanted[shards.start : shards.stop]
     mine = mine.to(old.device)
     kept = rows_of(old, mine)
-    local = _local(weight)
-    local.copy_(torch.where((mine >= 0)[:, None], kept, local))
+    local = _by_class(weight, head.subcentres)
+    local.copy_(torch.where((mine >= 0).view(-1, *(1,) * (local.dim() - 1)), kept, local))
     if optimizer is not None:
         _hand_over(optimizer, old, weight, lambda each: _like(weight, rows_of(each, mine), shards))
 
@@ -106,22 +106,31 @@ def _has_a_margin_a_class(head: AMSoftmaxLoss) -> bool:
 
 
 def _taker(head: AMSoftmaxLoss) -> Callable[[Tensor, Tensor], Tensor]:
-    """What takes this process's new rows from a tensor of the old classes."""
+    """What takes this process's new classes from a tensor of the old ones, zeros where -1 stands for one."""
     shards: Any = getattr(head, "shards", None)
     if shards is not None:
-        return lambda tensor, mine: shards.take_rows(_local(tensor), mine)
-    return lambda tensor, mine: tensor[mine.clamp(min=0)].masked_fill_(mine[:, None] < 0, 0)
+        return lambda tensor, mine: shards.take_rows(_by_class(tensor, head.subcentres), mine)
+
+    def taken(tensor: Tensor, mine: Tensor) -> Tensor:
+        rows = _by_class(tensor, head.subcentres)[mine.clamp(min=0)]
+        rows[mine < 0] = 0
+        return rows
+
+    return taken
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _by_class(tensor: Tensor, subcentres: int) -> Tensor:
+    """What this process has of it with a class a row: ``[C, D]``, with sub-centres ``[C, K, D]``."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a DTensor
-    return local
+    return local if subcentres == 1 else local.view(-1, subcentres, local.shape[-1])
 
 
 def _like(weight: Tensor, local: Tensor, shards: Any) -> Tensor:
-    """Rows of the new classes as the optimizer keeps them: of a sharded head's, a DTensor."""
-    result: Tensor = shards.distribute(local) if hasattr(weight, "to_local") else local
-    return result
+    """The new classes as the optimizer keeps them: of a sharded head's, a DTensor."""
+    if hasattr(weight, "to_local"):
+        result: Tensor = shards.distribute(local)
+        return result
+    return local.view(-1, local.shape[-1])
 
 
 def _hand_over(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, resized: Callable[[Tensor], Tensor]) -> None:
@@ -131,10 +140,8 @@ def _hand_over(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, resiz
     if old not in optimizer.state:
         return
     state = optimizer.state.pop(old)
-    columns = old.shape[1:]
+    shapes = (old.shape, (*old.shape[:-1], 1))
     optimizer.state[new] = {
-        key: resized(value)
-        if isinstance(value, Tensor) and value.dim() == 2 and len(value) == len(old) and value.shape[1:] in (columns, (1,))
-        else value
+        key: resized(value) if isinstance(value, Tensor) and tuple(value.shape) in shapes else value
         for key, value in state.items()
     }

@@ -65,6 +65,30 @@ __device__ inline Most quad_best(Most most) {
     return most;
 }
 
+// Which of a lane's two neighbouring columns count, a bit each: of every group of columns, of which a quad's lanes have two
+// each, the nearest of the first `subcentres`, the first of equals. NaN counts, to be seen.
+__device__ __forceinline__ uint32_t nearest(float left, float right, int group, int subcentres) {
+    if (group == 1) return 3;
+    const int place = int(threadIdx.x) % 4 * 2 & (group - 1);
+    Most most;
+    if (place < subcentres) most = larger(most, {left, place});
+    if (place + 1 < subcentres) most = larger(most, {right, place + 1});
+#pragma unroll
+    for (int mask = 1; mask < 4; mask *= 2) {
+        if (mask >= group / 2) break;
+        Most other;
+        other.cosine = __shfl_xor_sync(0xFFFFFFFFu, most.cosine, mask);
+        other.column = __shfl_xor_sync(0xFFFFFFFFu, most.column, mask);
+        most = larger(most, other);
+    }
+    return uint32_t(place == most.column || left != left) | uint32_t(place + 1 == most.column || right != right) << 1;
+}
+
+// Whether a column is past the last class or of the row's own class.
+__device__ inline bool is_masked(int32_t column, int32_t label, int32_t columns, int32_t group) {
+    return uint32_t(column ^ label) < uint32_t(group) || column >= columns;
+}
+
 template <class T, bool GENERAL>
 __global__ void __launch_bounds__(kThreads, GENERAL ? 1 : 2) cosine_exp(AkCosine p) {
     AK_DYNAMIC_SHARED(shared);
@@ -77,6 +101,7 @@ __global__ void __launch_bounds__(kThreads, GENERAL ? 1 : 2) cosine_exp(AkCosine
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_row = warp % 2 * kWarpRows, across = warp / 2, warp_class = across * kWarpClasses;
     const int64_t first_row = int64_t(blockIdx.x) * kRows;
+    const int group = GENERAL ? p.group : 1;
     const int N = int(p.w_hat.rows), rows_here = int(p.x_hat.rows - first_row < kRows ? p.x_hat.rows - first_row : kRows);
 
     // What the epilogue wants of each row waits in shared memory: registers are the products'.
@@ -145,12 +170,13 @@ __global__ void __launch_bounds__(kThreads, GENERAL ? 1 : 2) cosine_exp(AkCosine
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 float e[2];
+                const float cosines[2] = {c[i / 2][j][i % 2 * 2], c[i / 2][j][i % 2 * 2 + 1]};
+                const uint32_t near = GENERAL ? nearest(cosines[0], cosines[1], group, p.subcentres) : 3;
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
-                    const float cosine = c[i / 2][j][i % 2 * 2 + side];
                     const int column = first + warp_class + j * 8 + lane % 4 * 2 + side;
-                    const bool masked = special && (column == mine.label || column >= N);
-                    e[side] = term<GENERAL>(cosine, column, masked, mine, p.filter, p.only_unbounded, most);
+                    const bool masked = !(near >> side & 1) || (special && is_masked(column, mine.label, N, group));
+                    e[side] = term<GENERAL>(cosines[side], column, masked, mine, p.filter, p.only_unbounded, most);
                     sum += e[side];
                 }
                 if (sizeof(T) == 4) {  // float32: a quad writes 32 bytes of a row at once
@@ -235,7 +261,7 @@ const char* launch_cosine(const AkCosine& given, void* stream) {
     if (!has_filter(p)) p.filter = INFINITY;
     return with_operand_type(p.x_hat.type, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        return has_filter(p) || p.best ? launch<T, true>(p, stream) : launch<T, false>(p, stream);
+        return has_filter(p) || p.best || p.group > 1 ? launch<T, true>(p, stream) : launch<T, false>(p, stream);
     });
 }
 

@@ -24,7 +24,7 @@ struct Most {
     int32_t column = INT32_MAX;
 };
 
-__device__ inline Most larger(Most a, Most b) {
+__device__ __forceinline__ Most larger(Most a, Most b) {
     return b.cosine > a.cosine || (b.cosine == a.cosine && b.column < a.column) ? b : a;
 }
 

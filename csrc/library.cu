@@ -22,6 +22,9 @@ const char* wrong(const AkCosine& p) {
         return "E must be bfloat16, or float32 beside TF32 operands";
     if (p.x_hat.columns != p.w_hat.columns) return "features and centres must have one width";
     if (p.w_hat.rows > INT32_MAX - 256) return "too many classes at once";
+    if (p.subcentres < 1 || p.subcentres > p.group || p.group > 8 || (p.group & (p.group - 1)))
+        return "a class must have 1 to 8 centres, in a group of a power of two";
+    if (p.w_hat.rows % p.group || p.class_start % p.group) return "there must be whole groups of columns";
     for (const AkMatrix* matrix : {&p.x_hat, &p.w_hat, &p.terms})
         if (matrix->data && !aligned_rows(*matrix, bytes)) return "rows must start at multiples of 16 bytes";
     return nullptr;
@@ -55,7 +58,7 @@ const char* wrong(const AkGradCentres& p) {
 
 extern "C" {
 
-int32_t ak_version() { return 7; }
+int32_t ak_version() { return 8; }
 
 int32_t ak_contract() { return AK_CONTRACT; }
 
@@ -82,7 +85,7 @@ const char* ak_tiling(AkTiling* p, const AkWhere* where) {
     ak::DeviceGuard guard(where->device);
     if (guard.error()) return guard.error();
 #ifdef AK_CUTLASS
-    if (ak::has(AK_COSINE_SM90, *where)) return ak::sm90::tile_cosine(*p);
+    if (ak::has(AK_COSINE_SM90, *where) && !p->grouped) return ak::sm90::tile_cosine(*p);
 #endif
     return ak::sm80::tile_cosine(*p);
 }
@@ -92,7 +95,7 @@ const char* ak_cosine_exp(const AkCosine* p, const AkWhere* where) {
     if (guard.error()) return guard.error();
     if (const char* error = ak::wrong(*p)) return error;
 #ifdef AK_CUTLASS
-    if (ak::has(AK_COSINE_SM90, *where)) return ak::sm90::launch_cosine(*p, where->stream);
+    if (ak::has(AK_COSINE_SM90, *where) && p->group == 1) return ak::sm90::launch_cosine(*p, where->stream);
 #endif
     return ak::sm80::launch_cosine(*p, where->stream);
 }

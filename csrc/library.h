@@ -56,7 +56,8 @@ struct AkCosine {
     int64_t* best_class;          // [parts, B]
     int64_t class_start;
     float filter;  // negatives of a larger cosine are left out
-    int32_t parts, only_unbounded, reserved;  // parts: of all streams together
+    int32_t parts, only_unbounded;        // parts: of all streams together
+    int32_t subcentres, group, reserved;  // each `group` columns are a class, of whose first `subcentres` the nearest counts
 };
 
 // How the cosine kernel divides a problem: among blocks (on Hopper clusters of them) of `rows` rows, each with its own
@@ -64,7 +65,7 @@ struct AkCosine {
 struct AkTiling {
     int64_t batch, width;                  // given
     int32_t rows, classes, parts, blocks;  // the answer
-    int32_t type, reserved;                // given: of the operands
+    int32_t type, grouped;                 // given: of the operands, and whether a class is a group of them
 };
 
 struct AkReduce {

@@ -23,7 +23,7 @@ class Case:
     name: str
     why: str
     B: int = 24
-    C: int = 3 * CHUNK + 5
+    C: int = 3 * CHUNK + 5  # centres; with sub-centres K times as many as classes
     D: int = 33
     options: dict[str, Any] = field(default_factory=dict)
     own: float | None = None  # cosine of each feature to its own centre, random if None
@@ -44,13 +44,14 @@ class Case:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        weight, labels = normal(self.C, self.D), torch.randint(self.C, (self.B,), generator=generator)
+        K = self.options.get("subcentres", 1)
+        weight, labels = normal(self.C, self.D), torch.randint(self.C // K, (self.B,), generator=generator)
         if self.B > 3:
             labels[1] = labels[0]  # two rows of one class
         features = normal(self.B, self.D)
-        for cosine, classes in ((self.own, labels), (self.wrong, (labels + 1) % self.C)):
+        for cosine, classes in ((self.own, labels), (self.wrong, (labels + 1) % (self.C // K))):
             if cosine is not None:
-                features = _at_cosine(features, weight[classes], cosine)
+                features = _at_cosine(features, weight[classes * K + K - 1], cosine)
         features *= 0.5 + torch.rand(self.B, 1, generator=generator, dtype=torch.float64) * 3
         return _guarded(features, dtype), _guarded(weight, dtype), labels, normal(self.B)
 
@@ -102,6 +103,15 @@ CASES = [
         options={"interclass_filter": 0.1, "normalize_features": False},
     ),
     Case("filter-wrong", "the filter takes the hard negative out", wrong=0.95, options={"interclass_filter": 0.9}),
+    Case("subcentres", "groups of three, padded to four in kernels", C=3 * CHUNK + 6, options={"subcentres": 3}),
+    Case(
+        "subcentres-shift",
+        "pairs under a filter and a running maximum",
+        C=3 * CHUNK + 6,
+        options={"subcentres": 2, "interclass_filter": 0.5, "scale": 100.0},
+    ),
+    Case("subcentres-no-fn", "groups of eight", C=200, options={"subcentres": 8, "normalize_features": False}),
+    Case("subcentres-near", "a row near its own class's last", own=0.9, C=2 * CHUNK, options={"subcentres": 4}),
     Case("sum", "another reduction", options={"reduction": "sum"}),
     Case("mean", "the default reduction", options={"reduction": "mean"}),
 ]

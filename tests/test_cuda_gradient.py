@@ -94,7 +94,10 @@ def _operands(D: int = 64, dtype: torch.dtype = torch.bfloat16, N: int = 40) -> 
 def test_against_the_reference(
     case: Case, save_bytes: int | None, hopper: None, short_chunks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of centres that lie as the kernel wants them, every case, chunk by chunk; no other kernel makes their gradient."""
+    """Of centres that lie as the kernel wants them, every case, chunk by chunk; no other kernel makes their gradient.
+
+    But where a class's centres are padded to a power of two.
+    """
     calls: list[str] = []
     call = cuda_library.Library.call
     monkeypatch.setattr(
@@ -103,6 +106,9 @@ def test_against_the_reference(
     case = dataclasses.replace(case, D=24)
     tensors = [each.clone(memory_format=torch.contiguous_format) for each in case.tensors(torch.float32)]
     check(case, ours(torch.float16, *tensors, save_bytes=save_bytes, **case.options), oracle(case, torch.float32))
+    if case.options.get("subcentres") == 3:
+        assert "ak_grad_centres" not in calls
+        return
     assert calls.count("ak_grad_centres") == -(-case.C // CHUNK) and "ak_finish_centres" not in calls
 
 

@@ -17,11 +17,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 
 import amsoftmax_kernels as ak
+from amsoftmax_kernels import backends
 from amsoftmax_kernels.margins import AnnealedAdditiveMargin
 
 from .cases import CASES, CHUNK, relative
 
 PLAIN = CASES[0]
+backends.load("chunked")  # which registers its operators
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -40,8 +42,8 @@ def test_opcheck(
     small_chunks: None,
 ) -> None:
     features, weight, labels, upstream = PLAIN.tensors(dtype)
-    labels[0] = -1
-    problem = (features, weight, labels, torch.tensor(scale, dtype=torch.float64), 0.0, normalize, dtype, interclass_filter)
+    labels[0], s = -1, torch.tensor(scale, dtype=torch.float64)
+    problem = (features, weight, labels, s, 0.0, normalize, dtype, interclass_filter, 1)
     ops = torch.ops.amsoftmax_kernels
     out = ops.chunked_forward(*problem, save_bytes, predict)
     torch.library.opcheck(ops.chunked_forward, (*problem, save_bytes, predict))
@@ -60,7 +62,7 @@ def test_the_operators_alone_have_no_gradient() -> None:
     features, weight, labels, _ = PLAIN.tensors()
     scale = torch.tensor(30.0, dtype=torch.float64)
     z = torch.ops.amsoftmax_kernels.chunked_forward(
-        features.clone().requires_grad_(), weight, labels, scale, 0.0, True, torch.float64, math.inf, 1 << 30, False
+        features.clone().requires_grad_(), weight, labels, scale, 0.0, True, torch.float64, math.inf, 1, 1 << 30, False
     )[0]
     with pytest.raises(RuntimeError, match="differentiate through am_softmax_loss"):
         z.sum().backward()

@@ -36,21 +36,26 @@ class Scenario:
     equal_batches: bool = False
 
     @property
+    def subcentres(self) -> int:
+        count: int = self.options.get("subcentres", 1)
+        return count
+
+    @property
     def tolerance(self) -> float:
         return FLOAT64 if self.dtype == torch.float64 else FLOAT32
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float | Tensor, float | Tensor]:
         """features, weight, labels and upstream gradient of all ranks' rows, scale and margin."""
         generator = torch.Generator().manual_seed(len(self.name))
-        B = sum(self.sizes)
-        weight = torch.randn(self.C, self.D, generator=generator, dtype=torch.float64)
+        B, K = sum(self.sizes), self.subcentres
+        weight = torch.randn(self.C * K, self.D, generator=generator, dtype=torch.float64)
         labels = torch.randint(self.C, (B,), generator=generator)
         if self.labels == "first shard":
             labels = labels % max(self.C // len(self.sizes), 1)
         if self.labels == "ignored":
             labels[::3] = -100
         features = torch.randn(B, self.D, generator=generator, dtype=torch.float64) * self.norm
-        features[: B // 2] += weight[labels[: B // 2].clamp(0)] * self.norm  # some near their centres
+        features[: B // 2] += weight[labels[: B // 2].clamp(0) * K] * self.norm  # some near their centres
         upstream = torch.randn(B, generator=generator, dtype=torch.float64)
         scale: float | Tensor = self.options.get("scale", 30.0)
         margin: float | Tensor = self.options.get("margin", 0.35)
@@ -99,6 +104,9 @@ SCENARIOS = [
     Scenario("margin of norm, no normalization", options={"margin": NormMargin, "normalize_features": False}, norm=4.0),
     Scenario("filter", options={"interclass_filter": 0.2}),
     Scenario("nothing kept", options={"save_bytes": 0}),
+    Scenario("sub-centres", options={"subcentres": 3}),
+    Scenario("sub-centres, a rank with no class", C=5, sizes=(4, 4, 4, 4), options={"subcentres": 2, "scale": 100.0}),
+    Scenario("replicas, sub-centres", sizes=(3, 5, 2, 6), replicas=2, labels="ignored", options={"subcentres": 3}),
     Scenario("sum", options={"reduction": "sum"}),
     Scenario("none", options={"reduction": "none"}, sizes=(3, 8, 1)),
     Scenario("replicas", sizes=(3, 5, 2, 6), replicas=2),
@@ -110,6 +118,7 @@ SCENARIOS = [
     Scenario("float32", dtype=torch.float32),
     Scenario("triton", dtype=torch.float32, backend="triton"),
     Scenario("triton, scale 1000", dtype=torch.float32, backend="triton", options={"scale": 100.0}, sizes=(2, 7)),
+    Scenario("triton, sub-centres", dtype=torch.float32, backend="triton", options={"subcentres": 3}, sizes=(2, 7)),
     Scenario("triton, nothing kept", dtype=torch.float32, backend="triton", options={"save_bytes": 0}, sizes=(2, 7)),
 ]
 
@@ -132,7 +141,8 @@ def make_head(scenario: Scenario, weight: Tensor, scale: Any, margin: Any, **mor
         **options, **more,
     )  # fmt: skip
     with torch.no_grad():
-        local_part(head.weight).copy_(weight[head.shards.start : head.shards.stop])
+        local, K = local_part(head.weight), scenario.subcentres
+        local.copy_(weight[head.shards.start * K : head.shards.stop * K].view(local.shape))
     return head.to(device())
 
 
@@ -147,8 +157,10 @@ def sharded_step(scenario: Scenario) -> dict[str, Any]:
     total = (loss * upstream[mine].to(device())).sum() * len(scenario.sizes) if loss.dim() else loss * 1.5
     total.backward()
     result = {"loss": loss.detach(), "predictions": predictions, "features": x.grad / len(scenario.sizes)}
-    result["weight"] = head.weight.grad.full_tensor()
-    assert isinstance(head.weight, DTensor) and tuple(head.weight.shape) == (scenario.C, scenario.D)
+    K = scenario.subcentres
+    result["weight"] = head.weight.grad.full_tensor().view(-1, scenario.D)
+    assert isinstance(head.weight, DTensor)
+    assert tuple(head.weight.shape) == (scenario.C, *([] if K == 1 else [K]), scenario.D)
     for name, parameter in head.named_parameters():
         if name != "weight":
             result[name] = parameter.grad

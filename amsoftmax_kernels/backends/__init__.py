@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .update import Update
 
 # Kernels before plain PyTorch, and Triton's, which need no nvcc, before those in C++. "reference" is always there.
+MOST_SUBCENTRES = 8  # of a class, to kernels: a group of so many neighbouring columns lies in one thread or a few
 NAMES: tuple[str, ...] = ("triton", "cuda", "chunked", "reference")
 
 
@@ -27,13 +28,14 @@ class Problem(NamedTuple):
     """One shard of classes and the rows against it, checked: what both passes are given."""
 
     features: Tensor  # [B, D]
-    weight: Tensor  # [C, D]
+    weight: Tensor  # [C, D]; of sub-centres each is a row, C their number, and a label the nearest of its class's
     labels: Tensor  # [B] int64: negative where ignored, C or more where the class is not in this shard
     scale: Tensor | None  # 0-d, on the CPU or on the tensors' device; None where s is a number
     fixed_scale: float  # that number
     normalize_features: bool  # if not, ‖x‖ takes the place of s
     compute_dtype: torch.dtype
     interclass_filter: float  # negatives of a larger cosine are left out of z; infinity leaves none out
+    subcentres: int = 1  # K: each K rows of weight are one class, of which the nearest alone has a term in z
 
 
 def scale_fields(scale: float | Tensor) -> tuple[Tensor | None, float]:
@@ -73,7 +75,7 @@ class Forward(NamedTuple):
     kept_shift: Tensor  # the shift of each part of them, when it was kept
     rows: Tensor  # [B, D] Σ_j term·ŵ_j over the kept terms, if the backend makes it in the forward pass; else of size 0
     best: Tensor  # [B] the largest cosine of a negative; of size 0 if no prediction was asked for
-    best_class: Tensor  # [B] int64, the class it belongs to
+    best_class: Tensor  # [B] int64, the class it belongs to: j of its centres j·K to j·K + K − 1
 
 
 class Upstream(NamedTuple):
@@ -104,6 +106,7 @@ class Traits(NamedTuple):
     bounded: bool  # the scale is a number that needs no shift
     filtered: bool
     predict: bool
+    subcentres: int = 1
 
 
 class Backend(Protocol):
@@ -148,6 +151,13 @@ def unavailable_reason(name: str) -> str | None:
 def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend that can run here does not serve such tensors, None if it does."""
     return None if name == "reference" else load(name).refusal(device, dtype)
+
+
+def _refused(name: str, traits: Traits) -> str | None:
+    """As :func:`refusal`, and of how many sub-centres kernels serve."""
+    if name in ("triton", "cuda") and traits.subcentres > MOST_SUBCENTRES:
+        return f"it serves up to {MOST_SUBCENTRES} sub-centres"
+    return refusal(name, traits.device, traits.compute_dtype)
 
 
 def serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -213,7 +223,7 @@ _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _named(name: str, traits: Traits) -> str:
     check_available(name)
-    reason = refusal(name, traits.device, traits.compute_dtype)
+    reason = _refused(name, traits)
     if reason is not None:
         check_available(name)  # a build that was tried just now has failed
         raise ValueError(f"backend {name!r} does not serve {traits.compute_dtype} on {traits.device}: {reason}")
@@ -228,7 +238,7 @@ def _fastest(traits: Traits) -> str:
     failed: dict[str, str] = {}
     refused: dict[str, str] = {}
     for name in _candidates(traits.device):
-        reason = unavailable_reason(name) or refusal(name, traits.device, traits.compute_dtype)
+        reason = unavailable_reason(name) or _refused(name, traits)
         cause = None if reason is not None else _unproven(name, traits)
         if reason is None and cause is None:
             break

@@ -34,11 +34,11 @@ from .shard import (
     Pieces,
     Shard,
     alone,
-    chunk_size,
+    chunk_of,
     inverse_norms,
     panel_dtype,
     prepared,
-    stream_count,
+    streams_of,
     times,
 )
 from .targets import TargetPair
@@ -69,25 +69,24 @@ def backward(
 
 
 def additive_margin(problem: Problem, saved: Forward, margin: float) -> tuple[Tensor, Tensor]:
-    (B, D), C = problem.features.shape, problem.weight.shape[0]
-    if is_traced(problem.features) or stream_count(B, D, C, problem.features.device) == 1:
+    if is_traced(problem.features) or streams_of(problem) == 1:
         return vectors.additive_margin(problem, saved, margin)
     return streams.alone(lambda: vectors.additive_margin(problem, saved, margin))  # a logarithm is split, however short
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, (save_bytes, predict) = Problem(*arguments[:8]), arguments[8:]
+    problem, (save_bytes, predict) = Problem(*arguments[:9]), arguments[9:]
     features, weight, labels = problem[:3]
-    (B, D), C = features.shape, weight.shape[0]
+    B, C = len(features), len(weight)
     with no_autocast(features.device):
         short = None
-        if one_chunk.serves(problem, chunk_size(B, D, C, features.device)):
+        if one_chunk.serves(problem, chunk_of(problem)):
             short = one_chunk.forward(problem, accumulate_dtype(problem.compute_dtype), predict)
         if short is not None:
             if short.kept.numel() * short.kept.element_size() > save_bytes:
                 short = short._replace(kept=short.kept.new_empty(0, len(labels)), kept_shift=short.kept_shift[:0])
             return short
-        count = stream_count(B, D, C, features.device)
+        count = streams_of(problem)
         pair, shard = prepared(problem, count)
         K = kept_classes(B, C, shard.panel_dtype, save_bytes, shard.chunk)
         inverse_norm, usual = inverse_norms(weight, shard, count)
@@ -104,22 +103,24 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         total = RowSums.none(shard.x, shard.bounded, predict)
         for sums in streams.run(count, shard.chunks(), work):
             total.add(sums, shard.bounded)
-        best = total.best
+        best, best_class = total.best, total.best_class
         if predict:
             # ‖x‖ = 0 without normalize_features: every cosine is 0.
             best = torch.where(best == 0, best, best / (shard.scale * LOG2E))
+            best_class = best_class.div(problem.subcentres, rounding_mode="floor") if problem.subcentres > 1 else best_class
         ignored = labels < 0
         norm = pair.x_norm.to(shard.dtype).masked_fill(ignored, 1)
         z = total.z.to(shard.dtype).masked_fill_(ignored, 0)
         rows = z.new_empty(0)  # made in the backward pass, where E is at hand
         return (
-            z, total.shift, pair.cosine.to(shard.dtype), norm, inverse_norm, kept, kept_shift, rows, best, total.best_class
+            z, total.shift, pair.cosine.to(shard.dtype), norm, inverse_norm, kept, kept_shift, rows, best, best_class
         )  # fmt: skip
 
 
 def _forward_chunk(shard: Shard, index: int, pieces: Pieces, sums: RowSums, kept_shift: Tensor, predict: bool) -> None:
     w, inverse, _ = pieces.centres(shard, index)
     panel = shard.logits(shard.in_products(w, inverse), inverse)
+    shard.keep_nearest_(panel)
     if predict or not shard.bounded:
         shard.targets.mask_(panel, index, -math.inf)
     if predict:
@@ -142,16 +143,15 @@ def _forward_chunk(shard: Shard, index: int, pieces: Pieces, sums: RowSums, kept
 
 
 def _backward(*arguments: Any, update: Update | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    problem, saved, grads, needs = Problem(*arguments[:8]), arguments[8:14], arguments[14:17], Needs(*arguments[17:])
+    problem, saved, grads, needs = Problem(*arguments[:9]), arguments[9:15], arguments[15:18], Needs(*arguments[18:])
     features, weight, normalize_features = problem.features, problem.weight, problem.normalize_features
     scale = features if problem.scale is None else problem.scale
     shift, cosine, norm, inverse_norm, kept, kept_shift = saved
     unused = norm.new_empty(0)
     known = Forward(unused, shift, cosine, norm, inverse_norm, kept, kept_shift, unused, unused, unused)
     upstream = Upstream(*grads)
-    (B, D), C = features.shape, weight.shape[0]
     with no_autocast(features.device):
-        if one_chunk.serves(problem, chunk_size(B, D, C, features.device)) and one_chunk.regular(norm, inverse_norm):
+        if one_chunk.serves(problem, chunk_of(problem)) and one_chunk.regular(norm, inverse_norm):
             of_features, of_weight, of_scale = one_chunk.backward(problem, known, upstream, needs.scale)
             if update is not None and needs.weight:
                 update.apply_(0, update.unscaled(of_weight))
@@ -161,14 +161,14 @@ def _backward(*arguments: Any, update: Update | None = None) -> tuple[Tensor, Te
                 of_weight.to(weight.dtype) if needs.weight else weight.new_empty(0),
                 of_scale.to(scale.dtype) if needs.scale else scale.new_empty(0),
             )
-        count = 1 if update is not None and update.blocks is not None else stream_count(B, D, C, features.device)
+        count = 1 if update is not None and update.blocks is not None else streams_of(problem)
         pair, shard = prepared(problem, count)
         dense = needs.weight and update is None
         grad_weight = advise_huge_pages(weight.new_empty(weight.shape if dense else 0))
         if len(features) == 0:
             grad_weight.zero_()
             if update is not None and needs.weight:
-                update.without_gradient_(C, shard.dtype)
+                update.without_gradient_(len(weight), shard.dtype)
         centres = None
         if needs.weight:
             centres = alone(count, lambda: _CentresGradient.of(shard, pair, upstream, grad_weight, update))
@@ -246,6 +246,7 @@ def _backward_chunk(
             terms = terms * torch.exp2(saved.kept_shift[index] - saved.shift)
     else:
         terms = shard.logits(operand, inverse)
+        shard.keep_nearest_(terms)
         shard.filter_(terms)
         if not shard.bounded:
             terms -= saved.shift
@@ -282,11 +283,11 @@ def _finish_rows(
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, (save_bytes, predict) = Problem(*arguments[:8]), arguments[8:]
+    problem, (save_bytes, predict) = Problem(*arguments[:9]), arguments[9:]
     features, weight, labels = problem[:3]
     dtype, of_terms = accumulate_dtype(problem.compute_dtype), panel_dtype(problem.compute_dtype, features.device)
     batch, num_classes = features.shape[0], weight.shape[0]
-    chunk = chunk_size(batch, features.shape[1], num_classes, features.device)
+    chunk = chunk_of(problem)
     kept = kept_classes(batch, num_classes, of_terms, save_bytes, chunk)
     vectors = [features.new_empty(batch, dtype=dtype) for _ in range(4)]
     return (

@@ -42,16 +42,18 @@ def compare(name: str, traits: Traits, oracle: str = "chunked") -> str | None:
 
 def _inputs(traits: Traits) -> list[Tensor]:
     """Features, weight and labels: a third of the rows near their own centre, a third near a wrong one."""
-    batch, num_classes = EMULATED_SIZES if traits.device.type == "cpu" else SIZES
+    batch, centres = EMULATED_SIZES if traits.device.type == "cpu" else SIZES
+    K = traits.subcentres
+    num_classes = centres // K
     width = max(traits.width, 2)  # with one dimension a cosine is 1 or -1, and has no gradient
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(batch, width, generator=generator, dtype=torch.float64)
-    weight = torch.randn(num_classes, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(num_classes * K, width, generator=generator, dtype=torch.float64)
     labels = torch.randint(num_classes, (batch,), generator=generator)
     labels[1], labels[2:6] = labels[0], -100
     near = torch.arange(batch) % 3
     for which, classes in ((1, labels.clamp(min=0)), (2, (labels + 1) % num_classes)):
-        features[near == which] = weight[classes[near == which]] + 0.2 * features[near == which]
+        features[near == which] = weight[classes[near == which] * K] + 0.2 * features[near == which]
     features, weight = features.to(traits.features_dtype), weight.to(traits.weight_dtype)
     return [each.to(traits.device) for each in (features, weight, labels)]
 
@@ -66,7 +68,8 @@ def _step(name: str, tensors: list[Tensor], scale: float | Tensor, save_bytes: i
     with torch.autocast(x.device.type, traits.compute_dtype if cast else None, enabled=cast), torch.enable_grad():
         result: Any = am_softmax_loss(  # type: ignore[call-overload]
             x, w, tensors[2], scale=scale, normalize_features=traits.normalize_features, interclass_filter=limit,
-            return_predictions=traits.predict, backend=name, **({} if name == "reference" else {"save_bytes": save_bytes}),
+            subcentres=traits.subcentres, return_predictions=traits.predict, backend=name,
+            **({} if name == "reference" else {"save_bytes": save_bytes}),
         )  # fmt: skip
         loss, *predictions = result if traits.predict else (result,)
         learned = [scale] if isinstance(scale, Tensor) else []

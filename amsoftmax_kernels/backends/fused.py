@@ -30,6 +30,7 @@ from .budget import BOUNDED_SCALE
 from .chunking import padded, panel_dtype
 from .kernels import Cosines, Factored, Grads, Kernels, Rows, TargetParts
 from .parts import Maxima, Sums
+from .subcentres import Columns
 from .update import Update
 
 
@@ -55,7 +56,7 @@ class Fused:
             f"{name}_additive_margin",
             f"({PROBLEM_SCHEMA}, Tensor z, Tensor shift, Tensor cosine, Tensor norm, float margin) -> (Tensor, Tensor)",
             self._additive_margin,
-            lambda *arguments: (torch.empty_like(arguments[8]), arguments[8].new_empty(3, arguments[8].shape[0])),
+            lambda *arguments: (torch.empty_like(arguments[9]), arguments[9].new_empty(3, arguments[9].shape[0])),
         )
 
     def forward(self, problem: Problem, request: Request) -> Forward:
@@ -81,7 +82,7 @@ class Fused:
         return getattr(self, f"_{name}")
 
     def _additive_margin(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        problem, vectors, margin = Problem(*arguments[:8]), arguments[8:12], arguments[12]
+        problem, vectors, margin = Problem(*arguments[:9]), arguments[9:13], arguments[13]
         empty = vectors[0].new_empty(0)
         saved = Forward(*vectors, *[empty] * 6)
         if len(saved.z) == 0:
@@ -90,9 +91,9 @@ class Fused:
             return self.kernels.additive_margin(problem, saved, scale_of(problem), margin)
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, request = Problem(*arguments[:8]), Request(*arguments[8:])
-        features, weight, labels = problem[:3]
-        (B, D), C = features.shape, weight.shape[0]
+        problem, request = Problem(*arguments[:9]), Request(*arguments[9:])
+        features, labels, columns = problem.features, problem.labels, Columns.of(problem)
+        (B, D), N = features.shape, columns.count(problem.weight.shape[0])
         with on_device(features.device):
             out = _buffers(problem, request)
             if B == 0:
@@ -101,32 +102,34 @@ class Fused:
             factor, s = torch.empty_like(out.norm), scale_of(problem)
             rows = Rows(x_hat, factor, out.cosine, out.norm, out.shift)
             self.kernels.prepare_rows(problem, s, rows)
-            centres, spans = _Centres(self.kernels, problem, out.inverse_norm), chunking.spans(B, D, C)
-            streams = self.kernels.streams(problem, len(spans[0]))
+            centres, spans = _Centres(self.kernels, problem, columns, out.inverse_norm), chunking.spans(B, D, N)
+            streams, of_columns = self.kernels.streams(problem, len(spans[0])), columns.problem(problem)
             if _bounded(problem, s):
                 rows = Rows(x_hat, factor, out.cosine, out.norm, None)
             else:
-                self._find_shifts(problem, rows, centres, streams)
+                self._find_shifts(of_columns, rows, centres, spans, streams)
             sums = Sums(features, len(spans), streams, B)
             maxima = Maxima(self.kernels, features, labels, len(spans), streams, B) if request.predict else None
             for span in spans:
                 w_hat = centres.of(span)
                 terms = _kept_terms(out.kept, span)
                 best, best_class = (None, None) if maxima is None else maxima.next()
-                self.kernels.cosine_exp(problem, span.start, rows, w_hat, Cosines(terms, sums.next(), best, best_class))
+                self.kernels.cosine_exp(of_columns, span.start, rows, w_hat, Cosines(terms, sums.next(), best, best_class))
                 if terms is not None and request.need_rows:
                     _multiply(terms[:, : len(span)], w_hat, out.rows, first=span.start == 0)
             self.kernels.reduce_sums(sums.parts, labels, out.z)
             if maxima is not None:
                 self.kernels.reduce_best(*maxima.parts, out.best, out.best_class)
+                if columns.group > 1:
+                    out.best_class.copy_(out.best_class.div(columns.group, rounding_mode="floor"))
             return out
 
-    def _find_shifts(self, problem: Problem, rows: Rows, centres: _Centres, streams: int) -> None:
+    def _find_shifts(
+        self, problem: Problem, rows: Rows, centres: _Centres, spans: list[range], streams: int
+    ) -> None:  # fmt: skip
         """The largest logit of each row that needs one, into ``rows.shift``."""
         assert rows.shift is not None
-        (B, D), C = problem.features.shape, problem.weight.shape[0]
-        spans = chunking.spans(B, D, C)
-        maxima = Maxima(self.kernels, problem.features, problem.labels, len(spans), streams, B)
+        maxima = Maxima(self.kernels, problem.features, problem.labels, len(spans), streams, len(problem.features))
         for span in spans:
             best, best_class = maxima.next()
             out = Cosines(best=best, best_class=best_class)
@@ -134,10 +137,10 @@ class Fused:
         self.kernels.reduce_shift(*maxima.parts, rows.factor, rows.shift)
 
     def _backward(self, *arguments: Any, update: Update | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        problem, vectors = Problem(*arguments[:8]), arguments[8:14]
-        row_factor, grad_cosine, grad_norm = arguments[14:17]
+        problem, vectors = Problem(*arguments[:9]), arguments[9:15]
+        row_factor, grad_cosine, grad_norm = arguments[15:18]
         grad_norm = None if grad_norm is None else grad_norm.contiguous()
-        upstream, needs = Upstream(row_factor.contiguous(), grad_cosine.contiguous(), grad_norm), Needs(*arguments[17:])
+        upstream, needs = Upstream(row_factor.contiguous(), grad_cosine.contiguous(), grad_norm), Needs(*arguments[18:])
         features, weight, normalize = problem.features, problem.weight, problem.normalize_features
         shift, cosine, norm, inverse_norm, kept, unit_rows = vectors
         with on_device(features.device):
@@ -178,8 +181,8 @@ class Fused:
         finish: Callable[[range, Tensor, Tensor], None] | None,
     ) -> Tensor:  # fmt: skip
         """The B×C work of the backward pass: hands E and a∘x̂ of each chunk to ``finish``, and returns Eŵ."""
-        features, (B, D), C = problem.features, problem.features.shape, problem.weight.shape[0]
-        spans, unit_rows = chunking.spans(B, D, C), saved.rows
+        features, (B, D), columns = problem.features, problem.features.shape, Columns.of(problem)
+        spans, unit_rows = chunking.spans(B, D, columns.count(problem.weight.shape[0])), saved.rows
         again = [span for span in spans if span.start >= saved.kept.shape[1]]
         if finish is None and not (again and need_rows):
             return unit_rows
@@ -188,7 +191,7 @@ class Fused:
             assert factored.x_hat is not None and factored.factor is not None
             shift = None if _bounded(problem, s) else saved.shift
             rows = Rows(factored.x_hat, factored.factor, saved.cosine, saved.norm, shift)
-            centres = _Centres(self.kernels, problem, saved.inverse_norm)
+            centres, of_columns = _Centres(self.kernels, problem, columns, saved.inverse_norm), columns.problem(problem)
             room = features.new_empty(B, padded(len(again[0])), dtype=factored.x_factored.dtype)
             if need_rows:  # what is saved stays as it is
                 unit_rows = unit_rows.clone() if unit_rows.numel() else features.new_empty(B, padded(D), dtype=torch.float32)
@@ -196,7 +199,7 @@ class Fused:
             terms = _kept_terms(saved.kept, span)
             if terms is None:
                 terms, w_hat = room, centres.of(span)
-                self.kernels.cosine_exp(problem, span.start, rows, w_hat, Cosines(terms))
+                self.kernels.cosine_exp(of_columns, span.start, rows, w_hat, Cosines(terms))
                 if need_rows:
                     _multiply(terms[:, : len(span)], w_hat, unit_rows, first=span.start == 0)
             if finish is not None:
@@ -218,22 +221,24 @@ class Fused:
         self, problem: Problem, inverse_norm: Tensor, grad: Tensor, span: range, terms: Tensor, x_factored: Tensor
     ) -> None:
         """The gradient of a chunk's centres but for the targets' part: at once, or a few thousand classes at a time."""
-        chunk = slice(span.start, span.stop)
+        columns = Columns.of(problem)
+        chunk, one_each = columns.centres(span), columns.group == columns.subcentres
         weight, inverse, grad = problem.weight[chunk], inverse_norm[chunk], grad[chunk]
-        if self.kernels.grad_centres(terms, x_factored, weight, inverse, grad):
+        if one_each and self.kernels.grad_centres(terms, x_factored, weight, inverse, grad):
             return
-        in_place = grad.dtype == torch.float32 and grad.shape[1] == x_factored.shape[1]
-        for mine, unit in _unit_gradients(terms, x_factored, grad if in_place else None):
-            self.kernels.finish_centres(unit, weight[mine], inverse[mine], grad[mine])
+        in_place = one_each and grad.dtype == torch.float32 and grad.shape[1] == x_factored.shape[1]
+        for places, unit in _unit_gradients(terms, x_factored, grad if in_place else None):
+            mine = columns.centres(places)
+            self.kernels.finish_centres(columns.gather(unit), weight[mine], inverse[mine], grad[mine])
 
     def _update_centres(
         self, problem: Problem, inverse_norm: Tensor, parts: TargetParts, update: Update,
         span: range, terms: Tensor, x_factored: Tensor,
     ) -> None:  # fmt: skip
         """The step of a chunk's centres, a few thousand classes at a time."""
-        update.tally.begun = True
-        for mine, unit in _unit_gradients(terms, x_factored, None):
-            classes = slice(span.start + mine.start, span.start + mine.stop)
+        update.tally.begun, columns = True, Columns.of(problem)
+        for places, unit in _unit_gradients(terms, x_factored, None):
+            unit, classes = columns.gather(unit), columns.centres(span[places])
             weight, inverse, of_them = (
                 problem.weight[classes],
                 inverse_norm[classes],
@@ -288,12 +293,12 @@ def _own_centres(problem: Problem) -> tuple[Problem, Tensor]:
 
 
 class _Centres:
-    """ŵ of one chunk of classes at a time; asked twice for the same chunk it is made once."""
+    """ŵ of one chunk of columns at a time; asked twice for the same chunk it is made once."""
 
-    def __init__(self, kernels: Kernels, problem: Problem, inverse_norm: Tensor) -> None:
-        (B, D), C = problem.features.shape, problem.weight.shape[0]
+    def __init__(self, kernels: Kernels, problem: Problem, columns: Columns, inverse_norm: Tensor) -> None:
+        B, D = problem.features.shape
         self._kernels, self._weight, self._inverse_norm = kernels, problem.weight, inverse_norm
-        size = min(chunking.chunk_size(B, D), C)
+        self._columns, size = columns, min(chunking.chunk_size(B, D), columns.count(problem.weight.shape[0]))
         self._room = problem.weight.new_empty(size, padded(D), dtype=problem.compute_dtype)
         self._made: range | None = None
 
@@ -301,8 +306,12 @@ class _Centres:
         """``[n, width]``."""
         w_hat = self._room[: len(span)]
         if span != self._made:
-            mine = slice(span.start, span.stop)
-            self._kernels.prepare_centres(self._weight[mine], w_hat, self._inverse_norm[mine])
+            mine, columns = self._columns.centres(span), self._columns
+            padded_groups = columns.group > columns.subcentres
+            made = torch.empty_like(w_hat[: mine.stop - mine.start]) if padded_groups else w_hat
+            self._kernels.prepare_centres(self._weight[mine], made, self._inverse_norm[mine])
+            if padded_groups:
+                columns.spread(made, w_hat)
             self._made = span
         return w_hat
 
@@ -311,7 +320,8 @@ def _buffers(problem: Problem, request: Request) -> Forward:
     """What the forward pass writes, of an empty batch as it must be."""
     features, weight, labels = problem[:3]
     (B, D), C = features.shape, weight.shape[0]
-    count = padded(chunking.kept_count(B, C, D, problem.compute_dtype, request.save_bytes))
+    N = Columns.of(problem).count(C)
+    count = padded(chunking.kept_count(B, N, D, problem.compute_dtype, request.save_bytes))
     z, shift, cosine, norm = (features.new_empty(B, dtype=torch.float32) for _ in range(4))
     return Forward(
         z, shift, cosine, norm,
@@ -325,7 +335,7 @@ def _buffers(problem: Problem, request: Request) -> Forward:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return _buffers(Problem(*arguments[:8]), Request(*arguments[8:]))
+    return _buffers(Problem(*arguments[:9]), Request(*arguments[9:]))
 
 
 def _kept_terms(kept: Tensor, span: range) -> Tensor | None:

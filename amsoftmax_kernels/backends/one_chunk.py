@@ -1,10 +1,10 @@
 """Problems of one chunk on a CPU, where the operations around the products cost more than the products.
 
 The same mathematics as :mod:`.chunked` in a third as many operations, for the common case: normalized features, no running
-maximum, no ignored row, no filter, no row of an unusual norm. PyTorch's weight normalization (v g/‖v‖ a row, and its
-derivative) is one operation each way where norms, their inverses and the Jacobian are a dozen. The targets' gradient is put
-into the panel, so that the two products carry it; its projections then round as float32 does, where the general path has
-them in float64.
+maximum, no ignored row, no filter, no sub-centres, no row of an unusual norm. PyTorch's weight normalization (v g/‖v‖ a row,
+and its derivative) is one operation each way where norms, their inverses and the Jacobian are a dozen. The targets' gradient
+is put into the panel, so that the two products carry it; its projections then round as float32 does, where the general path
+has them in float64.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def serves(problem: Problem, largest: int) -> bool:
     B, C, device = problem.features.shape[0], problem.weight.shape[0], problem.features.device
     if device.type != "cpu" or not problem.normalize_features or (host_scale(problem) or math.inf) > BOUNDED_SCALE:
         return False
-    if B == 0 or largest < C or math.isfinite(problem.interclass_filter):
+    if B == 0 or problem.subcentres > 1 or largest < C or math.isfinite(problem.interclass_filter):
         return False
     lowest, highest = torch.aminmax(problem.labels)
     return lowest.item() >= 0 and highest.item() < C

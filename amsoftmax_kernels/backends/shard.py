@@ -15,6 +15,7 @@ from . import Problem, host_scale, streams
 from .budget import BOUNDED_SCALE
 from .norms import are_usual, row_norms, scaled
 from .products import product_nt
+from .subcentres import keep_largest_
 from .targets import TargetPair, Targets
 
 # Elements of a chunk of classes and its panel, chunk·(B + D): what a core's caches hold; enough to fill a GPU elsewhere.
@@ -29,30 +30,46 @@ LOG2E = math.log2(math.e)
 _T = TypeVar("_T")
 
 
-def stream_count(batch: int, dim: int, num_classes: int, device: torch.device) -> int:
+def stream_count(batch: int, dim: int, num_classes: int, device: torch.device, subcentres: int = 1) -> int:
     """Streams of chunks, each with a sum [B, D] of its own: their number depends on the shapes alone."""
     if device.type != "cpu" or batch * dim * num_classes < _SMALL:
         return 1
     least, most = _STREAMS
-    chunks = -(-num_classes // chunk_size(batch, dim, num_classes, device))
+    chunks = -(-num_classes // chunk_size(batch, dim, num_classes, device, subcentres))
     return min(max(min(most, _STREAM_BYTES // max(4 * batch * dim, 1)), least), chunks)
 
 
-def chunk_size(batch: int, dim: int, num_classes: int, device: torch.device) -> int:
-    """Classes a chunk: a multiple of 64 that depends on the shapes and the kind of device alone."""
-    size = _chunk_size(batch, dim, device)
+def chunk_size(batch: int, dim: int, num_classes: int, device: torch.device, subcentres: int = 1) -> int:
+    """Classes a chunk: a multiple of 64 that depends on the shapes and the kind of device alone.
+
+    With sub-centres it is their number, of whole classes.
+    """
+    unit = 64 * subcentres
+    size = -(-_chunk_size(batch, dim, device) // subcentres) * subcentres
     if device.type == "cpu" and num_classes <= 2 * size:
         return 2 * size  # all of them: see one_chunk.py
     if device.type != "cpu" or batch * dim * num_classes < _SMALL:
         return size
     # For a thread, twice what is best where operations are split: so many fewer times it waits for Python's lock.
-    return min(2 * size, -(-num_classes // (_STREAMS[0] * 64)) * 64)  # and work for several threads
+    return min(2 * size, -(-num_classes // (_STREAMS[0] * unit)) * unit)  # and work for several threads
 
 
 def _chunk_size(batch: int, dim: int, device: torch.device) -> int:
     """The largest whose operands stay where they should."""
     elements = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE)
     return max(elements // (batch + dim) // 64, 1) * 64
+
+
+def chunk_of(problem: Problem) -> int:
+    """:func:`chunk_size` of a problem."""
+    (B, D), C = problem.features.shape, problem.weight.shape[0]
+    return chunk_size(B, D, C, problem.features.device, problem.subcentres)
+
+
+def streams_of(problem: Problem) -> int:
+    """:func:`stream_count` of a problem."""
+    (B, D), C = problem.features.shape, problem.weight.shape[0]
+    return stream_count(B, D, C, problem.features.device, problem.subcentres)
 
 
 def panel_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -74,6 +91,7 @@ class Shard:
     panel_dtype: torch.dtype  # of E in products
     bounded: bool  # no running maximum is needed
     interclass_filter: float
+    subcentres: int
     chunk: int  # classes a chunk
     targets: Targets
 
@@ -88,13 +106,13 @@ class Shard:
         if normalize:
             s = problem.scale.to(dtype) if known is None and problem.scale is not None else known or 0.0
         x = pair.x.to(dtype)
-        chunk = chunk_size(x.shape[0], x.shape[1], weight.shape[0], device)
+        chunk = chunk_of(problem)
         return cls(
             weight, x, x.to(compute_dtype) if half else times(x, s, LOG2E), s, dtype, half,
             panel_dtype=panel_dtype(compute_dtype, device),
             bounded=normalize and known is not None and known <= BOUNDED_SCALE,
-            interclass_filter=problem.interclass_filter, chunk=chunk,
-            targets=Targets(problem.labels, weight.shape[0], chunk),
+            interclass_filter=problem.interclass_filter, subcentres=problem.subcentres, chunk=chunk,
+            targets=Targets(problem.labels, weight.shape[0], chunk, problem.subcentres),
         )  # fmt: skip
 
     def chunks(self) -> int:
@@ -116,6 +134,11 @@ class Shard:
         if self.half:  # x itself may be past float16's range
             return panel.mul_(self.scale * LOG2E)
         return panel.mul_(inverse)
+
+    def keep_nearest_(self, panel: Tensor) -> None:
+        """Leave out of a chunk's logits all but each class's largest."""
+        if self.subcentres > 1:
+            keep_largest_(panel, self.subcentres)
 
     def filter_(self, panel: Tensor) -> None:
         """Leave out of a chunk's logits those of a larger cosine than the filter allows."""

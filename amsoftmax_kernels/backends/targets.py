@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,8 +58,8 @@ def _unit(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class Targets:
     """Where the targets fall in each chunk's panel. Sums in the order of the rows, so the same bits each time."""
 
-    def __init__(self, labels: Tensor, num_classes: int, chunk: int) -> None:
-        self.labels, self.chunk = labels, chunk
+    def __init__(self, labels: Tensor, num_classes: int, chunk: int, subcentres: int) -> None:
+        self.labels, self.chunk, self.subcentres = labels, chunk, subcentres
         self.on_cpu = labels.device.type == "cpu"
         # On a CPU, of each chunk that has a target: the rows, and their classes in the chunk.
         self.parts: dict[int, tuple[Tensor, Tensor]] = {}
@@ -73,16 +74,27 @@ class Targets:
         self.parts = dict(zip(chunks.tolist(), parts, strict=True))
 
     def mask_(self, panel: Tensor, index: int, value: float) -> None:
-        """Set each target's entry of a chunk's panel ``[chunk, B]``."""
+        """Set each target's entry of a chunk's panel ``[chunk, B]``; with sub-centres those of its whole class."""
         if self.on_cpu:
             if index in self.parts:
                 rows, classes = self.parts[index]
-                panel[classes, rows] = value
+                for place in self._places(classes):
+                    panel[place, rows] = value
             return
         # Without reading the labels back: every column writes one entry, itself where its target is elsewhere.
         inside, classes = self._inside(panel, index)
-        current = panel.gather(0, classes[None])
-        panel.scatter_(0, classes[None], torch.where(inside, value, current))
+        for place in self._places(classes):
+            current = panel.gather(0, place[None])
+            panel.scatter_(0, place[None], torch.where(inside, value, current))
+
+    def _places(self, centres: Tensor) -> Iterator[Tensor]:
+        """The first centre of each one's class, the second, and so on."""
+        if self.subcentres == 1:
+            yield centres
+            return
+        first = centres - centres % self.subcentres
+        for place in range(self.subcentres):
+            yield first + place
 
     def add_(self, grad: Tensor, index: int, target_rows: Tensor) -> None:
         """Add each row of ``target_rows [B, D]`` to its class in a chunk's ``grad [chunk, D]``."""

@@ -14,6 +14,7 @@ from .. import backends
 from ..arguments import accumulate_dtype
 from ..backends.budget import BOUNDED_SCALE
 from ..backends.norms import row_norms
+from ..backends.subcentres import nearest
 from ..backends.update import Blocks, Update
 from ..functional import Updater, once_differentiable, updater_of
 from .sampling import draw_classes
@@ -45,6 +46,7 @@ class Plan:
     sampling: Sampling | None
     differentiated: Callable[[], None]  # called by the backward pass
     updater: Updater | None  # updates the centres in the backward pass
+    subcentres: int = 1
 
     def problem(self, features: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor) -> backends.Problem:
         return backends.Problem(
@@ -55,6 +57,7 @@ class Plan:
             self.normalize_features,
             self.compute_dtype,
             self.interclass_filter,
+            self.subcentres,
         )
 
 
@@ -62,8 +65,8 @@ class Plan:
 class _Panel:
     """Classes that a backend is given at once."""
 
-    weight: Tensor  # [n, D]
-    labels: Tensor  # [B]
+    weight: Tensor  # [n, D], with sub-centres one row each
+    labels: Tensor  # [B] of classes until the targets are known
     classes: Tensor | None  # [n] where they are in the shard; None: all of it
     factor: float = 1.0  # how many classes each stands for
     out: backends.Forward | None = None
@@ -73,9 +76,10 @@ class ShardedFunction(torch.autograd.Function):
     """:class:`AMSoftmaxFunction` over a mesh: from this rank's rows and classes to the vectors of all rows, on every rank.
 
     ``apply(features, labels, weight, scale, anchor, plan)`` with ``features [b, D]`` and canonical ``labels [b]`` of this
-    rank, and its shard of the centres; ``anchor`` is a number that needs a gradient where the centres are updated in the
-    place of having one. Returns log z, t and ‖x‖ ``[B]``, differentiable once, then the labels ``[B]``, and the largest
-    cosine of a negative and its class for the rows of this replica (of size 0 if not asked for).
+    rank, and its shard of the centres ``[C, D]`` (``[C, K, D]`` with sub-centres); ``anchor`` is a number that needs a
+    gradient where the centres are updated in the place of having one. Returns log z, t and ‖x‖ ``[B]``, differentiable once,
+    then the labels ``[B]``, and the largest cosine of a negative and its class for the rows of this replica (of size 0 if
+    none were asked for).
 
     A rank's gradient of its features is that of the mean over all ranks' losses times their number: what
     DistributedDataParallel, which averages over ranks, must be given.
@@ -92,6 +96,9 @@ class ShardedFunction(torch.autograd.Function):
         need_rows = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
         left = plan.save_bytes
         for panel in panels:
+            if plan.subcentres > 1:
+                panel.weight = panel.weight.flatten(0, 1)
+                panel.labels = nearest(x, panel.weight, panel.labels, plan.subcentres)
             problem = plan.problem(x, panel.weight, panel.labels, scale)
             panel.out = backends.load(plan.backend).forward(problem, backends.Request(left, plan.predict, need_rows))
             left -= panel.out.kept.numel() * panel.out.kept.element_size()
@@ -133,7 +140,7 @@ class ShardedFunction(torch.autograd.Function):
         if updater is None:
             grad_features, grad_weight, grad_scale = _backward(ctx, tensors, grads, None)
         else:
-            with updater.updating(tensors[2]) as update:
+            with updater.updating(tensors[2].view(-1, tensors[2].shape[-1])) as update:
                 grad_features, grad_weight, grad_scale = _backward(ctx, tensors, grads, update)
         return grad_features, None, grad_weight, grad_scale, None, None
 
@@ -202,8 +209,11 @@ def _backward(
 
 def _update_of(update: Update, shards: ClassShards, problem: backends.Problem, classes: Tensor | None) -> Update:
     """The step of a panel's classes, whose gradients the replicas add up."""
-    num_classes, width = problem.weight.shape
-    blocks = None if shards.replicas == 1 else Blocks(num_classes, width, shards.sum_replicas_)
+    centres, width = problem.weight.shape
+    blocks = None if shards.replicas == 1 else Blocks(centres, width, shards.sum_replicas_)
+    K = problem.subcentres
+    if classes is not None and K > 1:
+        classes = (classes[:, None] * K + torch.arange(K, device=classes.device)).flatten()
     return replace(update, rows=classes, blocks=blocks)
 
 
@@ -265,8 +275,9 @@ def _panels(labels: Tensor, all_labels: Tensor, weight: Tensor, plan: Plan) -> l
 
 
 def _grad_weight(plan: Plan, weight: Tensor, classes: list[Tensor | None], grads: list[Tensor]) -> Tensor:
-    """The centres' gradient ``[C, D]``."""
+    """The centres' gradient, of their shape."""
     grad = torch.cat(grads) if len(grads) > 1 else grads[0] if grads else torch.zeros_like(weight)
+    grad = grad.view(-1, *weight.shape[1:])
     plan.shards.sum_replicas_(grad)
     drawn = [each for each in classes if each is not None]
     if plan.sampling is None or not drawn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import backends, reference
 from ..arguments import canonical_labels, check_arguments, check_features, check_flag, compute_dtype
+from ..backends.subcentres import nearest
 from ..functional import DEFAULT_SAVE_BYTES, beside, loss_rows, traits_of
 from ..margins import Margin, as_margin, reduce_rows
 from ..modules import AMSoftmaxLoss
@@ -39,9 +41,9 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
     reduce-scatter of the features' gradient: docs/sharded.md has the bytes.
 
     Args:
-        embedding_dim, num_classes, scale, margin, normalize_features, reduction, ignore_index, interclass_filter, backend,
-            save_bytes, std: as in :class:`AMSoftmaxLoss`; ``save_bytes`` a rank. A margin's or a scale's parameters are
-            whole on every rank, and so is their gradient.
+        embedding_dim, num_classes, scale, margin, subcentres, normalize_features, reduction, ignore_index,
+            interclass_filter, backend, save_bytes, std: as in :class:`AMSoftmaxLoss`; ``save_bytes`` a rank. A margin's or a
+            scale's parameters are whole on every rank, and so is their gradient.
         mesh: a DeviceMesh: 1-d, the ranks to shard over; or 2-d, replicas × shards: the classes are sharded along the second
             dimension and the rows spread over both. None: all ranks of the default group; where there is none, one process
             has all classes, as in :class:`AMSoftmaxLoss`.
@@ -58,9 +60,10 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         device, dtype: of the centres.
 
     Attributes:
-        weight: DTensor Parameter ``[C, D]``, ``Shard(0)``: only this rank's classes are held. Without a process group a
-            plain Parameter. Initialize it with ``std`` or :meth:`set_centres`: ``torch.nn.init`` draws the same on each
-            rank of a CPU mesh. For one optimizer of these and plain parameters see
+        weight: DTensor Parameter ``[C, D]``, ``Shard(0)``: only this rank's classes are held; ``[C, K, D]`` with
+            ``subcentres=K``, so that ranks hold whole classes (either head loads the other's). Without a process group a
+            plain Parameter as :class:`AMSoftmaxLoss`'s. Initialize it with ``std`` or :meth:`set_centres`: ``torch.nn.init``
+            draws the same on each rank of a CPU mesh. For one optimizer of these and plain parameters see
             :func:`amsoftmax_kernels.optim.mixed_parameters`.
 
     Raises:
@@ -89,6 +92,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         scale: float | Tensor = 30.0,
         margin: float | Tensor | Margin = 0.35,
         *,
+        subcentres: int = 1,
         normalize_features: bool = True,
         reduction: str = "mean",
         ignore_index: int = -100,
@@ -114,7 +118,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         self.sample_rate = sample_rate
         super().__init__(
             embedding_dim, num_classes, scale, margin,
-            normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
+            subcentres=subcentres, normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
             interclass_filter=interclass_filter, backend=backend, save_bytes=save_bytes, std=std,
             device=device if mesh is None or device is not None else mesh.device_type, dtype=dtype,
         )  # fmt: skip
@@ -132,13 +136,27 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         if self.sample_rate < 1:
             # Seed and steps taken: in the checkpoint, so that a run that is resumed draws what it would have drawn.
             self.register_buffer("sampling_state", torch.zeros(2, dtype=torch.int64, device=where))
-        return self.shards.distribute(torch.empty(self.shards.classes, self.embedding_dim, device=where, dtype=dtype))
+        local = torch.empty(self.shards.classes * self.subcentres, self.embedding_dim, device=where, dtype=dtype)
+        return self.shards.distribute(local if self._flat else local.unflatten(0, (-1, self.subcentres)))
+
+    @property
+    def _flat(self) -> bool:
+        """Whether ``weight`` has a centre a row; over a mesh it has a class a row, as that is what is dealt out to ranks."""
+        return self.subcentres == 1 or self.shards.mesh is None
+
+    def _local_centres(self) -> Tensor:
+        return sharding.local_part(self.weight).view(-1, self.embedding_dim)
+
+    def _own_slice(self) -> slice:
+        """This rank's centres among all ``[C·K, D]``."""
+        return slice(self.shards.start * self.subcentres, self.shards.stop * self.subcentres)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *rest: Any) -> None:
         """Of whole centres, as :class:`AMSoftmaxLoss` saves them, this rank's part is taken."""
         whole: Any = state_dict.get(f"{prefix}weight")
         mesh = self.shards.mesh
-        if mesh is not None and type(whole) in (Tensor, nn.Parameter) and whole.shape == self.weight.shape:
+        if mesh is not None and type(whole) in (Tensor, nn.Parameter) and whole.numel() == self.weight.numel():
+            whole = whole.view(self.weight.shape)
             where, dtype = self.weight.device, self.weight.dtype
             if local_metadata.get("assign_to_params_buffers", False):  # in the place of this head's, which may be on "meta"
                 dtype = whole.dtype
@@ -149,15 +167,15 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _own_rows(self, centres: Tensor) -> Tensor:
-        if isinstance(centres, DTensor):
+        if isinstance(centres, DTensor) and self.subcentres == 1:
             centres = centres.redistribute(self.shards.mesh, self.shards.placements)
             return sharding.local_part(centres)
-        return centres[self.shards.start : self.shards.stop]
+        return sharding.whole(centres)[self._own_slice()]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the centres anew, the same whatever the number of ranks. Every rank must call it."""
-        local = sharding.local_part(self.weight)
+        local, K = self._local_centres(), self.subcentres
         if self._seed is None:
             seed = int(torch.randint(1 << 62, (), device="cpu"))
             self._seed = self.shards.broadcast_int(seed, local.device)
@@ -172,13 +190,13 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             digest = hashlib.blake2b(f"{self._seed} {first}{draw}".encode(), digest_size=7).digest()
             generator.manual_seed(int.from_bytes(digest, "big"))
             block = torch.randn(
-                min(_BLOCK, self.num_classes - first), self.embedding_dim,
+                min(_BLOCK, self.num_classes - first) * K, self.embedding_dim,
                 generator=generator, device=local.device, dtype=local.dtype,
             )  # fmt: skip
-            begin, end = max(first, self.shards.start), min(first + len(block), self.shards.stop)
+            begin, end = max(first, self.shards.start), min(first + _BLOCK, self.shards.stop)
             torch.mul(
-                block[begin - first : end - first], self.std,
-                out=local[begin - self.shards.start : end - self.shards.start],
+                block[(begin - first) * K : (end - first) * K], self.std,
+                out=local[(begin - self.shards.start) * K : (end - self.shards.start) * K],
             )  # fmt: skip
 
     @property
@@ -239,6 +257,8 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
 
         scale = beside(self.scale, features.device)
         local = sharding.local_part(self.weight)
+        if self.subcentres > 1:
+            local = local.view(-1, self.subcentres, self.embedding_dim)
         grad = torch.is_grad_enabled()
         differentiated = grad and (features.requires_grad or local.requires_grad or getattr(scale, "requires_grad", False))
         sampling = self._sampling(rows)
@@ -253,6 +273,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             shards, rows, self.normalize_features, compute_dtype(features, self.weight),
             math.inf if self.interclass_filter is None else float(self.interclass_filter),
             save_bytes if differentiated else 0, return_predictions, backend, sampling, self._count_step, updater,
+            self.subcentres,
         )  # fmt: skip
         log_z, cosine, norm, everyone, best, best_class = ShardedFunction.apply(  # type: ignore[no-untyped-call]
             features, canonical, local, scale, anchor, plan
@@ -281,12 +302,15 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         """The backend's name, and labels as it takes them, once everything has been checked."""
         check_flag("return_predictions", return_predictions)
         check_arguments(
-            features, self.weight, labels,
+            features, self._described_weight(), labels,
             scale=self.scale, margin=self.margin, normalize_features=self.normalize_features, reduction=self.reduction,
             ignore_index=self.ignore_index, interclass_filter=self.interclass_filter, save_bytes=self.save_bytes,
+            subcentres=self.subcentres,
         )  # fmt: skip
         filtered = self.interclass_filter is not None
-        traits = traits_of(features, self.weight, self.scale, self.normalize_features, filtered, return_predictions)
+        traits = traits_of(
+            features, self.weight, self.scale, self.normalize_features, filtered, return_predictions, self.subcentres
+        )
         backend = backends.choose(self.backend, traits)
         if backend == "reference":
             raise ValueError("backend 'reference' is the formula in one process: it cannot be sharded")
@@ -294,6 +318,13 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         if updater is not None and torch.is_grad_enabled():
             updater.check(self.weight)
         return backend, canonical_labels(labels, self.num_classes, self.ignore_index)[0]
+
+    def _described_weight(self) -> Tensor:
+        """The centres ``[C·K, D]`` as far as arguments are checked against them: shape, dtype and device."""
+        if self._flat:
+            return self.weight
+        stand_in = self._local_centres().new_empty(1, 1)
+        return stand_in.expand(self.num_classes * self.subcentres, self.embedding_dim)
 
     def _agreed(self, features: Tensor, backend: str, predict: bool) -> dict[str, Any]:
         """What must be alike on all ranks for their collectives to fit together."""
@@ -308,6 +339,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             "weight.requires_grad": grad and self.weight.requires_grad,
             "optimizer": None if updater is None else updater.agreement(),
             "num_classes": self.num_classes,
+            "subcentres": self.subcentres,
             "mesh": (self.shards.replicas, self.shards.shards),
             "scale": _comparable(self.scale),
             "margin": _comparable(self.margin),
@@ -348,13 +380,42 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             self._counted_in = _backward_pass()
 
     def cosine(self, features: Tensor) -> Tensor:
-        """Cosines ``[b, C]`` of this rank's ``features [b, D]`` to every centre; every rank must call it.
+        """Cosines ``[b, C]`` of this rank's ``features [b, D]`` to every class; every rank must call it.
 
         Gathers all C×D centres on each rank: for evaluation with few classes.
         """
         weight = sharding.whole(self.weight)
+        weight = weight if self._flat else weight.flatten(0, 1)
         check_features(features, weight)
-        return reference.cosine(features, weight)
+        return reference.cosine(features, weight, self.subcentres)
+
+    def subcentre_sizes(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """As :meth:`AMSoftmaxLoss.subcentre_sizes`, of this rank's classes and all ranks' samples."""
+        return self.shards.sum_replicas_(super().subcentre_sizes(batches))
+
+    @torch.no_grad()
+    def _nearest_centres(self, features: Tensor, labels: Tensor) -> Tensor:
+        shards = self.shards
+        if shards.mesh is None:
+            sharding.check_alone()
+            return super()._nearest_centres(features, labels)
+        error: Exception | None = None
+        try:
+            labels = self._checked(features, labels, False)[1]
+        except Exception as caught:  # of any kind: the other ranks must not wait for this one
+            error = caught
+        agreed = {"D": features.shape[-1:], "features.dtype": features.dtype} if error is None else {}
+        rows = shards.agree_on_rows(0 if error else len(features), agreed, error, self.weight.device)
+        features, labels = shards.gather_rows(features, labels, rows)
+        centres = nearest(features, self._local_centres(), shards.local_labels(labels), self.subcentres)
+        return centres.masked_fill_(centres < 0, len(self._local_centres()))
+
+    def keep_largest_subcentres(self, sizes: Tensor) -> None:
+        """As :meth:`AMSoftmaxLoss.keep_largest_subcentres`; every rank must call it with the sizes of its own classes."""
+        state: Any = getattr(self, "sampling_state", None)
+        super().keep_largest_subcentres(sizes)
+        if state is not None:  # the draws go on
+            self.get_buffer("sampling_state").copy_(state)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]

@@ -151,6 +151,7 @@ class Options:
     of_norm: bool = False  # a margin that depends on ‖x‖
     needs: tuple[bool, bool, bool] = (True, True, False)  # gradients of features, weight and scale
     updated: Updated | None = None  # how the centres are, in the place of a gradient
+    subcentres: int = 1  # K; C counts the centres, and is a multiple of it
 
 
 def of_a_step(
@@ -166,7 +167,9 @@ def _step(B: int, D: int, C: int, how: Options) -> None:
     features, weight = torch.empty(B, D, dtype=how.features_dtype), torch.empty(C, D, dtype=how.weight_dtype)
     labels, needs = torch.zeros(B, dtype=torch.int64), Needs(*how.needs)
     scale, number = (torch.tensor(30.0), 0.0) if how.scale is None else (None, how.scale)
-    problem = Problem(features, weight, labels, scale, number, how.normalize, how.compute_dtype, how.interclass_filter)
+    problem = Problem(
+        features, weight, labels, scale, number, how.normalize, how.compute_dtype,
+                      how.interclass_filter, how.subcentres)  # fmt: skip
     save_bytes = how.save_bytes if any(needs) else 0
     out = backend.forward(problem, Request(save_bytes, how.predict, needs.features or needs.scale))
     if how.constant_margin:
@@ -270,6 +273,8 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
             for half in _HALF:
                 add(256, 512, 2048, Options(half, features_dtype=half, weight_dtype=half))
             add(256, 512, 2048, Options(scale=None, needs=(True, True, True)))  # a scale that learns
+            for how, subcentres in itertools.product(few[:3], (3,) if quick else (2, 3, 4, 5, 8)):
+                add(256, 512, 2040, Options(torch.float32 if tf32 else torch.bfloat16, subcentres=subcentres, **how))
             for updated in () if tf32 else _FEW_UPDATES if quick else _UPDATES:
                 few_dtypes = (torch.bfloat16,) if updated.stochastic else (torch.float32, torch.bfloat16)
                 for dtype in few_dtypes if quick else (torch.float32, *_HALF):

@@ -2,9 +2,9 @@
 which is float32 where PyTorch's setting allows it.
 
 There are two fused kernels: Hopper's own (wgmma, bulk copies and clusters, under CUTLASS's pipeline), which is built where
-CUTLASS's headers are, and the portable one (mma.sync, cp.async) for the rest. Beside the first there is one that makes the
-gradient of the centres at once, in half precision to a width of 512. ``backend="cuda"`` has nvcc build the library when it
-is first needed; one that was built ahead of time and is named is a candidate by itself (:func:`place`).
+CUTLASS's headers are, and the portable one (mma.sync, cp.async) for the rest and for sub-centres. Beside the first there is
+one that makes the gradient of the centres at once, in half precision to a width of 512. ``backend="cuda"`` has nvcc build
+the library when it is first needed; one that was built ahead of time and is named is a candidate by itself (:func:`place`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .. import Forward, Problem, Upstream
 from ..chunking import kind, padded
 from ..fused import Fused, streams_for
 from ..kernels import Cosines, Factored, Grads, Rows, TargetParts
+from ..subcentres import Columns
 from ..update import Update
 from . import build
 from . import library as c
@@ -132,8 +133,8 @@ def _library(device: torch.device) -> c.Library:
 
 
 @functools.lru_cache(1024)
-def _tiling(device: torch.device, batch: int, width: int, dtype: torch.dtype) -> Any:
-    return _library(device).tiling(device, batch, width, dtype)
+def _tiling(device: torch.device, batch: int, width: int, dtype: torch.dtype, grouped: bool) -> Any:
+    return _library(device).tiling(device, batch, width, dtype, grouped)
 
 
 @functools.lru_cache(1024)
@@ -153,7 +154,8 @@ class _Kernels:
 
     def streams(self, problem: Problem, classes: int) -> int:
         batch, dim = problem.features.shape
-        tiling = _tiling(problem.weight.device, batch, padded(dim), problem.compute_dtype)
+        grouped = problem.subcentres > 1
+        tiling = _tiling(problem.weight.device, batch, padded(dim), problem.compute_dtype, grouped)
         blocks, tiles = -(-batch // tiling.rows), -(-classes // tiling.classes)
         return int(tiling.parts) * streams_for(max(tiling.blocks, 1), blocks, tiles)
 
@@ -176,7 +178,7 @@ class _Kernels:
         parameters = c.Cosine(
             c.operand(rows.x_hat), c.operand(w_hat), c.matrix(out.terms), c.pointer(problem.labels), c.pointer(rows.factor),
             c.pointer(rows.shift), c.pointer(out.z), c.pointer(out.best), c.pointer(out.best_class), start,
-            problem.interclass_filter, streams, int(for_shift), 0,
+            problem.interclass_filter, streams, int(for_shift), problem.subcentres, Columns.of(problem).group, 0,
         )  # fmt: skip
         self._call("ak_cosine_exp", parameters, w_hat)
 

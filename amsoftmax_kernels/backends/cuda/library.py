@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import build
 
-VERSION = 7  # of the contract: ak_version()
+VERSION = 8  # of the contract: ak_version()
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OPERANDS = _TYPES | {torch.float32: 3}  # multiplied as TF32
 
@@ -38,10 +38,10 @@ Rows = _structure(
 Centres = _structure("AkCentres", **_named(Matrix, "weight w_hat"), inverse_norm=c_void_p)
 Cosine = _structure(
     "AkCosine", **_named(Matrix, "x_hat w_hat terms"), **_named(c_void_p, "labels factor shift z best best_class"),
-    class_start=c_int64, filter=c_float, **_named(c_int32, "parts only_unbounded reserved"),
+    class_start=c_int64, filter=c_float, **_named(c_int32, "parts only_unbounded subcentres group reserved"),
 )  # fmt: skip
 Tiling = _structure(
-    "AkTiling", **_named(c_int64, "batch width"), **_named(c_int32, "rows classes parts blocks type reserved")
+    "AkTiling", **_named(c_int64, "batch width"), **_named(c_int32, "rows classes parts blocks type grouped")
 )
 Reduce = _structure(
     "AkReduce", **_named(c_void_p, "z_parts best_parts class_parts labels factor z best shift best_class"),
@@ -154,9 +154,11 @@ class Library:
         if error is not None:
             raise RuntimeError(f"the kernels of {self.path} do not run on {device}: {error.decode()}")
 
-    def tiling(self, device: torch.device, batch: int, width: int, dtype: torch.dtype) -> ctypes.Structure:
-        """How the cosine kernel divides a batch of rows of this width."""
-        tiling = Tiling(batch, width, type=_OPERANDS[dtype])
+    def tiling(
+        self, device: torch.device, batch: int, width: int, dtype: torch.dtype, grouped: bool = False
+    ) -> ctypes.Structure:
+        """How the cosine kernel divides a batch of rows of this width, of classes with several centres if ``grouped``."""
+        tiling = Tiling(batch, width, type=_OPERANDS[dtype], grouped=int(grouped))
         self.call("ak_tiling", tiling, device)
         return tiling
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ from .. import Forward, Problem, Upstream
 from ..chunking import kind, padded
 from ..fused import Fused, streams_for
 from ..kernels import Cosines, Factored, Grads, Rows, TargetParts
+from ..subcentres import Columns
 from ..update import AdamW, Update
 from .tiles import GRADIENT, Config, GradientConfig, config
 
@@ -88,7 +90,7 @@ class _Kernels:
 
     def streams(self, problem: Problem, classes: int) -> int:
         device = problem.weight.device
-        c = _config(device, problem.compute_dtype)
+        c = _tile(device, problem.compute_dtype, problem.subcentres)
         blocks, tiles = _ceil(problem.features.shape[0], c.rows), _ceil(classes, c.classes)
         return streams_for(_multiprocessors(device) * c.resident, blocks, tiles)
 
@@ -108,7 +110,7 @@ class _Kernels:
 
     def cosine_exp(self, problem: Problem, start: int, rows: Rows, w_hat: Tensor, out: Cosines) -> None:
         x_hat, factor = rows.x_hat, rows.factor
-        c = _config(x_hat.device, x_hat.dtype)
+        c = _tile(x_hat.device, x_hat.dtype, problem.subcentres)
         stored = x_hat if out.terms is None else out.terms
         operands: list[Any] = [x_hat, w_hat, stored]
         if c.bulk:
@@ -126,6 +128,7 @@ class _Kernels:
             problem.interclass_filter,
             ONLY_UNBOUNDED=for_shift, SHIFT=rows.shift is not None, SUM=out.z is not None,
             STORE=out.terms is not None, BEST=out.best is not None, FILTER=problem.interclass_filter <= 1, BULK=c.bulk,
+            SUBCENTRES=problem.subcentres, GROUP=Columns.of(problem).group,
             PRECISION="tf32" if _tf32(x_hat) else "ieee", BLOCK_B=c.rows, BLOCK_C=c.classes, BLOCK_D=c.depth,
             FLATTEN=flatten, num_stages=c.stages, num_warps=c.warps,
         )  # fmt: skip
@@ -237,6 +240,12 @@ def _tf32(operand: Tensor) -> bool:
 
 def _config(device: torch.device, dtype: torch.dtype) -> Config:
     return _INTERPRETED if device.type == "cpu" else config(_capability(device), kind(dtype))
+
+
+def _tile(device: torch.device, dtype: torch.dtype, subcentres: int) -> Config:
+    c = _config(device, dtype)
+    # To find each class's nearest takes registers that the widest tile has not.
+    return c if subcentres == 1 or c.classes <= 128 else dataclasses.replace(c, classes=128)
 
 
 @functools.cache

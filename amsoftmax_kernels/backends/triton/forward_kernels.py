@@ -109,9 +109,27 @@ def prepare_centres(
 
 
 @triton.jit
-def _masked(tile, columns, label, N, value: tl.constexpr):
-    """A tile of logits or terms with ``value`` in the place of targets and of what is past the classes."""
-    return tl.where((columns[None, :] == label[:, None]) | (columns >= N)[None, :], value, tile)
+def _masked(tile, columns, label, N, value: tl.constexpr, GROUP: tl.constexpr):
+    """A tile of logits or terms with ``value`` in the place of targets, their whole groups, and what is past the classes."""
+    if GROUP > 1:
+        columns_group, label_group = columns // GROUP, tl.where(label < 0, -1, label // GROUP)
+        targets = columns_group[None, :] == label_group[:, None]
+    else:
+        targets = columns[None, :] == label[:, None]
+    return tl.where(targets | (columns >= N)[None, :], value, tile)
+
+
+@triton.jit
+def _nearest(cos, SUBCENTRES: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Cosines with −∞ in the place of all but the largest of a group's first SUBCENTRES, the first of equals; NaN stays."""
+    groups = tl.reshape(cos, [BLOCK_B, BLOCK_C // GROUP, GROUP])
+    place = tl.arange(0, GROUP)[None, None, :]
+    if SUBCENTRES < GROUP:
+        groups = tl.where(place < SUBCENTRES, groups, float("-inf"))
+    largest = tl.max(groups, 2, keep_dims=True)
+    first = tl.min(tl.where(groups == largest, place, GROUP), 2, keep_dims=True)
+    groups = tl.where((place == first) | (groups != groups), groups, float("-inf"))
+    return tl.reshape(groups, [BLOCK_B, BLOCK_C])
 
 
 @triton.jit
@@ -156,14 +174,16 @@ def cosine_exp(
     best_partial, best_class_partial,  # [streams, B] float32 and int64, written if BEST; no class if ONLY_UNBOUNDED
     B, N, D_padded, terms_width, terms_stride, class_start, interclass_filter,
     ONLY_UNBOUNDED: tl.constexpr, SHIFT: tl.constexpr, SUM: tl.constexpr, STORE: tl.constexpr,
-    BEST: tl.constexpr, FILTER: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr,
+    BEST: tl.constexpr, FILTER: tl.constexpr, SUBCENTRES: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, BULK: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """E = 2^(factor·cos − shift) of a chunk of classes, the targets masked, and its row sums: piece 2 of a step.
 
     The P programs of a block of rows each take every P-th tile of classes, and each keeps its rows' sums to itself. BEST
     adds the largest cosine of a negative and its class. ONLY_UNBOUNDED is for the pass that finds the shifts: it leaves the
-    class out, and skips blocks in which no row's scale is large enough to need a shift.
+    class out, and skips blocks in which no row's scale is large enough to need a shift. With sub-centres each GROUP columns
+    are one class, of which the nearest of the first SUBCENTRES counts.
     """
     row_block, stream = tl.program_id(0), tl.program_id(1)  # rows first: programs that run together share classes in L2
     first_row = row_block * BLOCK_B
@@ -189,9 +209,11 @@ def cosine_exp(
             w = _load_tile(w_hat, first, k, N, D_padded, BULK, BLOCK_C, BLOCK_D)
             cos = tl.dot(x, w.T, cos, input_precision=PRECISION)
         columns = first + tl.arange(0, BLOCK_C)
+        if GROUP > 1:
+            cos = _nearest(cos, SUBCENTRES, GROUP, BLOCK_B, BLOCK_C)
         if BEST:
             # In every tile: were the products' result an if's, Triton would wait for each group of Hopper's.
-            cos = _masked(cos, columns, label, N, float("-inf"))
+            cos = _masked(cos, columns, label, N, float("-inf"), GROUP)
             if ONLY_UNBOUNDED and FILTER:
                 cos = tl.where(cos > interclass_filter, float("-inf"), cos)
             if ONLY_UNBOUNDED:
@@ -205,10 +227,12 @@ def cosine_exp(
             e = tl.exp2(cos * row_factor[:, None] - row_shift[:, None])
             if FILTER:
                 e = tl.where(cos > interclass_filter, 0.0, e)
+            if GROUP > 1:  # −∞ times a factor of 0 is no number
+                e = tl.where(cos == float("-inf"), 0.0, e)
             # Few tiles hold a target or the end of the classes: the rest are spared the comparisons.
             here = (label >= first) & (label < first + BLOCK_C)
             if (tl.max(here.to(tl.int32), 0) > 0) | (first + BLOCK_C > N):
-                e = _masked(e, columns, label, N, 0.0)
+                e = _masked(e, columns, label, N, 0.0, GROUP)
             if SUM:
                 z += tl.sum(e, 1).to(tl.float64)
             if STORE:
