@@ -49,6 +49,7 @@ CASES = {
     "fused sgd": {"optimizer": "fused-sgd"},
     "fused sgd, nothing kept": {"optimizer": "fused-sgd", "weight_decay": True, "save_bytes": 0},
     "fused adamw, half": {"sample_rate": 0.5, "optimizer": "fused-adamw"},
+    "sub-centres": {"subcentres": 2},
 }
 FEW = ("momentum", "sampled, a third, corrected", "fused sgd, nothing kept")  # on two ranks each time
 
@@ -60,7 +61,7 @@ FEW = ("momentum", "sampled, a third, corrected", "fused sgd, nothing kept")  # 
 )
 def test_memory_is_what_training_takes(fresh_ranks: Ranks, size: int, case: str) -> None:
     options: dict[str, Any] = CASES[case]
-    run = Run(C, D, B // size, size, **options)
+    run = Run(C // options.get("subcentres", 1), D, B // size, size, **options)
     predicted = memory(run).total
     threads = max(torch.get_num_threads() // size, 1)
     # The least of three, if need be: a library may set up something at its first use.
@@ -92,7 +93,7 @@ def measure(run: Run, threads: int) -> int:
 def train(run: Run) -> None:
     head = ShardedAMSoftmaxLoss(
         run.dim, run.num_classes, save_bytes=run.save_bytes, sample_rate=run.sample_rate,
-        sampling_correction=run.sampling_correction, seed=0,
+        sampling_correction=run.sampling_correction, seed=0, subcentres=run.subcentres,
     )  # fmt: skip
     decay = 1e-4 if run.weight_decay else 0.0
     optimizer: torch.optim.Optimizer
@@ -163,6 +164,8 @@ class Allocated(TorchDispatchMode):
         {"compute_dtype": torch.float32, "dtype": torch.bfloat16},
         {"optimizer": "fused-sgd"},
         {"optimizer": "fused-sgd", "dim": 100, "dtype": torch.bfloat16},
+        {"subcentres": 3, "save_bytes": 0},
+        {"subcentres": 3, "optimizer": "fused-sgd"},
     ],
     ids=str,
 )
@@ -181,7 +184,8 @@ def test_memory_on_a_gpu_is_what_the_kernels_are_given(options: dict[str, Any], 
     run = Run(20_000, batch=256, ranks=1, device="cuda", **given)
     features, weight = torch.empty(run.rows, run.dim), torch.empty(run.classes, run.dim, dtype=run.dtype)
     labels, vector = torch.zeros(run.rows, dtype=torch.int64), torch.zeros(run.rows)
-    problem = Problem(features, weight, labels, None, 30.0, True, run.compute_dtype, math.inf)
+    problem = Problem(features, weight, labels, None, 30.0, True, run.compute_dtype, math.inf,
+                      run.subcentres)  # fmt: skip
     updated = Updated(SGD(0.1, 0.9, 0.0, 0.0, False, False), run.dtype).of(weight) if run.fused else None
     there = (features, weight, labels, vector, *(updated.state if updated is not None else ()))
     with recording((9, 0), 132), Allocated(*there) as allocated:

@@ -92,7 +92,7 @@ class Fused:
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         problem, request = Problem(*arguments[:9]), Request(*arguments[9:])
-        features, labels, columns = problem.features, problem.labels, Columns.of(problem)
+        features, labels, columns = problem.features, problem.labels, Columns(problem.subcentres)
         (B, D), N = features.shape, columns.count(problem.weight.shape[0])
         with on_device(features.device):
             out = _buffers(problem, request)
@@ -181,7 +181,7 @@ class Fused:
         finish: Callable[[range, Tensor, Tensor], None] | None,
     ) -> Tensor:  # fmt: skip
         """The B×C work of the backward pass: hands E and a∘x̂ of each chunk to ``finish``, and returns Eŵ."""
-        features, (B, D), columns = problem.features, problem.features.shape, Columns.of(problem)
+        features, (B, D), columns = problem.features, problem.features.shape, Columns(problem.subcentres)
         spans, unit_rows = chunking.spans(B, D, columns.count(problem.weight.shape[0])), saved.rows
         again = [span for span in spans if span.start >= saved.kept.shape[1]]
         if finish is None and not (again and need_rows):
@@ -221,7 +221,7 @@ class Fused:
         self, problem: Problem, inverse_norm: Tensor, grad: Tensor, span: range, terms: Tensor, x_factored: Tensor
     ) -> None:
         """The gradient of a chunk's centres but for the targets' part: at once, or a few thousand classes at a time."""
-        columns = Columns.of(problem)
+        columns = Columns(problem.subcentres)
         chunk, one_each = columns.centres(span), columns.group == columns.subcentres
         weight, inverse, grad = problem.weight[chunk], inverse_norm[chunk], grad[chunk]
         if one_each and self.kernels.grad_centres(terms, x_factored, weight, inverse, grad):
@@ -236,7 +236,7 @@ class Fused:
         span: range, terms: Tensor, x_factored: Tensor,
     ) -> None:  # fmt: skip
         """The step of a chunk's centres, a few thousand classes at a time."""
-        update.tally.begun, columns = True, Columns.of(problem)
+        update.tally.begun, columns = True, Columns(problem.subcentres)
         for places, unit in _unit_gradients(terms, x_factored, None):
             unit, classes = columns.gather(unit), columns.centres(span[places])
             weight, inverse, of_them = (
@@ -320,7 +320,7 @@ def _buffers(problem: Problem, request: Request) -> Forward:
     """What the forward pass writes, of an empty batch as it must be."""
     features, weight, labels = problem[:3]
     (B, D), C = features.shape, weight.shape[0]
-    N = Columns.of(problem).count(C)
+    N = Columns(problem.subcentres).count(C)
     count = padded(chunking.kept_count(B, N, D, problem.compute_dtype, request.save_bytes))
     z, shift, cosine, norm = (features.new_empty(B, dtype=torch.float32) for _ in range(4))
     return Forward(

@@ -46,11 +46,10 @@ class Columns(NamedTuple):
     """How the kernels see the centres: a column each, a class's in a group of a power of two, padded by zeros."""
 
     subcentres: int  # K
-    group: int
 
-    @classmethod
-    def of(cls, problem: Problem) -> Columns:
-        return cls(problem.subcentres, 1 << (problem.subcentres - 1).bit_length())
+    @property
+    def group(self) -> int:
+        return 1 << (self.subcentres - 1).bit_length()
 
     def count(self, centres: int) -> int:
         return centres // self.subcentres * self.group

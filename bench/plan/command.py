@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"sgd: without momentum; fused-sgd: with it; {default}",
     )
     add("--weight-decay", action="store_true", help="SGD then needs a temporary tensor")
+    add("--subcentres", type=int, default=1, metavar="K", help=f"centres a class; {default}")
     add("--sample-rate", type=float, default=1.0, help=default)
     add("--sampling-correction", action="store_true")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help=f"of the class centres; {default}")
@@ -88,7 +89,7 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("classes", "ranks"):
         if min(getattr(args, name)) < 1:
             raise ValueError(f"--{name} must be at least 1, but one is {min(getattr(args, name))}")
-    for name in ("dim", "batch"):
+    for name in ("dim", "batch", "subcentres"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, but it is {getattr(args, name)}")
     for name in ("memory_gb", "tflops", "copy_gb_per_s", "link_gb_per_s"):
@@ -121,7 +122,7 @@ def _planned(args: argparse.Namespace, num_classes: int, ranks: int, rates: time
     planned = Run(
         num_classes, args.dim, args.batch, ranks, args.optimizer, args.weight_decay, args.sample_rate,
         args.sampling_correction, _DTYPES[args.dtype], _DTYPES[compute], args.save_bytes, args.device,
-        rates.card.capability[0] if rates.card else 9,
+        rates.card.capability[0] if rates.card else 9, args.subcentres,
     )  # fmt: skip
     if args.device == "cpu":  # ranks on this machine share it
         rates = replace(rates, products=rates.products / ranks, copy=rates.copy / ranks)

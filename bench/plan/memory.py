@@ -12,6 +12,7 @@ import torch
 
 from amsoftmax_kernels.backends import chunking, shard, update
 from amsoftmax_kernels.backends.budget import kept_classes
+from amsoftmax_kernels.backends.subcentres import Columns
 from amsoftmax_kernels.backends.triton import tiles as triton_tiles
 from amsoftmax_kernels.functional import DEFAULT_SAVE_BYTES
 from amsoftmax_kernels.sharded.sampling import draw_size
@@ -38,6 +39,7 @@ class Run:
     save_bytes: int = DEFAULT_SAVE_BYTES
     device: str = "cpu"
     generation: int = 9  # of a GPU: its compute capability's major number
+    subcentres: int = 1  # centres a class; below, classes are counted by their centres
 
     @property
     def rows(self) -> int:
@@ -47,7 +49,7 @@ class Run:
     @property
     def classes(self) -> int:
         """Of the largest shard."""
-        return -(-self.num_classes // self.ranks)
+        return -(-self.num_classes // self.ranks) * self.subcentres
 
     @property
     def drawn(self) -> int:
@@ -56,7 +58,8 @@ class Run:
 
     @property
     def _draw_size(self) -> int:
-        return draw_size(self.sample_rate, self.classes, self.rows, self.sampling_correction)
+        classes = self.classes // self.subcentres
+        return draw_size(self.sample_rate, classes, self.rows, self.sampling_correction) * self.subcentres
 
     @property
     def sampled(self) -> bool:
@@ -68,12 +71,18 @@ class Run:
         return self.optimizer.startswith("fused")
 
     @property
+    def columns(self) -> int:
+        """Of E: those classes, on a GPU with their centres padded to a power of two."""
+        return self.drawn if self.device == "cpu" else Columns(self.subcentres).count(self.drawn)
+
+    @property
     def kept(self) -> int:
-        """Of them, those whose B×C terms are kept for the backward pass."""
+        """Of them, those that are kept for the backward pass."""
         if self.device == "cpu":
-            chunk = shard.chunk_size(self.rows, self.dim, self.drawn, torch.device("cpu"))
+            chunk = shard.chunk_size(self.rows, self.dim, self.drawn, torch.device("cpu"), self.subcentres)
             return kept_classes(self.rows, self.drawn, torch.float32, self.save_bytes, chunk)
-        return min(chunking.kept_count(self.rows, self.drawn, self.dim, self.compute_dtype, self.save_bytes), self.drawn)
+        count = chunking.kept_count(self.rows, self.columns, self.dim, self.compute_dtype, self.save_bytes)
+        return min(count, self.columns)
 
 
 @dataclass(frozen=True)
@@ -114,10 +123,10 @@ def _workspace(run: Run) -> dict[str, int]:
     rows, dim, classes = run.rows, run.dim, run.drawn
     parts = {"1/‖w‖": 4 * classes}
     if run.device == "cpu":
-        chunk = shard.chunk_size(rows, dim, classes, torch.device("cpu"))
+        chunk = shard.chunk_size(rows, dim, classes, torch.device("cpu"), run.subcentres)
         parts["kept terms E"] = 4 * run.kept * rows
         parts["features of all ranks, their gradient"] = rows * dim * 48  # much of it in float64, for exact targets
-        count = shard.stream_count(rows, dim, classes, torch.device("cpu"))
+        count = shard.stream_count(rows, dim, classes, torch.device("cpu"), run.subcentres)
         parts["sums of the streams"] = count * rows * (4 * dim + 32)
         threads = max(torch.get_num_threads() // run.ranks, 1)  # ranks share the machine
         widths = 2 * rows + dim * (1 if run.dtype == torch.float32 else 2)  # E, its terms, the gradient, converted centres
@@ -127,8 +136,8 @@ def _workspace(run: Run) -> dict[str, int]:
             parts["classes that are updated"] = threads * (3 + OPTIMIZERS[run.optimizer]) * block
         return parts
     compute, panel = run.compute_dtype.itemsize, chunking.panel_dtype(run.compute_dtype).itemsize
-    width, again = chunking.padded(dim), run.kept < classes
-    chunk = min(chunking.chunk_size(rows, dim), chunking.padded(classes))
+    width, again = chunking.padded(dim), run.kept < run.columns
+    chunk = min(chunking.chunk_size(rows, dim), chunking.padded(run.columns))
     parts["kept terms E"] = panel * rows * chunking.padded(run.kept)
     # Gathered; in float32; a∘x̂; E·ŵ, and the part of a chunk that is added to it; the gradient. Computed again: x̂, and E·ŵ
     # in a copy, as what the forward pass saved stays as it is.
@@ -138,13 +147,17 @@ def _workspace(run: Run) -> dict[str, int]:
         # E and ŵ of one chunk; ŵ in E's dtype too where E cannot have its own.
         converted = panel if run.compute_dtype == torch.float16 else 0
         parts["E and ŵ of a chunk"] = chunk * (rows * panel + width * (compute + converted))
+    padded = chunk // Columns(run.subcentres).group * run.subcentres if run.columns > classes else 0
+    if padded:
+        parts["ŵ of a chunk before it is padded"] = padded * width * compute
     gradient = triton_tiles.GRADIENT.get(run.generation)  # Hopper's: a chunk's gradient at once, without a buffer
-    at_once = gradient is not None and panel == 2 and width == dim and gradient.serves(width)
-    in_place = run.dtype == torch.float32 and width == dim
+    at_once = gradient is not None and panel == 2 and width == dim and gradient.serves(width) and not padded
+    in_place = run.dtype == torch.float32 and width == dim and not padded
     if run.fused:
         parts["targets' part, and which classes have one"] = 4 * classes + rows * dim * (4 + run.dtype.itemsize)
     if run.fused or not (at_once or in_place):
-        parts["gradient of a few thousand classes"] = 4 * min(chunking.finish_size(width), chunk) * width
+        copies = 2 if padded else 1
+        parts["gradient of a few thousand classes"] = copies * 4 * min(chunking.finish_size(width), chunk) * width
     return parts
 
 

@@ -76,7 +76,7 @@ def of_this_cpu(rows: int, dim: int) -> Rates:
 
 def head_seconds(run: Run, rates: Rates) -> tuple[float, float]:
     """Forward and backward pass of a rank: the time, and the floor of what it computes."""
-    rows, dim, classes = run.rows, run.dim, run.drawn
+    rows, dim, classes = run.rows, run.dim, run.columns
     if rates.recorded:
         floor = 6 * rows * dim * classes / rates.products
         return floor * _times_floor(run, rates), floor
@@ -98,7 +98,7 @@ def _times_floor(run: Run, rates: Rates) -> float:
         shape = ((row["B"], run.rows), (row["D"], run.dim), (row["C"], run.drawn))
         return sum(abs(math.log(a / b)) for a, b in shape)
 
-    name = "ours, save_bytes=0" if run.kept < run.drawn / 2 else "ours"
+    name = "ours, save_bytes=0" if run.kept < run.columns / 2 else "ours"
     nearest = min((row for row in rates.recorded if row["peer"] == name), key=distance)
     return float(nearest["of_floor"])
 

@@ -178,7 +178,7 @@ class _Kernels:
         parameters = c.Cosine(
             c.operand(rows.x_hat), c.operand(w_hat), c.matrix(out.terms), c.pointer(problem.labels), c.pointer(rows.factor),
             c.pointer(rows.shift), c.pointer(out.z), c.pointer(out.best), c.pointer(out.best_class), start,
-            problem.interclass_filter, streams, int(for_shift), problem.subcentres, Columns.of(problem).group, 0,
+            problem.interclass_filter, streams, int(for_shift), problem.subcentres, Columns(problem.subcentres).group, 0,
         )  # fmt: skip
         self._call("ak_cosine_exp", parameters, w_hat)
 

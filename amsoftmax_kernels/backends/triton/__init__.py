@@ -128,7 +128,7 @@ class _Kernels:
             problem.interclass_filter,
             ONLY_UNBOUNDED=for_shift, SHIFT=rows.shift is not None, SUM=out.z is not None,
             STORE=out.terms is not None, BEST=out.best is not None, FILTER=problem.interclass_filter <= 1, BULK=c.bulk,
-            SUBCENTRES=problem.subcentres, GROUP=Columns.of(problem).group,
+            SUBCENTRES=problem.subcentres, GROUP=Columns(problem.subcentres).group,
             PRECISION="tf32" if _tf32(x_hat) else "ieee", BLOCK_B=c.rows, BLOCK_C=c.classes, BLOCK_D=c.depth,
             FLATTEN=flatten, num_stages=c.stages, num_warps=c.warps,
         )  # fmt: skip
