@@ -9,10 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward_kernels import LOG2E, _inverse, _operand, _scale
+from .forward_kernels import _factor, _inverse, _operand, _scale
 
-# The interpreter multiplies bfloat16 matrices wrongly.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 @triton.jit(do_not_specialize=["row_factor"])
@@ -40,7 +39,7 @@ def factor_rows(
     tl.store(x_factored + row * D_padded + columns, factored, mask=columns < D_padded)
     if RECOMPUTE:
         tl.store(x_hat + row * D_padded + columns, _operand(x, x_hat.dtype.element_ty, TF32), mask=columns < D_padded)
-        tl.store(factor + row, s * LOG2E)
+        tl.store(factor + row, _factor(scale, length, SCALE_ON_DEVICE, NORMALIZE))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -96,6 +95,14 @@ def _load_centres(weight, stride_class, first_row, first_column, N, D, ROWS: tl.
     return w.to(tl.float32), rows * D + columns, inside
 
 
+@triton.jit
+def _add_product(total, e, x, WIDER: tl.constexpr = INTERPRETED):
+    """total + eᵀx. The interpreter multiplies bfloat16 matrices wrongly."""
+    if WIDER:
+        e, x = e.to(tl.float32), x.to(tl.float32)
+    return tl.dot(e.T, x, total)
+
+
 @triton.jit(do_not_specialize=["B", "N"])
 def grad_centres(
     terms,  # E [B, N or a little more] bfloat16; a descriptor
@@ -115,9 +122,7 @@ def grad_centres(
     for row in range(0, B, BLOCK_B):
         e = terms.load([row, first])
         x = x_factored.load([row, 0])
-        if INTERPRETED:
-            e, x = e.to(tl.float32), x.to(tl.float32)
-        g = tl.dot(e.T, x, g)
+        g = _add_product(g, e, x)
     rows = first + tl.arange(0, BLOCK_C)
     inverse = tl.load(inverse_norm + rows, mask=rows < N, other=0.0)
     parts = _eighths(g, BLOCK_C, BLOCK_D)
