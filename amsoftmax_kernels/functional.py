@@ -151,7 +151,6 @@ def loss_of(
         scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction,
         ignore_index=ignore_index, interclass_filter=interclass_filter, save_bytes=save_bytes,
     )  # fmt: skip
-    dtype = compute_dtype(features, weight)
     filtered = interclass_filter is not None
     traits = traits_of(features, weight, scale, normalize_features, filtered, return_predictions)
     backend = backends.choose(backend, traits)
@@ -174,7 +173,7 @@ def loss_of(
         # The centres' gradient does not go through autograd, and a loss must still need one.
         weight, anchor = weight.detach(), torch.zeros((), device=weight.device, requires_grad=True)
     options = Options(
-        backend, dtype, normalize_features, ignore_index,
+        backend, traits.compute_dtype, normalize_features, ignore_index,
         math.inf if interclass_filter is None else float(interclass_filter),
         kept, return_predictions, torch.is_grad_enabled(), None if anchor is None else updater,
     )  # fmt: skip
@@ -435,9 +434,9 @@ def _checked(
         raise TypeError(f"margin must be a float, but it is {type_name(margin)}: am_softmax_loss takes any margin")
     check_arguments(features, weight, labels, scale=scale, margin=margin, normalize_features=True, reduction=reduction,
                     ignore_index=-100)  # fmt: skip
-    dtype = compute_dtype(features, weight)
-    backend = backends.choose(None, traits_of(features, weight, scale, True, False, False))
-    return Options(backend, dtype, True, -100, math.inf, DEFAULT_SAVE_BYTES, False, True)
+    traits = traits_of(features, weight, scale, True, False, False)
+    backend = backends.choose(None, traits)
+    return Options(backend, traits.compute_dtype, True, -100, math.inf, DEFAULT_SAVE_BYTES, False, True)
 
 
 class NegativesFunction(torch.autograd.Function):

@@ -82,10 +82,10 @@ class Fused:
 
     def _additive_margin(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         problem, vectors, margin = Problem(*arguments[:8]), arguments[8:12], arguments[12]
-        empty = vectors[0].new_empty(0)
-        saved = Forward(*vectors, *[empty] * 6)
-        if len(saved.z) == 0:
-            return torch.empty_like(saved.z), saved.z.new_empty(3, 0)
+        z = vectors[0]
+        saved = Forward(*vectors, *[z] * 6)  # the kernel reads none of the others
+        if z.shape[0] == 0:
+            return torch.empty_like(z), z.new_empty(3, 0)
         with on_device(problem.features.device):
             return self.kernels.additive_margin(problem, saved, scale_of(problem), margin)
 
@@ -177,7 +177,10 @@ class Fused:
         self, problem: Problem, saved: Forward, s: float | Tensor, row_factor: Tensor, need_rows: bool,
         finish: Callable[[range, Tensor, Tensor], None] | None,
     ) -> Tensor:  # fmt: skip
-        """The B×C work of the backward pass: hands E and a∘x̂ of each chunk to ``finish``, and returns Eŵ."""
+        """The B×C work of the backward pass: hands E and a∘x̂ of each chunk to ``finish``, and returns Eŵ.
+
+        E has the columns that pad its rows.
+        """
         features, (B, D), C = problem.features, problem.features.shape, problem.weight.shape[0]
         spans, unit_rows = chunking.spans(B, D, C), saved.rows
         again = [span for span in spans if span.start >= saved.kept.shape[1]]
@@ -200,7 +203,7 @@ class Fused:
                 if need_rows:
                     _multiply(terms[:, : len(span)], w_hat, unit_rows, first=span.start == 0)
             if finish is not None:
-                finish(span, terms[:, : len(span)], factored.x_factored)
+                finish(span, terms, factored.x_factored)
         return unit_rows
 
     def _factored(self, problem: Problem, norm: Tensor, s: float | Tensor, row_factor: Tensor, recompute: bool) -> Factored:
@@ -218,12 +221,11 @@ class Fused:
         self, problem: Problem, inverse_norm: Tensor, grad: Tensor, span: range, terms: Tensor, x_factored: Tensor
     ) -> None:
         """The gradient of a chunk's centres but for the targets' part: at once, or a few thousand classes at a time."""
-        chunk = slice(span.start, span.stop)
-        weight, inverse, grad = problem.weight[chunk], inverse_norm[chunk], grad[chunk]
+        weight, inverse, grad = _of(problem.weight, span), _of(inverse_norm, span), _of(grad, span)
         if self.kernels.grad_centres(terms, x_factored, weight, inverse, grad):
             return
         in_place = grad.dtype == torch.float32 and grad.shape[1] == x_factored.shape[1]
-        for mine, unit in _unit_gradients(terms, x_factored, grad if in_place else None):
+        for mine, unit in _unit_gradients(terms, x_factored, len(span), grad if in_place else None):
             self.kernels.finish_centres(unit, weight[mine], inverse[mine], grad[mine])
 
     def _update_centres(
@@ -232,7 +234,7 @@ class Fused:
     ) -> None:  # fmt: skip
         """The step of a chunk's centres, a few thousand classes at a time."""
         update.tally.begun = True
-        for mine, unit in _unit_gradients(terms, x_factored, None):
+        for mine, unit in _unit_gradients(terms, x_factored, len(span), None):
             classes = slice(span.start + mine.start, span.start + mine.stop)
             weight, inverse, of_them = (
                 problem.weight[classes],
@@ -257,9 +259,11 @@ class Fused:
         return TargetParts(slots, rows)
 
 
-def _unit_gradients(terms: Tensor, x_factored: Tensor, out: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+def _unit_gradients(
+    terms: Tensor, x_factored: Tensor, N: int, out: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """dŵ = Eᵀ(a∘x̂) of a few thousand classes at a time, in ``out [N, width]`` or in memory that is used again."""
-    N, width = terms.shape[1], x_factored.shape[1]
+    width = x_factored.shape[1]
     piece = min(chunking.finish_size(width), N)
     room = x_factored.new_empty(piece, width, dtype=torch.float32) if out is None else out
     for first in range(0, N, piece):
@@ -299,10 +303,9 @@ class _Centres:
 
     def of(self, span: range) -> Tensor:
         """``[n, width]``."""
-        w_hat = self._room[: len(span)]
+        w_hat = _of(self._room, range(len(span)))
         if span != self._made:
-            mine = slice(span.start, span.stop)
-            self._kernels.prepare_centres(self._weight[mine], w_hat, self._inverse_norm[mine])
+            self._kernels.prepare_centres(_of(self._weight, span), w_hat, _of(self._inverse_norm, span))
             self._made = span
         return w_hat
 
@@ -328,9 +331,17 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return _buffers(Problem(*arguments[:8]), Request(*arguments[8:]))
 
 
+def _of(tensor: Tensor, span: range) -> Tensor:
+    """The rows of a chunk of classes; of the only chunk the tensor itself, as a slice takes microseconds."""
+    return tensor if len(span) == tensor.shape[0] else tensor[span.start : span.stop]
+
+
 def _kept_terms(kept: Tensor, span: range) -> Tensor | None:
     """E of a chunk, with the columns that pad its last rows, as far as it is kept."""
-    return kept[:, span.start : padded(span.stop)] if span.start < kept.shape[1] else None
+    if span.start >= kept.shape[1]:
+        return None
+    whole = span.start == 0 and padded(span.stop) == kept.shape[1]
+    return kept if whole else kept[:, span.start : padded(span.stop)]
 
 
 def _multiply(terms: Tensor, w_hat: Tensor, total: Tensor, first: bool) -> None:
@@ -368,10 +379,13 @@ def _bounded(problem: Problem, s: float | Tensor) -> bool:
     return problem.normalize_features and isinstance(s, float) and s <= BOUNDED_SCALE
 
 
+_AS_IT_IS = nullcontext()  # to make one takes a microsecond
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return nullcontext()
+        return _AS_IT_IS
     return torch.cuda.device(device)
 
 

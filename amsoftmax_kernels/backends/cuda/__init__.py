@@ -222,7 +222,7 @@ class _Kernels:
         if clusters == 0:
             return False
         parameters = c.GradCentres(
-            c.matrix(terms),
+            c.matrix(terms[:, : grad.shape[0]]),
             c.matrix(x_factored),
             c.matrix(weight),
             c.matrix(grad),
