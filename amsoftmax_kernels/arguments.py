@@ -206,14 +206,14 @@ def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tu
         if smallest.item() >= 0 and largest.item() < num_classes:  # as nearly always
             return given.clone() if given is labels else given, given.new_full((), labels.shape[0])
     ignored = given == ignore_index
-    labels64 = given.masked_fill(given < 0, num_classes).clamp_(max=num_classes).masked_fill_(ignored, -1)
+    labels64 = given.masked_fill(given < 0, num_classes).clamp(max=num_classes).masked_fill_(ignored, -1)
     if readable and bool((invalid := labels64 == num_classes).any()):
         row = int(invalid.nonzero()[0])
         raise ValueError(
             f"labels must lie in [0, {num_classes}) or be ignore_index={ignore_index}, "
             f"but labels[{row}] is {int(given[row])}"
         )
-    return labels64, (labels64 >= 0).sum().clamp_(min=1)
+    return labels64, (labels64 >= 0).sum().clamp(min=1)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -219,8 +219,8 @@ class Options(NamedTuple):
             features, weight, labels, scale, fixed, self.normalize_features, self.compute_dtype, self.interclass_filter
         )
 
-    def request(self, needs: Needs) -> Request:
-        return Request(self.save_bytes, self.predict, self.grad and (needs.features or needs.scale))
+    def request(self, needs: Needs, margin: float | None = None) -> Request:
+        return Request(self.save_bytes, self.predict, self.grad and (needs.features or needs.scale), margin)
 
 
 def _needs(ctx: Any) -> Needs:
@@ -391,14 +391,13 @@ class AMSoftmaxFunction(torch.autograd.Function):
         labels, num_rows = canonical_labels(labels, weight.shape[0], options.ignore_index)
         device = scale.device if isinstance(scale, Tensor) else None
         problem = options.problem(features, weight, labels, *backends.scale_fields(beside(scale, features.device)))
-        backend = backends.load(options.backend)
-        out = backend.forward(problem, options.request(_needs(ctx)))
-        rows, derivatives = backend.additive_margin(problem, out, float(margin))
-        ctx.save_for_backward(*problem[:4], num_rows, derivatives, *out)
+        out = backends.load(options.backend).forward(problem, options.request(_needs(ctx), float(margin)))
+        assert out.loss is not None
+        ctx.save_for_backward(*problem[:4], num_rows, *out._replace(loss=None))  # that may be changed in place
         ctx.options, ctx.updater, ctx.mean = options, options.updater, reduction == "mean"
         ctx.fixed_scale, ctx.scale_device = problem.fixed_scale, device
         ctx.set_materialize_grads(False)
-        loss = reduce_rows(rows, num_rows, reduction)
+        loss = reduce_rows(out.loss, num_rows, reduction)
         if not options.predict:
             return loss
         predicted = predictions(out, labels)
@@ -412,9 +411,10 @@ class AMSoftmaxFunction(torch.autograd.Function):
             return (None,) * 8
         updater = updater_of(ctx)
         tensors = ctx.saved_tensors  # once: torch.utils.checkpoint hands them out no second time
-        *inputs, num_rows, derivatives = tensors[:6]
-        problem, saved = ctx.options.problem(*inputs, ctx.fixed_scale), Forward(*tensors[6:])
-        row_factor, by_cosine, by_scale = (derivatives * (grad / num_rows if ctx.mean else grad)).unbind()
+        num_rows, saved = tensors[4], Forward(*tensors[5:])
+        problem = ctx.options.problem(*tensors[:4], ctx.fixed_scale)
+        assert saved.derivatives is not None
+        row_factor, by_cosine, by_scale = (saved.derivatives * (grad / num_rows if ctx.mean else grad)).unbind()
         normalize = problem.normalize_features
         needs = _needs(ctx)
         upstream = Upstream(row_factor, by_cosine, None if normalize else by_scale)

@@ -40,7 +40,8 @@ class Fused:
         self.name, self.kernels = name, kernels
         register(
             f"{name}_forward",
-            f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows) -> ({', '.join(['Tensor'] * 10)})",
+            f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows, float? margin) -> "
+            f"({', '.join(['Tensor'] * 12)})",
             self._forward,
             _forward_fake,
         )
@@ -50,12 +51,6 @@ class Fused:
             f"{GRADS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
             self._backward,
             gradients_fake,
-        )
-        register(
-            f"{name}_additive_margin",
-            f"({PROBLEM_SCHEMA}, Tensor z, Tensor shift, Tensor cosine, Tensor norm, float margin) -> (Tensor, Tensor)",
-            self._additive_margin,
-            lambda *arguments: (torch.empty_like(arguments[8]), arguments[8].new_empty(3, arguments[8].shape[0])),
         )
 
     def forward(self, problem: Problem, request: Request) -> Forward:
@@ -71,25 +66,12 @@ class Fused:
         )
         return grads
 
-    def additive_margin(self, problem: Problem, saved: Forward, margin: float) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self._call("additive_margin", problem)(*problem, *saved[:4], margin)
-        return result
-
     def _call(self, name: str, problem: Problem) -> Any:
         if is_traced(problem.features):
             return getattr(torch.ops.amsoftmax_kernels, f"{self.name}_{name}")
         return getattr(self, f"_{name}")
 
-    def _additive_margin(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        problem, vectors, margin = Problem(*arguments[:8]), arguments[8:12], arguments[12]
-        z = vectors[0]
-        saved = Forward(*vectors, *[z] * 6)  # the kernel reads none of the others
-        if z.shape[0] == 0:
-            return torch.empty_like(z), z.new_empty(3, 0)
-        with on_device(problem.features.device):
-            return self.kernels.additive_margin(problem, saved, scale_of(problem), margin)
-
-    def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def _forward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
         problem, request = Problem(*arguments[:8]), Request(*arguments[8:])
         features, weight, labels = problem[:3]
         (B, D), C = features.shape, weight.shape[0]
@@ -116,7 +98,10 @@ class Fused:
                 self.kernels.cosine_exp(problem, span.start, rows, w_hat, Cosines(terms, sums.next(), best, best_class))
                 if terms is not None and request.need_rows:
                     _multiply(terms[:, : len(span)], w_hat, out.rows, first=span.start == 0)
-            self.kernels.reduce_sums(sums.parts, labels, out.z)
+            if request.margin is None:
+                self.kernels.reduce_sums(sums.parts, labels, out.z)
+            else:
+                self.kernels.additive_margin(problem, sums.parts, out, s, request.margin)
             if maxima is not None:
                 self.kernels.reduce_best(*maxima.parts, out.best, out.best_class)
             return out
@@ -315,19 +300,22 @@ def _buffers(problem: Problem, request: Request) -> Forward:
     features, weight, labels = problem[:3]
     (B, D), C = features.shape, weight.shape[0]
     count = padded(chunking.kept_count(B, C, D, problem.compute_dtype, request.save_bytes))
-    z, shift, cosine, norm = (features.new_empty(B, dtype=torch.float32) for _ in range(4))
+    constant = request.margin is not None
+    shift, cosine, norm = (features.new_empty(B, dtype=torch.float32) for _ in range(3))
     return Forward(
-        z, shift, cosine, norm,
+        features.new_empty(0 if constant else B, dtype=torch.float32), shift, cosine, norm,
         inverse_norm=features.new_empty(C, dtype=torch.float32),
         kept=features.new_empty(B, count, dtype=panel_dtype(problem.compute_dtype)),
         kept_shift=features.new_empty(0, dtype=torch.float32),
         rows=features.new_empty((B, padded(D)) if request.need_rows and count else 0, dtype=torch.float32),
         best=features.new_empty(B if request.predict else 0, dtype=torch.float32),
         best_class=labels.new_empty(B if request.predict else 0, dtype=torch.int64),
+        loss=features.new_empty(B if constant else 0, dtype=torch.float32),
+        derivatives=features.new_empty((3, B) if constant else 0, dtype=torch.float32),
     )  # fmt: skip
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
     return _buffers(Problem(*arguments[:8]), Request(*arguments[8:]))
 
 

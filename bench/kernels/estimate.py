@@ -207,8 +207,8 @@ def own_launches(B: int, D: int, C: int, kept: bool, at_once: bool) -> int:
     """Our own kernels in a step. ``at_once``: one kernel a chunk makes the centres' gradient, in place of one a piece."""
     chunks = spans(B, D, C)
     pieces = sum(-(-len(span) // finish_size(padded(D))) for span in chunks)
-    # prepare_rows, reduce_sums, additive_margin, factor_rows, finish_rows; prepare_centres and cosine_exp a chunk and pass.
-    return 5 + 2 * len(chunks) * (1 if kept else 2) + (len(chunks) if at_once else pieces)
+    # prepare_rows, additive_margin, factor_rows and finish_rows; prepare_centres and cosine_exp a chunk and pass.
+    return 4 + 2 * len(chunks) * (1 if kept else 2) + (len(chunks) if at_once else pieces)
 
 
 def launches(B: int, D: int, C: int, kept: bool, at_once: bool) -> int:

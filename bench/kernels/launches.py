@@ -168,9 +168,8 @@ def _step(B: int, D: int, C: int, how: Options) -> None:
     scale, number = (torch.tensor(30.0), 0.0) if how.scale is None else (None, how.scale)
     problem = Problem(features, weight, labels, scale, number, how.normalize, how.compute_dtype, how.interclass_filter)
     save_bytes = how.save_bytes if any(needs) else 0
-    out = backend.forward(problem, Request(save_bytes, how.predict, needs.features or needs.scale))
-    if how.constant_margin:
-        backend.additive_margin(problem, out, 0.35)
+    margin = 0.35 if how.constant_margin else None
+    out = backend.forward(problem, Request(save_bytes, how.predict, needs.features or needs.scale, margin))
     if any(needs):
         vectors = torch.zeros(3, B).unbind()  # rows of one tensor: no kernel may count on their addresses
         grad_norm = vectors[2] if how.of_norm or not how.normalize else None

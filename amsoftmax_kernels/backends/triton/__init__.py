@@ -143,14 +143,14 @@ class _Kernels:
         parts, B = best_parts.shape[0] * best_parts.shape[1], shift.shape[0]
         forward_kernels.reduce_shift[(_ceil(B, 32),)](best_parts, factor, shift, B, parts, ROWS=32, PARTS=32)
 
-    def additive_margin(self, problem: Problem, saved: Forward, s: float | Tensor, margin: float) -> tuple[Tensor, Tensor]:
-        B = saved.z.shape[0]
-        loss, derivatives = torch.empty_like(saved.z), saved.z.new_empty(3, B)
-        forward_kernels.additive_margin[(_ceil(B, 128),)](
-            saved.z, saved.shift, saved.cosine, saved.norm, problem.labels, s, margin, loss, derivatives,
-            B, problem.weight.shape[0], isinstance(s, Tensor), problem.normalize_features, BLOCK=128,
+    def additive_margin(
+        self, problem: Problem, z_parts: Tensor, out: Forward, s: float | Tensor, margin: float
+    ) -> None:  # fmt: skip
+        parts, B = z_parts.shape[0] * z_parts.shape[1], z_parts.shape[2]
+        forward_kernels.additive_margin[(_ceil(B, 32),)](
+            z_parts, out.shift, out.cosine, out.norm, problem.labels, s, margin, out.loss, out.derivatives,
+            B, parts, problem.weight.shape[0], isinstance(s, Tensor), problem.normalize_features, ROWS=32, PARTS=32,
         )  # fmt: skip
-        return loss, derivatives
 
     def factor_rows(self, problem: Problem, norm: Tensor, row_factor: Tensor, s: float | Tensor, out: Factored) -> None:
         features, width = problem.features, out.x_factored.shape[1]
@@ -277,4 +277,4 @@ def _power_of_2(size: int) -> int:
 
 
 fused = Fused("triton", _Kernels())
-forward, backward, additive_margin = fused.forward, fused.backward, fused.additive_margin
+forward, backward = fused.forward, fused.backward

@@ -239,6 +239,15 @@ def _load_parts(pointer, part, rows, parts, B, missing):
     return tl.load(pointer + part.to(tl.int64)[:, None] * B + rows[None, :], mask=inside, other=missing)
 
 
+@triton.jit
+def _sum_of_parts(z_partial, rows, label, parts, B, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """The programs' sums ``[parts, B]``, added in a fixed order; an ignored row's is 0."""
+    total = tl.zeros([ROWS], tl.float64)
+    for start in range(0, parts, PARTS):
+        total += tl.sum(_load_parts(z_partial, start + tl.arange(0, PARTS), rows, parts, B, 0.0), 0)
+    return tl.where(label < 0, 0.0, total)
+
+
 @triton.jit(do_not_specialize=["B", "parts"])
 def reduce_sums(
     z_partial,  # [parts, B] float64
@@ -247,13 +256,11 @@ def reduce_sums(
     B, parts,
     ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The programs' sums are added in a fixed order; an ignored row's is 0."""
+    """A program adds up the parts of z of ROWS rows."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros([ROWS], tl.float64)
-    for start in range(0, parts, PARTS):
-        total += tl.sum(_load_parts(z_partial, start + tl.arange(0, PARTS), rows, parts, B, 0.0), 0)
     label = tl.load(labels + rows, mask=rows < B, other=-1)
-    tl.store(z + rows, tl.where(label < 0, 0.0, total).to(tl.float32), mask=rows < B)
+    total = _sum_of_parts(z_partial, rows, label, parts, B, ROWS, PARTS)
+    tl.store(z + rows, total.to(tl.float32), mask=rows < B)
 
 
 @triton.jit(do_not_specialize=["B", "parts"])
@@ -298,24 +305,25 @@ def reduce_best(
     tl.store(best_class + rows, largest_class, mask=rows < B)
 
 
-@triton.jit(do_not_specialize=["margin", "B", "C"])
+@triton.jit(do_not_specialize=["margin", "B", "parts", "C"])
 def additive_margin(
-    z, shift, cosine, norm,  # [B] float32
+    z_partial,  # [parts, B] float64
+    shift, cosine, norm,  # [B] float32
     labels,  # [B] int64: negative where ignored, NaN is the result where C or more
     scale,  # s: a number, or a pointer to a float32
     margin,  # float
     loss,  # [B] float32
     derivatives,  # [3, B] float32: by log z, over z; by t; by s or, without NORMALIZE, by ‖x‖
-    B, C,
-    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
+    B, parts, C,
+    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """AM-Softmax's loss of BLOCK rows and its derivatives for an upstream gradient of 1, in float64."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """AM-Softmax's loss of ROWS rows and its derivatives for an upstream gradient of 1, in float64."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < B
     label = tl.load(labels + rows, mask=inside, other=-1)
     length = tl.load(norm + rows, mask=inside, other=1.0)
-    s = (_scale(scale, length, SCALE_ON_DEVICE, NORMALIZE) + tl.zeros([BLOCK], tl.float32)).to(tl.float64)
-    negatives = tl.load(z + rows, mask=inside, other=0.0).to(tl.float64)
+    s = (_scale(scale, length, SCALE_ON_DEVICE, NORMALIZE) + tl.zeros([ROWS], tl.float32)).to(tl.float64)
+    negatives = _sum_of_parts(z_partial, rows, label, parts, B, ROWS, PARTS)
     LN2: tl.constexpr = 0.6931471805599453
     log_z = tl.log(negatives) + tl.load(shift + rows, mask=inside, other=0.0).to(tl.float64) * LN2
     t = tl.load(cosine + rows, mask=inside, other=0.0).to(tl.float64)
