@@ -42,37 +42,32 @@ class Fused:
             f"{name}_forward",
             f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows, float? margin) -> "
             f"({', '.join(['Tensor'] * 12)})",
-            self._forward,
-            _forward_fake,
+            lambda *arguments: self._forward(*_forward_arguments(*arguments)),
+            lambda *arguments: _buffers(*_forward_arguments(*arguments)),
         )
         register(
             f"{name}_backward",
             f"({PROBLEM_SCHEMA}, Tensor shift, Tensor cosine, Tensor norm, Tensor inverse_norm, Tensor kept, Tensor rows, "
             f"{GRADS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-            self._backward,
+            lambda *arguments: self._backward(*_backward_arguments(*arguments)),
             gradients_fake,
         )
 
     def forward(self, problem: Problem, request: Request) -> Forward:
-        return Forward(*self._call("forward", problem)(*problem, *request))
+        if is_traced(problem.features):
+            return Forward(*getattr(torch.ops.amsoftmax_kernels, f"{self.name}_forward")(*problem, *request))
+        return self._forward(problem, request)
 
     def backward(
         self, problem: Problem, saved: Forward, upstream: Upstream, needs: Needs, update: Update | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if update is not None:
-            return self._backward(*problem, *saved[1:6], saved.rows, *upstream, *needs, update=update)
-        grads: tuple[Tensor, Tensor, Tensor] = self._call("backward", problem)(
-            *problem, *saved[1:6], saved.rows, *upstream, *needs
-        )
-        return grads
+        if update is None and is_traced(problem.features):
+            op: Any = getattr(torch.ops.amsoftmax_kernels, f"{self.name}_backward")
+            grads: tuple[Tensor, Tensor, Tensor] = op(*problem, *saved[1:6], saved.rows, *upstream, *needs)
+            return grads
+        return self._backward(problem, saved, upstream, needs, update)
 
-    def _call(self, name: str, problem: Problem) -> Any:
-        if is_traced(problem.features):
-            return getattr(torch.ops.amsoftmax_kernels, f"{self.name}_{name}")
-        return getattr(self, f"_{name}")
-
-    def _forward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
-        problem, request = Problem(*arguments[:8]), Request(*arguments[8:])
+    def _forward(self, problem: Problem, request: Request) -> Forward:
         features, weight, labels = problem[:3]
         (B, D), C = features.shape, weight.shape[0]
         with on_device(features.device):
@@ -118,13 +113,12 @@ class Fused:
             self.kernels.cosine_exp(problem, span.start, rows._replace(shift=None), centres.of(span), out)
         self.kernels.reduce_shift(*maxima.parts, rows.factor, rows.shift)
 
-    def _backward(self, *arguments: Any, update: Update | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        problem, vectors = Problem(*arguments[:8]), arguments[8:14]
-        row_factor, grad_cosine, grad_norm = arguments[14:17]
-        grad_norm = None if grad_norm is None else grad_norm.contiguous()
-        upstream, needs = Upstream(row_factor.contiguous(), grad_cosine.contiguous(), grad_norm), Needs(*arguments[17:])
+    def _backward(
+        self, problem: Problem, saved: Forward, upstream: Upstream, needs: Needs, update: Update | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_norm = None if upstream.norm is None else upstream.norm.contiguous()
+        upstream = Upstream(upstream.row_factor.contiguous(), upstream.cosine.contiguous(), grad_norm)
         features, weight, normalize = problem.features, problem.weight, problem.normalize_features
-        shift, cosine, norm, inverse_norm, kept, unit_rows = vectors
         with on_device(features.device):
             grad_features = features.new_empty(features.shape if needs.features else 0)
             grad_weight = weight.new_empty(weight.shape if needs.weight and update is None else 0)
@@ -134,8 +128,6 @@ class Fused:
                     update.without_gradient_(weight.shape[0], torch.float32)
                 return grad_features, grad_weight.zero_(), grad_scale
             s = scale_of(problem)
-            unused = norm  # the backward pass does not read the others
-            saved = Forward(unused, shift, cosine, norm, inverse_norm, kept, unused, unit_rows, unused, unused)
             # Σ_j E·cos_j, the gradient of s through z, is x̂·(Eŵ): it takes the rows too.
             of_scale = needs.scale and normalize
             need_rows = needs.features or of_scale
@@ -144,16 +136,15 @@ class Fused:
             if needs.weight and update is not None:
                 own, slots = _own_centres(problem)
                 parts = self._target_parts(own, slots, saved, s, upstream)
-                finish = functools.partial(self._update_centres, problem, inverse_norm, parts, update)
+                finish = functools.partial(self._update_centres, problem, saved.inverse_norm, parts, update)
             elif needs.weight:
-                finish = functools.partial(self._grad_centres, problem, inverse_norm, grad_weight)
+                finish = functools.partial(self._grad_centres, problem, saved.inverse_norm, grad_weight)
             unit_rows = self._chunks(problem, saved, s, upstream.row_factor, need_rows, finish)
             of_s = features.new_empty(features.shape[0], dtype=torch.float64) if of_scale else None
             dense = grad_weight if needs.weight and update is None else None
             grads = Grads(grad_features if needs.features else None, dense, of_s)
-            saved = Forward(unused, shift, cosine, norm, inverse_norm, kept, unused, unit_rows, unused, unused)
             if any(each is not None for each in grads):
-                self.kernels.finish_rows(own, saved, s, upstream, grads)
+                self.kernels.finish_rows(own, saved._replace(rows=unit_rows), s, upstream, grads)
             if of_s is not None:
                 grad_scale = of_s.sum().to(grad_scale.device, grad_scale.dtype)
             return grad_features, grad_weight, grad_scale
@@ -315,8 +306,16 @@ def _buffers(problem: Problem, request: Request) -> Forward:
     )  # fmt: skip
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
-    return _buffers(Problem(*arguments[:8]), Request(*arguments[8:]))
+def _forward_arguments(*arguments: Any) -> tuple[Problem, Request]:
+    """What the operators were given."""
+    return Problem(*arguments[:8]), Request(*arguments[8:])
+
+
+def _backward_arguments(*arguments: Any) -> tuple[Problem, Forward, Upstream, Needs]:
+    shift, cosine, norm, inverse_norm, kept, rows = arguments[8:14]
+    unused = norm  # the backward pass does not read the others
+    saved = Forward(unused, shift, cosine, norm, inverse_norm, kept, unused, rows, unused, unused)
+    return Problem(*arguments[:8]), saved, Upstream(*arguments[14:17]), Needs(*arguments[17:])
 
 
 def _of(tensor: Tensor, span: range) -> Tensor:

@@ -64,7 +64,7 @@ class _Recorder:
         for parameter in self.function.params:
             name, value = parameter.name, values[parameter.name]
             specialized = not parameter.do_not_specialize
-            if parameter.is_constexpr or (isinstance(value, int) and value == 1 and specialized):
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialized):
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[name] = "*" + _TYPES[value.dtype]
