@@ -393,7 +393,7 @@ class AMSoftmaxFunction(torch.autograd.Function):
         problem = options.problem(features, weight, labels, *backends.scale_fields(beside(scale, features.device)))
         out = backends.load(options.backend).forward(problem, options.request(_needs(ctx), float(margin)))
         assert out.loss is not None
-        ctx.save_for_backward(*problem[:4], num_rows, *out._replace(loss=None))  # that may be changed in place
+        ctx.save_for_backward(*problem[:4], num_rows, *out[:-1])  # the loss may be changed in place
         ctx.options, ctx.updater, ctx.mean = options, options.updater, reduction == "mean"
         ctx.fixed_scale, ctx.scale_device = problem.fixed_scale, device
         ctx.set_materialize_grads(False)

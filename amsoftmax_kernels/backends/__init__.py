@@ -75,8 +75,8 @@ class Forward(NamedTuple):
     rows: Tensor  # [B, D] Σ_j term·ŵ_j over the kept terms, if the backend makes it in the forward pass; else of size 0
     best: Tensor  # [B] the largest cosine of a negative; of size 0 if no prediction was asked for
     best_class: Tensor  # [B] int64, the class it belongs to
-    loss: Tensor | None = None  # [B] and
-    derivatives: Tensor | None = None  # [3, B]: with a margin, what margin.additive_margin makes of these
+    derivatives: Tensor | None = None  # [3, B] and
+    loss: Tensor | None = None  # [B]: with a margin, what margin.additive_margin makes of these
 
 
 class Upstream(NamedTuple):

@@ -78,7 +78,8 @@ class Fused:
             factor, s = torch.empty_like(out.norm), scale_of(problem)
             rows = Rows(x_hat, factor, out.cosine, out.norm, out.shift)
             self.kernels.prepare_rows(problem, s, rows)
-            centres, spans = _Centres(self.kernels, problem, out.inverse_norm), chunking.spans(B, D, C)
+            spans = chunking.spans(B, D, C)
+            centres = _Centres(self.kernels, problem, out.inverse_norm, len(spans[0]))
             streams = self.kernels.streams(problem, len(spans[0]))
             if _bounded(problem, s):
                 rows = Rows(x_hat, factor, out.cosine, out.norm, None)
@@ -167,7 +168,7 @@ class Fused:
             assert factored.x_hat is not None and factored.factor is not None
             shift = None if _bounded(problem, s) else saved.shift
             rows = Rows(factored.x_hat, factored.factor, saved.cosine, saved.norm, shift)
-            centres = _Centres(self.kernels, problem, saved.inverse_norm)
+            centres = _Centres(self.kernels, problem, saved.inverse_norm, len(spans[0]))
             room = features.new_empty(B, padded(len(again[0])), dtype=factored.x_factored.dtype)
             if need_rows:  # what is saved stays as it is
                 unit_rows = unit_rows.clone() if unit_rows.numel() else features.new_empty(B, padded(D), dtype=torch.float32)
@@ -268,13 +269,11 @@ def _own_centres(problem: Problem) -> tuple[Problem, Tensor]:
 
 
 class _Centres:
-    """ŵ of one chunk of classes at a time; asked twice for the same chunk it is made once."""
+    """ŵ of one chunk of ``most`` classes at a time; asked twice for the same chunk it is made once."""
 
-    def __init__(self, kernels: Kernels, problem: Problem, inverse_norm: Tensor) -> None:
-        (B, D), C = problem.features.shape, problem.weight.shape[0]
+    def __init__(self, kernels: Kernels, problem: Problem, inverse_norm: Tensor, most: int) -> None:
         self._kernels, self._weight, self._inverse_norm = kernels, problem.weight, inverse_norm
-        size = min(chunking.chunk_size(B, D), C)
-        self._room = problem.weight.new_empty(size, padded(D), dtype=problem.compute_dtype)
+        self._room = problem.weight.new_empty(most, padded(problem.weight.shape[1]), dtype=problem.compute_dtype)
         self._made: range | None = None
 
     def of(self, span: range) -> Tensor:
@@ -301,8 +300,8 @@ def _buffers(problem: Problem, request: Request) -> Forward:
         rows=features.new_empty((B, padded(D)) if request.need_rows and count else 0, dtype=torch.float32),
         best=features.new_empty(B if request.predict else 0, dtype=torch.float32),
         best_class=labels.new_empty(B if request.predict else 0, dtype=torch.int64),
-        loss=features.new_empty(B if constant else 0, dtype=torch.float32),
         derivatives=features.new_empty((3, B) if constant else 0, dtype=torch.float32),
+        loss=features.new_empty(B if constant else 0, dtype=torch.float32),
     )  # fmt: skip
 
 
