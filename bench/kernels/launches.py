@@ -258,7 +258,7 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
         few: list[dict[str, Any]] = [
             {},
             {"save_bytes": 0},
-            {"scale": 100.0, "interclass_filter": 0.5, "predict": True},
+            {"scale": 100.0, "interclass_filter": 0.5, "predict": True, "constant_margin": False},
             {"normalize": False, "save_bytes": 0},
         ]
         for tf32, _ in enumerate(precisions):
