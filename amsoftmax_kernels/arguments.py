@@ -205,21 +205,21 @@ def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tup
 
 
 def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    labels64 = labels.to(torch.int64, copy=True)
+    given = labels.to(torch.int64)
     readable = labels.device.type == "cpu" and is_readable(labels)  # not under vmap over labels
     if readable and labels.numel() and not 0 <= ignore_index < num_classes:
-        smallest, largest = torch.aminmax(labels64)
-        if smallest.item() >= 0 and largest.item() < num_classes:
-            return labels64, torch.tensor(len(labels64), device=labels.device)  # as nearly always
-    ignored = labels64 == ignore_index
-    invalid = ((labels64 < 0) | (labels64 >= num_classes)) & ~ignored
-    if readable and bool(invalid.any()):
+        smallest, largest = torch.aminmax(given)
+        if smallest.item() >= 0 and largest.item() < num_classes:  # as nearly always
+            return given.clone() if given is labels else given, given.new_full((), labels.shape[0])
+    ignored = given == ignore_index
+    labels64 = given.masked_fill(given < 0, num_classes).clamp(max=num_classes).masked_fill_(ignored, -1)
+    if readable and bool((invalid := labels64 == num_classes).any()):
         row = int(invalid.nonzero()[0])
         raise ValueError(
             f"labels must lie in [0, {num_classes}) or be ignore_index={ignore_index}, "
-            f"but labels[{row}] is {int(labels64[row])}"
+            f"but labels[{row}] is {int(given[row])}"
         )
-    return labels64.masked_fill_(invalid, num_classes).masked_fill_(ignored, -1), (~ignored).sum().clamp(min=1)
+    return labels64, (labels64 >= 0).sum().clamp(min=1)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -160,7 +160,7 @@ def loss_of(
         scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction, subcentres=subcentres,
         ignore_index=ignore_index, interclass_filter=interclass_filter, save_bytes=save_bytes,
     )  # fmt: skip
-    dtype, num_classes = compute_dtype(features, weight), weight.shape[0] // subcentres
+    num_classes = weight.shape[0] // subcentres
     filtered = interclass_filter is not None
     traits = traits_of(features, weight, scale, normalize_features, filtered, return_predictions, subcentres)
     backend = backends.choose(backend, traits)
@@ -183,7 +183,7 @@ def loss_of(
         # The centres' gradient does not go through autograd, and a loss must still need one.
         weight, anchor = weight.detach(), torch.zeros((), device=weight.device, requires_grad=True)
     options = Options(
-        backend, dtype, normalize_features, ignore_index,
+        backend, traits.compute_dtype, normalize_features, ignore_index,
         math.inf if interclass_filter is None else float(interclass_filter),
         kept, return_predictions, torch.is_grad_enabled(), None if anchor is None else updater, subcentres,
     )  # fmt: skip
@@ -235,8 +235,8 @@ class Options(NamedTuple):
         """A problem's labels, from canonical ones of classes."""
         return labels if self.subcentres == 1 else nearest(features, weight, labels, self.subcentres)
 
-    def request(self, needs: Needs) -> Request:
-        return Request(self.save_bytes, self.predict, self.grad and (needs.features or needs.scale))
+    def request(self, needs: Needs, margin: float | None = None) -> Request:
+        return Request(self.save_bytes, self.predict, self.grad and (needs.features or needs.scale), margin)
 
 
 def _needs(ctx: Any) -> Needs:
@@ -409,14 +409,13 @@ class AMSoftmaxFunction(torch.autograd.Function):
         device = scale.device if isinstance(scale, Tensor) else None
         targets = options.targets(features, weight, labels)
         problem = options.problem(features, weight, targets, *backends.scale_fields(beside(scale, features.device)))
-        backend = backends.load(options.backend)
-        out = backend.forward(problem, options.request(_needs(ctx)))
-        rows, derivatives = backend.additive_margin(problem, out, float(margin))
-        ctx.save_for_backward(*problem[:4], num_rows, derivatives, *out)
+        out = backends.load(options.backend).forward(problem, options.request(_needs(ctx), float(margin)))
+        assert out.loss is not None
+        ctx.save_for_backward(*problem[:4], num_rows, *out[:-1])  # the loss may be changed in place
         ctx.options, ctx.updater, ctx.mean = options, options.updater, reduction == "mean"
         ctx.fixed_scale, ctx.scale_device = problem.fixed_scale, device
         ctx.set_materialize_grads(False)
-        loss = reduce_rows(rows, num_rows, reduction)
+        loss = reduce_rows(out.loss, num_rows, reduction)
         if not options.predict:
             return loss
         predicted = predictions(out, labels)
@@ -430,9 +429,10 @@ class AMSoftmaxFunction(torch.autograd.Function):
             return (None,) * 8
         updater = updater_of(ctx)
         tensors = ctx.saved_tensors  # once: torch.utils.checkpoint hands them out no second time
-        *inputs, num_rows, derivatives = tensors[:6]
-        problem, saved = ctx.options.problem(*inputs, ctx.fixed_scale), Forward(*tensors[6:])
-        row_factor, by_cosine, by_scale = (derivatives * (grad / num_rows if ctx.mean else grad)).unbind()
+        num_rows, saved = tensors[4], Forward(*tensors[5:])
+        problem = ctx.options.problem(*tensors[:4], ctx.fixed_scale)
+        assert saved.derivatives is not None
+        row_factor, by_cosine, by_scale = (saved.derivatives * (grad / num_rows if ctx.mean else grad)).unbind()
         normalize = problem.normalize_features
         needs = _needs(ctx)
         upstream = Upstream(row_factor, by_cosine, None if normalize else by_scale)
@@ -452,9 +452,9 @@ def _checked(
         raise TypeError(f"margin must be a float, but it is {type_name(margin)}: am_softmax_loss takes any margin")
     check_arguments(features, weight, labels, scale=scale, margin=margin, normalize_features=True, reduction=reduction,
                     ignore_index=-100)  # fmt: skip
-    dtype = compute_dtype(features, weight)
-    backend = backends.choose(None, traits_of(features, weight, scale, True, False, False))
-    return Options(backend, dtype, True, -100, math.inf, DEFAULT_SAVE_BYTES, False, True)
+    traits = traits_of(features, weight, scale, True, False, False)
+    backend = backends.choose(None, traits)
+    return Options(backend, traits.compute_dtype, True, -100, math.inf, DEFAULT_SAVE_BYTES, False, True)
 
 
 class NegativesFunction(torch.autograd.Function):

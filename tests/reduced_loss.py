@@ -31,15 +31,19 @@ def check_the_margin_kernel(kernels: Kernels, normalize: bool, device: torch.dev
 
     expected = margin.additive_margin(*on(torch.device("cpu"), torch.float64), 0.35)
     problem, saved = on(device, torch.float32)
-    found = kernels.additive_margin(problem, saved, fused.scale_of(problem), 0.35)
+    halves = torch.stack([saved.z / 4, saved.z * 0.75]).double()[None]  # z's parts, of two streams
+    saved = saved._replace(loss=torch.empty_like(saved.z), derivatives=saved.z.new_empty(3, len(z)))
+    kernels.additive_margin(problem, halves, saved, fused.scale_of(problem), 0.35)
+    assert saved.loss is not None and saved.derivatives is not None
+    found = saved.loss.clone(), saved.derivatives.clone()
     for got, exact in zip(found, expected, strict=True):
         assert torch.allclose(got.cpu().double(), exact, rtol=1e-6, atol=1e-45)
     assert relative(found[1][1], expected[1][1]) < 1e-6  # by t: no row's is lost beside a tolerance
 
     problem.labels[1] = 9
-    loss, derivatives = kernels.additive_margin(problem, saved, fused.scale_of(problem), 0.35)
-    assert loss[1].isnan() and derivatives[:, 1].isnan().all()
-    assert not loss[2:].isnan().any() and not derivatives[:, 2:].isnan().any()
+    kernels.additive_margin(problem, halves, saved, fused.scale_of(problem), 0.35)
+    assert saved.loss[1].isnan() and saved.derivatives[:, 1].isnan().all()
+    assert not saved.loss[2:].isnan().any() and not saved.derivatives[:, 2:].isnan().any()
 
 
 def on_the_device(problem: Problem) -> float | Tensor:

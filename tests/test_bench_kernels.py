@@ -86,9 +86,9 @@ def test_what_is_not_as_planned_is_found() -> None:
 def test_few_launches() -> None:
     """At 10 thousand classes they are what a step costs."""
     kept = [each.kernel for each in of_a_step((9, 0), 132, 256, 512, 2048)]
-    forward = ["prepare_rows", "prepare_centres", "cosine_exp", "reduce_sums", "additive_margin"]
+    forward = ["prepare_rows", "prepare_centres", "cosine_exp", "additive_margin"]
     assert kept == [*forward, "factor_rows", "grad_centres", "finish_rows"]
-    assert [each.kernel for each in of_a_step((8, 0), 108, 256, 512, 2048)][6] == "finish_centres"
+    assert [each.kernel for each in of_a_step((8, 0), 108, 256, 512, 2048)][5] == "finish_centres"
 
 
 def test_sizes_that_change_compile_nothing_new() -> None:
@@ -179,10 +179,12 @@ def test_a_quick_run_has_every_kernel_flag_and_dtype() -> None:
 
     quick, every = variants((9, 0), 132, quick=True), variants((9, 0), 132)
     assert set(quick) < set(every)
-    left_out = {  # without a gradient that is usually there, or in float16 what is the same code in bfloat16
-        ("finish_rows", "FEATURES", False),
-        ("finish_rows", "WEIGHT", False),
+    # Without a gradient that is usually there, or in float16 (E computed again: in float32) what is the same in bfloat16.
+    left_out = {
+        ("finish_rows", "grad_features", "constexpr"),
+        ("finish_rows", "grad_weight", "constexpr"),
         ("factor_rows", "x_hat", "*fp16"),
+        ("factor_rows", "x_hat", "*fp32"),
         ("cosine_exp", "terms", "*fp16"),
         *(("update_centres", name, "*fp16") for name in ("centres", "weight", "first_state", "second_state")),
     }

@@ -217,7 +217,7 @@ def test_where_no_process_can_try_it_is_tried_here(why: str, gpu: Path, monkeypa
     forget(monkeypatch)
     for path in gpu.glob("*.json"):
         path.unlink()
-    monkeypatch.setattr(backend, "additive_margin", lambda *_: 1 / 0)
+    monkeypatch.setattr(backend, "backward", lambda *_: 1 / 0)
     with pytest.warns(RuntimeWarning, match=f"ZeroDivisionError.*in this process, as no other could try: .*{reason}"):
         assert backends.choose(None, TRAITS) == "chunked"
     assert not list(gpu.glob("*.json"))
@@ -370,7 +370,7 @@ FAULTY: dict[str, Callable[[Any], None]] = {
     "a gradient too large": lambda b: b.spoil("backward", lambda x, w, s: (x * 1.5, w, s)),
     "a gradient of zeros": lambda b: b.spoil("backward", lambda x, w, s: (x, w * 0, s)),
     "one class without its gradient": lambda b: b.spoil("backward", lambda x, w, s: (x, w.index_fill(0, b.zero, 0), s)),
-    "no margin": lambda b: setattr(b, "additive_margin", lambda p, out, m: chunked.additive_margin(p, out, 0.0)),
+    "no margin": lambda b: setattr(b, "forward", lambda p, request: chunked.forward(p, request._replace(margin=0.0))),
     "a NaN": lambda b: b.spoil("backward", lambda x, w, s: (x, w.index_fill(0, b.zero, float("nan")), s)),
     "no gradient of the scale": lambda b: b.spoil("backward", lambda x, w, s: (x, w, s * 0)),
 }
@@ -382,7 +382,7 @@ class Spoilt:
     zero = torch.tensor([0])
 
     def __init__(self) -> None:
-        self.forward, self.backward, self.additive_margin = chunked.forward, chunked.backward, chunked.additive_margin
+        self.forward, self.backward = chunked.forward, chunked.backward
         self.unavailable_reason, self.refusal = (lambda: None), (lambda *_: None)
 
     def spoil(self, name: str, change: Callable[..., Any]) -> None:

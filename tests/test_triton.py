@@ -343,14 +343,14 @@ def test_opcheck(normalize: bool, predict: bool, save_bytes: int, short_chunks: 
     features, weight, labels, upstream = (each.to(DEVICE) for each in PLAIN.tensors(torch.float32))
     problem = (features, weight, labels, None, 30.0, normalize, torch.float32, math.inf)
     ops = torch.ops.amsoftmax_kernels
-    torch.library.opcheck(ops.triton_forward, (*problem, save_bytes, predict, True))
-    out = Forward(*ops.triton_forward(*problem, save_bytes, predict, True))
+    for margin in (0.35, None):
+        torch.library.opcheck(ops.triton_forward, (*problem, save_bytes, predict, True, margin))
+    out = Forward(*ops.triton_forward(*problem, save_bytes, predict, True, None))
     saved = (out.shift, out.cosine, out.norm, out.inverse_norm, out.kept, out.rows)
     grad = upstream.float()
     grads = grad / out.z, grad, None if normalize else grad
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
         torch.library.opcheck(ops.triton_backward, (*problem, *saved, *grads, *needs))
-    torch.library.opcheck(ops.triton_additive_margin, (*problem, *out[:4], 0.35))
 
 
 def test_compile_takes_the_whole_module() -> None:

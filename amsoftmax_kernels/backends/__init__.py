@@ -61,12 +61,13 @@ class Request(NamedTuple):
     save_bytes: int  # of the terms of z that may be kept for the backward pass
     predict: bool  # find each row's best negative
     need_rows: bool  # a gradient of features or scale will be asked for
+    margin: float | None = None  # a constant one: the loss and its derivatives are asked for, and z may be left out
 
 
 class Forward(NamedTuple):
     """What the forward pass leaves for the loss and for the backward pass."""
 
-    z: Tensor  # [B] Σ_{j≠y} 2^(log2(e)·logit − shift); 0 for an ignored row
+    z: Tensor  # [B] Σ_{j≠y} 2^(log2(e)·logit − shift); 0 for an ignored row. May be of size 0 with a margin
     shift: Tensor  # [B] the largest log2(e)·logit, taken off; 0 where logits are bounded
     cosine: Tensor  # [B] t, exact; 0 for a row whose label is not in this shard
     norm: Tensor  # [B] ‖x‖; 1 for an ignored row
@@ -76,6 +77,8 @@ class Forward(NamedTuple):
     rows: Tensor  # [B, D] Σ_j term·ŵ_j over the kept terms, if the backend makes it in the forward pass; else of size 0
     best: Tensor  # [B] the largest cosine of a negative; of size 0 if no prediction was asked for
     best_class: Tensor  # [B] int64, the class it belongs to: j of its centres j·K to j·K + K − 1
+    derivatives: Tensor | None = None  # [3, B] and
+    loss: Tensor | None = None  # [B]: with a margin, what margin.additive_margin makes of these
 
 
 class Upstream(NamedTuple):
@@ -126,9 +129,6 @@ class Backend(Protocol):
         With an ``update`` the weight's is of size 0 too: where it is needed, the centres are updated in its place. The
         others are those of the centres before.
         """
-
-    def additive_margin(self, problem: Problem, saved: Forward, margin: float) -> tuple[Tensor, Tensor]:
-        """:func:`amsoftmax_kernels.backends.margin.additive_margin`, or one kernel that does the same."""
 
 
 _loaded: dict[str, Backend] = {}

@@ -55,7 +55,11 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def forward(problem: Problem, request: Request) -> Forward:
     op = torch.ops.amsoftmax_kernels.chunked_forward if is_traced(problem.features) else _forward
-    return Forward(*op(*problem, request.save_bytes, request.predict))
+    out = Forward(*op(*problem, request.save_bytes, request.predict))
+    if request.margin is None:
+        return out
+    loss, derivatives = _additive_margin(problem, out, request.margin)
+    return out._replace(loss=loss, derivatives=derivatives)
 
 
 def backward(
@@ -68,7 +72,7 @@ def backward(
     return grads
 
 
-def additive_margin(problem: Problem, saved: Forward, margin: float) -> tuple[Tensor, Tensor]:
+def _additive_margin(problem: Problem, saved: Forward, margin: float) -> tuple[Tensor, Tensor]:
     if is_traced(problem.features) or streams_of(problem) == 1:
         return vectors.additive_margin(problem, saved, margin)
     return streams.alone(lambda: vectors.additive_margin(problem, saved, margin))  # a logarithm is split, however short
@@ -85,7 +89,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         if short is not None:
             if short.kept.numel() * short.kept.element_size() > save_bytes:
                 short = short._replace(kept=short.kept.new_empty(0, len(labels)), kept_shift=short.kept_shift[:0])
-            return short
+            return short[:10]  # all but the loss
         count = streams_of(problem)
         pair, shard = prepared(problem, count)
         K = kept_classes(B, C, shard.panel_dtype, save_bytes, shard.chunk)

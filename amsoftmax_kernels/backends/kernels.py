@@ -80,8 +80,11 @@ class Kernels(Protocol):
 
     def reduce_shift(self, best_parts: Tensor, class_parts: Tensor, factor: Tensor, shift: Tensor) -> None: ...
 
-    def additive_margin(self, problem: Problem, saved: Forward, s: float | Tensor, margin: float) -> tuple[Tensor, Tensor]:
-        """As :func:`amsoftmax_kernels.backends.margin.additive_margin`."""
+    def additive_margin(
+        self, problem: Problem, z_parts: Tensor, out: Forward, s: float | Tensor, margin: float
+    ) -> None:  # fmt: skip
+        """Write the loss and its derivatives of z's parts: :meth:`reduce_sums`, then
+        :func:`amsoftmax_kernels.backends.margin.additive_margin`."""
 
     def factor_rows(self, problem: Problem, norm: Tensor, row_factor: Tensor, s: float | Tensor, out: Factored) -> None: ...
 

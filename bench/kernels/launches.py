@@ -64,7 +64,7 @@ class _Recorder:
         for parameter in self.function.params:
             name, value = parameter.name, values[parameter.name]
             specialized = not parameter.do_not_specialize
-            if parameter.is_constexpr or (isinstance(value, int) and value == 1 and specialized):
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialized):
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[name] = "*" + _TYPES[value.dtype]
@@ -171,9 +171,8 @@ def _step(B: int, D: int, C: int, how: Options) -> None:
         features, weight, labels, scale, number, how.normalize, how.compute_dtype,
                       how.interclass_filter, how.subcentres)  # fmt: skip
     save_bytes = how.save_bytes if any(needs) else 0
-    out = backend.forward(problem, Request(save_bytes, how.predict, needs.features or needs.scale))
-    if how.constant_margin:
-        backend.additive_margin(problem, out, 0.35)
+    margin = 0.35 if how.constant_margin else None
+    out = backend.forward(problem, Request(save_bytes, how.predict, needs.features or needs.scale, margin))
     if any(needs):
         vectors = torch.zeros(3, B).unbind()  # rows of one tensor: no kernel may count on their addresses
         grad_norm = vectors[2] if how.of_norm or not how.normalize else None
@@ -262,7 +261,7 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
         few: list[dict[str, Any]] = [
             {},
             {"save_bytes": 0},
-            {"scale": 100.0, "interclass_filter": 0.5, "predict": True},
+            {"scale": 100.0, "interclass_filter": 0.5, "predict": True, "constant_margin": False},
             {"normalize": False, "save_bytes": 0},
         ]
         for tf32, _ in enumerate(precisions):

@@ -196,16 +196,17 @@ class _Kernels:
         pointers = {name: c.pointer(tensor) for name, tensor in tensors.items()}
         self._call("ak_reduce", c.Reduce(batch=batch, parts=chunks * streams, **pointers), parts)
 
-    def additive_margin(self, problem: Problem, saved: Forward, s: float | Tensor, margin: float) -> tuple[Tensor, Tensor]:
-        B = saved.z.shape[0]
-        loss, derivatives = torch.empty_like(saved.z), saved.z.new_empty(3, B)
+    def additive_margin(
+        self, problem: Problem, z_parts: Tensor, out: Forward, s: float | Tensor, margin: float
+    ) -> None:  # fmt: skip
+        z = torch.empty_like(out.norm)
+        self.reduce_sums(z_parts, problem.labels, z)
         parameters = c.Margin(
-            c.pointer(saved.z), c.pointer(saved.shift), c.pointer(saved.cosine), c.pointer(saved.norm),
-            c.pointer(problem.labels), c.pointer(loss), c.pointer(derivatives), margin, B, problem.weight.shape[0],
+            c.pointer(z), c.pointer(out.shift), c.pointer(out.cosine), c.pointer(out.norm), c.pointer(problem.labels),
+            c.pointer(out.loss), c.pointer(out.derivatives), margin, z.shape[0], problem.weight.shape[0],
             c.scale(s, problem.normalize_features),
         )  # fmt: skip
-        self._call("ak_constant_margin", parameters, loss)
-        return loss, derivatives
+        self._call("ak_constant_margin", parameters, z)
 
     def factor_rows(self, problem: Problem, norm: Tensor, row_factor: Tensor, s: float | Tensor, out: Factored) -> None:
         x_hat = c.operand(out.x_factored) if out.x_hat is None else c.operand(out.x_hat)
@@ -224,7 +225,7 @@ class _Kernels:
         if clusters == 0:
             return False
         parameters = c.GradCentres(
-            c.matrix(terms),
+            c.matrix(terms[:, : grad.shape[0]]),
             c.matrix(x_factored),
             c.matrix(weight),
             c.matrix(grad),
@@ -272,4 +273,4 @@ class _Kernels:
 
 
 fused = Fused("cuda", _Kernels())
-forward, backward, additive_margin = fused.forward, fused.backward, fused.additive_margin
+forward, backward = fused.forward, fused.backward

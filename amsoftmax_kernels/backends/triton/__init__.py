@@ -122,8 +122,7 @@ class _Kernels:
         # The next tile's operands are on their way while this one is finished. Triton 3.8 spills registers if it stores too.
         flatten = c.bulk and (out.terms is None or _version() < (3, 8))
         forward_kernels.cosine_exp[(_ceil(x_hat.shape[0], c.rows), streams)](
-            *operands, problem.labels, factor, _or(rows.shift, factor),
-            _or(out.z, factor), _or(out.best, factor), _or(out.best_class, factor),
+            *operands, problem.labels, factor, rows.shift, out.z, out.best, out.best_class,
             x_hat.shape[0], w_hat.shape[0], x_hat.shape[1], stored.shape[1], stored.stride(0), start,
             problem.interclass_filter,
             ONLY_UNBOUNDED=for_shift, SHIFT=rows.shift is not None, SUM=out.z is not None,
@@ -146,22 +145,21 @@ class _Kernels:
         parts, B = best_parts.shape[0] * best_parts.shape[1], shift.shape[0]
         forward_kernels.reduce_shift[(_ceil(B, 32),)](best_parts, factor, shift, B, parts, ROWS=32, PARTS=32)
 
-    def additive_margin(self, problem: Problem, saved: Forward, s: float | Tensor, margin: float) -> tuple[Tensor, Tensor]:
-        B = saved.z.shape[0]
-        loss, derivatives = torch.empty_like(saved.z), saved.z.new_empty(3, B)
-        forward_kernels.additive_margin[(_ceil(B, 128),)](
-            saved.z, saved.shift, saved.cosine, saved.norm, problem.labels, s, margin, loss, derivatives,
-            B, problem.weight.shape[0], isinstance(s, Tensor), problem.normalize_features, BLOCK=128,
+    def additive_margin(
+        self, problem: Problem, z_parts: Tensor, out: Forward, s: float | Tensor, margin: float
+    ) -> None:  # fmt: skip
+        parts, B = z_parts.shape[0] * z_parts.shape[1], z_parts.shape[2]
+        forward_kernels.additive_margin[(_ceil(B, 32),)](
+            z_parts, out.shift, out.cosine, out.norm, problem.labels, s, margin, out.loss, out.derivatives,
+            B, parts, problem.weight.shape[0], isinstance(s, Tensor), problem.normalize_features, ROWS=32, PARTS=32,
         )  # fmt: skip
-        return loss, derivatives
 
     def factor_rows(self, problem: Problem, norm: Tensor, row_factor: Tensor, s: float | Tensor, out: Factored) -> None:
         features, width = problem.features, out.x_factored.shape[1]
         backward_kernels.factor_rows[(features.shape[0],)](
             features, *features.stride(), problem.labels, norm, row_factor, s,
-            out.x_factored, _or(out.x_hat, out.x_factored), _or(out.factor, norm), features.shape[1], width,
-            isinstance(s, Tensor), problem.normalize_features, out.x_hat is not None,
-            _tf32(out.x_factored), _power_of_2(width),
+            out.x_factored, out.x_hat, out.factor, features.shape[1], width,
+            isinstance(s, Tensor), problem.normalize_features, _tf32(out.x_factored), _power_of_2(width),
         )  # fmt: skip
 
     def grad_centres(self, terms: Tensor, x_factored: Tensor, weight: Tensor, inverse_norm: Tensor, grad: Tensor) -> bool:
@@ -199,7 +197,7 @@ class _Kernels:
         adam, nesterov = isinstance(rule, AdamW), getattr(rule, "nesterov", False)
         flags = (update.rows is not None, update.seed is not None, adam, len(update.state) > 0, nesterov)
         update_kernels.update_centres[(programs,)](
-            grad, weight, *weight.stride(), inverse_norm, parts.slots, parts.rows, _or(out, grad),
+            grad, weight, *weight.stride(), inverse_norm, parts.slots, parts.rows, out,
             parts.slots if update.rows is None else update.rows[start : start + N], update.weight, state[0], state[1],
             skipped, *update.keys(), N, start, update.class_start, D, grad.shape[1], update.loss_scale, *rule.numbers(),
             whole, applied, *(applied and flag for flag in flags), rows, block,
@@ -210,19 +208,12 @@ class _Kernels:
     def finish_rows(self, problem: Problem, saved: Forward, s: float | Tensor, upstream: Upstream, grads: Grads) -> None:
         features, weight = problem.features, problem.weight
         B, D = features.shape
-        width, unused = padded(D), upstream.row_factor
+        width = padded(D)
         backward_kernels.finish_rows[(B,)](
             features, *features.stride(), weight, *weight.stride(), problem.labels, saved.norm, saved.cosine, s,
-            upstream.row_factor, upstream.cosine, _or(upstream.norm, unused), saved.rows,
-            *(_or(each, unused) for each in grads), B, weight.shape[0], D, width,
-            isinstance(s, Tensor), problem.normalize_features, upstream.norm is not None,
-            *(each is not None for each in grads), _power_of_2(width), 1024,
+            *upstream, saved.rows, *grads, B, weight.shape[0], D, width,
+            isinstance(s, Tensor), problem.normalize_features, _power_of_2(width), 1024,
         )  # fmt: skip
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """What stands for a tensor that a kernel does not touch."""
-    return other if tensor is None else tensor
 
 
 def _ceil(size: int, block: int) -> int:
@@ -286,4 +277,4 @@ def _power_of_2(size: int) -> int:
 
 
 fused = Fused("triton", _Kernels())
-forward, backward, additive_margin = fused.forward, fused.backward, fused.additive_margin
+forward, backward = fused.forward, fused.backward

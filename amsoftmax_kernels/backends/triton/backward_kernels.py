@@ -9,10 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward_kernels import LOG2E, _inverse, _operand, _scale
+from .forward_kernels import _factor, _inverse, _operand, _scale
 
-# The interpreter multiplies bfloat16 matrices wrongly.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 @triton.jit(do_not_specialize=["row_factor"])
@@ -23,10 +22,9 @@ def factor_rows(
     row_factor,  # [B] float32: the gradient by log z, over z
     scale,  # s: a number, or a pointer to a float32
     x_factored,  # [B, D_padded] in the dtype of E
-    x_hat, factor,  # [B, D_padded] in the operand dtype and [B] float32, as in prepare_rows; written if RECOMPUTE
+    x_hat, factor,  # [B, D_padded] in the operand dtype and [B] float32, as in prepare_rows; None: not wanted
     D, D_padded,
-    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, RECOMPUTE: tl.constexpr,
-    TF32: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, TF32: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program multiplies a row's x̂ by a, row_factor times the logits' scale; it writes x̂ too if E is recomputed."""
     row = tl.program_id(0).to(tl.int64)
@@ -38,9 +36,9 @@ def factor_rows(
     s = _scale(scale, length, SCALE_ON_DEVICE, NORMALIZE)
     factored = _operand(x * (tl.load(row_factor + row) * s), x_factored.dtype.element_ty, TF32)
     tl.store(x_factored + row * D_padded + columns, factored, mask=columns < D_padded)
-    if RECOMPUTE:
+    if x_hat is not None:
         tl.store(x_hat + row * D_padded + columns, _operand(x, x_hat.dtype.element_ty, TF32), mask=columns < D_padded)
-        tl.store(factor + row, s * LOG2E)
+        tl.store(factor + row, _factor(scale, length, SCALE_ON_DEVICE, NORMALIZE))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -96,6 +94,14 @@ def _load_centres(weight, stride_class, first_row, first_column, N, D, ROWS: tl.
     return w.to(tl.float32), rows * D + columns, inside
 
 
+@triton.jit
+def _add_product(total, e, x, WIDER: tl.constexpr = INTERPRETED):
+    """total + eᵀx. The interpreter multiplies bfloat16 matrices wrongly."""
+    if WIDER:
+        e, x = e.to(tl.float32), x.to(tl.float32)
+    return tl.dot(e.T, x, total)
+
+
 @triton.jit(do_not_specialize=["B", "N"])
 def grad_centres(
     terms,  # E [B, N or a little more] bfloat16; a descriptor
@@ -115,9 +121,7 @@ def grad_centres(
     for row in range(0, B, BLOCK_B):
         e = terms.load([row, first])
         x = x_factored.load([row, 0])
-        if INTERPRETED:
-            e, x = e.to(tl.float32), x.to(tl.float32)
-        g = tl.dot(e.T, x, g)
+        g = _add_product(g, e, x)
     rows = first + tl.arange(0, BLOCK_C)
     inverse = tl.load(inverse_norm + rows, mask=rows < N, other=0.0)
     parts = _eighths(g, BLOCK_C, BLOCK_D)
@@ -167,14 +171,13 @@ def finish_rows(
     labels,  # [B] int64: negative where ignored, C or more where the class is not in this shard
     norm, cosine,  # [B] float32
     scale,  # s: a number, or a pointer to a float32
-    row_factor, grad_cosine, grad_norm,  # [B] float32: the gradients by log z, over z; by t; by ‖x‖, read if GRAD_NORM
-    unit_rows,  # [B, D_padded] float32: Σ_j E ŵ_j, read if FEATURES or SCALE
-    grad_features,  # [B, D] in the dtype of features, written if FEATURES
-    grad_weight,  # [C, D] in the dtype of weight, complete but for the targets; they are added if WEIGHT
-    grad_scale,  # [B] float64: each row's part of the gradient of s through z, written if SCALE
+    row_factor, grad_cosine, grad_norm,  # [B] float32: the gradients by log z, over z; by t; by ‖x‖, or None
+    unit_rows,  # [B, D_padded] float32: Σ_j E ŵ_j, read for the gradients of features and scale
+    grad_features,  # [B, D] in the dtype of features; this one and the next two are None where not wanted
+    grad_weight,  # [C, D] in the dtype of weight, complete but for the targets, which are added
+    grad_scale,  # [B] float64: each row's part of the gradient of s through z
     B, C, D, D_padded,
-    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, GRAD_NORM: tl.constexpr,
-    FEATURES: tl.constexpr, WEIGHT: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_LABELS: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_LABELS: tl.constexpr,
 ):  # fmt: skip
     """A program makes dx of a row and, if the row is the first of its class, adds the targets' part of that class's dw.
 
@@ -190,7 +193,7 @@ def finish_rows(
     w_inverse = _inverse(tl.sqrt(tl.sum(w * w, 0)))
     w_unit = w * w_inverse
 
-    if FEATURES or SCALE:
+    if grad_features is not None or grad_scale is not None:
         x = tl.load(features + row * stride_row + columns * stride_column, mask=inside & (label >= 0), other=0.0)
         length = tl.load(norm + row)
         x_inverse = _inverse(length.to(tl.float64))
@@ -198,9 +201,9 @@ def finish_rows(
         a = tl.load(row_factor + row).to(tl.float64)
         sums = tl.load(unit_rows + row * D_padded + columns, mask=inside, other=0.0).to(tl.float64)
         along = tl.sum(sums * x_unit, 0)
-        if SCALE:
+        if grad_scale is not None:
             tl.store(grad_scale + row, a * along)
-        if FEATURES:
+        if grad_features is not None:
             tau = tl.where(present, tl.load(grad_cosine + row).to(tl.float64), 0.0) * x_inverse
             t = tl.load(cosine + row).to(tl.float64)
             if NORMALIZE:
@@ -209,12 +212,12 @@ def finish_rows(
             else:
                 dx = tl.where(x_inverse == 0.0, 0.0, a) * sums
             dx += tau * (w_unit - t * x_unit)
-            if GRAD_NORM:
+            if grad_norm is not None:
                 dx += tl.load(grad_norm + row).to(tl.float64) * x_unit
             dx = tl.where(label < 0, 0.0, dx)  # whatever its features or the centres are
             tl.store(grad_features + row * D + columns, _narrow(dx, grad_features), mask=inside)
 
-    if WEIGHT:
+    if grad_weight is not None:
         earlier = tl.zeros([BLOCK_LABELS], tl.int32)
         for start in range(0, row, BLOCK_LABELS):
             others = start + tl.arange(0, BLOCK_LABELS)

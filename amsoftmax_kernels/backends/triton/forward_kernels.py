@@ -9,21 +9,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A row of this norm or less counts as zero: a gradient is divided by the norm and must stay in float32's range.
-EPS = tl.constexpr(1e-30)
-# Where the largest element of a row lies between 1/USUAL and USUAL, float32 holds the squares. Others are scaled by POWER.
-USUAL = tl.constexpr(2.0**30)
-POWER = tl.constexpr(2.0**80)
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# log2(e)·64: up to here 2^logit and its sums stay inside float32's and bfloat16's range without a shift.
-BOUND = tl.constexpr(92.33248261893206)
+# Triton compares every global that a kernel reads at each launch, a microsecond each: constants stand in functions.
 
 
 @triton.jit
-def _inverse(norm):
-    """1/norm; 0 for a zero row, NaN where the norm overflowed."""
-    return tl.where(norm <= EPS, 0.0, 1.0 / norm) + (norm - norm)
+def _bound():
+    """log2(e)·64: up to here 2^logit and its sums stay inside float32's and bfloat16's range without a shift."""
+    return 92.33248261893206
+
+
+@triton.jit
+def _inverse(norm, power=1.0):
+    """1/norm; 0 for a zero row, NaN where the norm overflowed. The norm was multiplied by ``power``.
+
+    A row of a norm of 1e-30 counts as zero: a gradient is divided by the norm and must stay in float32's range.
+    """
+    return tl.where(norm <= 1e-30 * power, 0.0, 1.0 / norm) + (norm - norm)
 
 
 @triton.jit
@@ -48,6 +49,12 @@ def _scale(scale, norm, ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr):
         else:
             s = tl.zeros([], tl.float32) + scale
     return s
+
+
+@triton.jit
+def _factor(scale, norm, ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr):
+    """log2(e) times :func:`_scale`."""
+    return _scale(scale, norm, ON_DEVICE, NORMALIZE) * 1.4426950408889634
 
 
 @triton.jit(do_not_specialize=["C"])
@@ -80,7 +87,7 @@ def prepare_rows(
     length = norm.to(tl.float32)
     length = tl.where(label < 0, 1.0, length + (length - length))  # NaN where it overflows
     tl.store(norm_out + row, length)
-    tl.store(factor + row, _scale(scale, length, SCALE_ON_DEVICE, NORMALIZE) * LOG2E)
+    tl.store(factor + row, _factor(scale, length, SCALE_ON_DEVICE, NORMALIZE))
     tl.store(shift + row, 0.0)
 
 
@@ -98,11 +105,13 @@ def prepare_centres(
     inside = (rows < N)[:, None]
     places = weight + rows[:, None] * stride_class + columns[None, :] * stride_dim
     w = tl.load(places, mask=inside & (columns < D)[None, :], other=0.0).to(tl.float32)
+    # Where the largest element of a row lies between 1/USUAL and USUAL, float32 holds the squares. Others are scaled.
+    USUAL: tl.constexpr = 2.0**30
+    POWER: tl.constexpr = 2.0**80
     largest = tl.max(tl.abs(w), 1)
     power = tl.where(largest > USUAL, 1 / POWER, tl.where(largest < 1 / USUAL, POWER, 1.0))
     w *= power[:, None]
-    norm = tl.sqrt(tl.sum(w * w, 1))
-    inverse = tl.where(norm <= EPS * power, 0.0, 1.0 / norm) + (norm - norm)
+    inverse = _inverse(tl.sqrt(tl.sum(w * w, 1)), power)
     unit = _operand(w * inverse[:, None], w_hat.dtype.element_ty, TF32)
     tl.store(w_hat + rows[:, None] * D_padded + columns[None, :], unit, mask=inside & (columns < D_padded)[None, :])
     tl.store(inverse_norm + rows, inverse * power, mask=rows < N)
@@ -200,7 +209,7 @@ def cosine_exp(
     best_column = tl.full([BLOCK_B], -1, tl.int32)
     tiles = tl.cdiv(N, BLOCK_C)
     if ONLY_UNBOUNDED:
-        tiles = tl.where(tl.max(tl.where(row_factor <= BOUND, 0, 1), 0) > 0, tiles, 0)
+        tiles = tl.where(tl.max(tl.where(row_factor <= _bound(), 0, 1), 0) > 0, tiles, 0)
     for tile in tl.range(stream, tiles, tl.num_programs(1), flatten=FLATTEN):
         first = tile * BLOCK_C
         cos = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
@@ -254,6 +263,15 @@ def _load_parts(pointer, part, rows, parts, B, missing):
     return tl.load(pointer + part.to(tl.int64)[:, None] * B + rows[None, :], mask=inside, other=missing)
 
 
+@triton.jit
+def _sum_of_parts(z_partial, rows, label, parts, B, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """The programs' sums ``[parts, B]``, added in a fixed order; an ignored row's is 0."""
+    total = tl.zeros([ROWS], tl.float64)
+    for start in range(0, parts, PARTS):
+        total += tl.sum(_load_parts(z_partial, start + tl.arange(0, PARTS), rows, parts, B, 0.0), 0)
+    return tl.where(label < 0, 0.0, total)
+
+
 @triton.jit(do_not_specialize=["B", "parts"])
 def reduce_sums(
     z_partial,  # [parts, B] float64
@@ -262,13 +280,11 @@ def reduce_sums(
     B, parts,
     ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The programs' sums are added in a fixed order; an ignored row's is 0."""
+    """A program adds up the parts of z of ROWS rows."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros([ROWS], tl.float64)
-    for start in range(0, parts, PARTS):
-        total += tl.sum(_load_parts(z_partial, start + tl.arange(0, PARTS), rows, parts, B, 0.0), 0)
     label = tl.load(labels + rows, mask=rows < B, other=-1)
-    tl.store(z + rows, tl.where(label < 0, 0.0, total).to(tl.float32), mask=rows < B)
+    total = _sum_of_parts(z_partial, rows, label, parts, B, ROWS, PARTS)
+    tl.store(z + rows, total.to(tl.float32), mask=rows < B)
 
 
 @triton.jit(do_not_specialize=["B", "parts"])
@@ -285,7 +301,7 @@ def reduce_shift(
         value = _load_parts(best_partial, start + tl.arange(0, PARTS), rows, parts, B, float("-inf"))
         largest = tl.maximum(largest, tl.max(value, 0))
     row_factor = tl.load(factor + rows, mask=rows < B, other=0.0)
-    needed = (row_factor > BOUND) & (largest > float("-inf"))  # without a negative there is nothing to keep in range
+    needed = (row_factor > _bound()) & (largest > float("-inf"))  # without a negative there is nothing to keep in range
     tl.store(shift + rows, tl.where(needed, largest * row_factor, 0.0), mask=rows < B)
 
 
@@ -313,24 +329,26 @@ def reduce_best(
     tl.store(best_class + rows, largest_class, mask=rows < B)
 
 
-@triton.jit(do_not_specialize=["margin", "B", "C"])
+@triton.jit(do_not_specialize=["margin", "B", "parts", "C"])
 def additive_margin(
-    z, shift, cosine, norm,  # [B] float32
+    z_partial,  # [parts, B] float64
+    shift, cosine, norm,  # [B] float32
     labels,  # [B] int64: negative where ignored, NaN is the result where C or more
     scale,  # s: a number, or a pointer to a float32
     margin,  # float
     loss,  # [B] float32
     derivatives,  # [3, B] float32: by log z, over z; by t; by s or, without NORMALIZE, by ‖x‖
-    B, C,
-    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
+    B, parts, C,
+    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """AM-Softmax's loss of BLOCK rows and its derivatives for an upstream gradient of 1, in float64."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """AM-Softmax's loss of ROWS rows and its derivatives for an upstream gradient of 1, in float64."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < B
     label = tl.load(labels + rows, mask=inside, other=-1)
     length = tl.load(norm + rows, mask=inside, other=1.0)
-    s = (_scale(scale, length, SCALE_ON_DEVICE, NORMALIZE) + tl.zeros([BLOCK], tl.float32)).to(tl.float64)
-    negatives = tl.load(z + rows, mask=inside, other=0.0).to(tl.float64)
+    s = (_scale(scale, length, SCALE_ON_DEVICE, NORMALIZE) + tl.zeros([ROWS], tl.float32)).to(tl.float64)
+    negatives = _sum_of_parts(z_partial, rows, label, parts, B, ROWS, PARTS)
+    LN2: tl.constexpr = 0.6931471805599453
     log_z = tl.log(negatives) + tl.load(shift + rows, mask=inside, other=0.0).to(tl.float64) * LN2
     t = tl.load(cosine + rows, mask=inside, other=0.0).to(tl.float64)
     t = tl.where(label < C, t, float("nan"))  # out of range: no silent wrong number
