@@ -15,6 +15,7 @@ from .values import is_int, is_number, is_readable, plain, type_name
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+WITH_MARGIN = "with_margin"  # the predictions of return_predictions
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -31,6 +32,7 @@ def check_arguments(
     interclass_filter: Any = None,
     save_bytes: Any = None,
     subcentres: int = 1,
+    label_smoothing: Any = 0.0,
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` for anything but the labels' values (:func:`canonical_labels` checks those)."""
     check_features(features, weight)
@@ -54,7 +56,7 @@ def check_arguments(
     check_margin(margin, num_classes, features.device)
     check_options(
         normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
-        interclass_filter=interclass_filter, save_bytes=save_bytes,
+        interclass_filter=interclass_filter, save_bytes=save_bytes, subcentres=subcentres, label_smoothing=label_smoothing,
     )  # fmt: skip
 
 
@@ -90,8 +92,9 @@ def _check_dense(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> Non
 
 
 def check_options(
-    *, normalize_features: Any, reduction: Any, ignore_index: Any, interclass_filter: Any, save_bytes: Any
-) -> None:
+    *, normalize_features: Any, reduction: Any, ignore_index: Any, interclass_filter: Any, save_bytes: Any,
+    subcentres: int = 1, label_smoothing: Any = 0.0,
+) -> None:  # fmt: skip
     """Check the arguments that no tensor is needed for."""
     check_flag("normalize_features", normalize_features)
     if not isinstance(reduction, str):
@@ -107,6 +110,13 @@ def check_options(
             raise TypeError(f"interclass_filter must be None or a float, but it is {type_name(interclass_filter)}")
         if not -1 <= interclass_filter <= 1:
             raise ValueError(f"interclass_filter is a cosine and must lie in [-1, 1], but it is {interclass_filter}")
+    if not is_number(label_smoothing):
+        raise TypeError(f"label_smoothing must be a float, but it is {type_name(label_smoothing)}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), but it is {label_smoothing}")
+    if label_smoothing > 0 and (subcentres > 1 or interclass_filter is not None):
+        other = "subcentres" if subcentres > 1 else "interclass_filter"
+        raise ValueError(f"label_smoothing does not go with {other}: the mean of all logits is that of all centres")
     if save_bytes is not None:
         if not is_int(save_bytes):
             raise TypeError(f"save_bytes must be None or an int, but it is {type_name(save_bytes)}")
@@ -117,6 +127,13 @@ def check_options(
 def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, but it is {type_name(value)}")
+
+
+def check_predictions(value: Any) -> None:
+    """Check ``return_predictions``."""
+    if not isinstance(value, bool) and value != WITH_MARGIN:
+        shown = repr(value) if isinstance(value, str) else type_name(value)
+        raise TypeError(f"return_predictions must be a bool or {WITH_MARGIN!r}, but it is {shown}")
 
 
 def check_size(name: str, value: Any) -> int:

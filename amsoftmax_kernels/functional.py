@@ -17,12 +17,21 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from . import backends, reference
-from .arguments import canonical_labels, check_arguments, check_flag, check_size, compute_dtype, no_autocast
+from .arguments import (
+    WITH_MARGIN,
+    canonical_labels,
+    check_arguments,
+    check_predictions,
+    check_size,
+    compute_dtype,
+    no_autocast,
+)
 from .backends import Forward, Needs, Problem, Request, Upstream
 from .backends.budget import BOUNDED_SCALE
 from .backends.margin import predictions
 from .backends.subcentres import nearest
 from .margins import AdditiveMargin, Margin, as_margin, reduce_rows, target_psi
+from .smoothing import MeanCosine, smoothed, sum_of_directions
 from .values import is_number, plain, type_name, whole
 
 if TYPE_CHECKING:
@@ -43,6 +52,7 @@ def am_softmax_loss(
     normalize_features: bool = True,
     reduction: str = "mean",
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
     interclass_filter: float | None = None,
     return_predictions: Literal[False] = False,
     backend: str | None = None,
@@ -60,8 +70,9 @@ def am_softmax_loss(
     normalize_features: bool = True,
     reduction: str = "mean",
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
     interclass_filter: float | None = None,
-    return_predictions: Literal[True],
+    return_predictions: Literal[True, "with_margin"],
     backend: str | None = None,
     save_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -76,8 +87,9 @@ def am_softmax_loss(
     normalize_features: bool = True,
     reduction: str = "mean",
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
     interclass_filter: float | None = None,
-    return_predictions: bool = False,
+    return_predictions: bool | Literal["with_margin"] = False,
     backend: str | None = None,
     save_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -102,10 +114,12 @@ def am_softmax_loss(
             feature normalization).
         reduction: ``"mean"`` over the rows not ignored, ``"sum"``, or ``"none"`` for the ``[B]`` rows.
         ignore_index: rows with this label give loss 0 and no gradient, whatever their features.
+        label_smoothing: ε, the share of each label that is spread evenly over all classes, as in
+            ``torch.nn.functional.cross_entropy``; without sub-centres and filter.
         interclass_filter: negatives whose cosine exceeds this are left out: they may be the same identity under another
             label (InsightFace's ``interclass_filtering_threshold``, which makes their logits 0 instead). None keeps all.
-        return_predictions: also return the class of the largest cosine (before margin and filter) of each row, found in
-            the same pass.
+        return_predictions: also return the class of the largest cosine (before margin and filter; with ``"with_margin"``
+            the target's has its margin taken off) of each row, found in the same pass.
         backend: a name of :func:`available_backends`; None picks the fastest that serves these tensors.
         save_bytes: bytes of B×C intermediates kept for the backward pass, the rest is computed again; 0 keeps none,
             None keeps 1 GiB at most.
@@ -140,39 +154,41 @@ def am_softmax_loss(
     """
     return loss_of(
         features, weight, labels, None, scale, margin, subcentres, normalize_features, reduction, ignore_index,
-        interclass_filter, return_predictions, backend, save_bytes,
+        label_smoothing, interclass_filter, return_predictions, backend, save_bytes,
     )  # fmt: skip
 
 
 def loss_of(
     features: Tensor, weight: Tensor, labels: Tensor, updater: Updater | None,
     scale: float | Tensor, margin: float | Tensor | Margin, subcentres: int, normalize_features: bool, reduction: str,
-    ignore_index: int, interclass_filter: float | None, return_predictions: bool, backend: str | None,
-    save_bytes: int | None,
+    ignore_index: int, label_smoothing: float, interclass_filter: float | None, return_predictions: bool | str,
+    backend: str | None, save_bytes: int | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`am_softmax_loss`, whose backward pass updates ``weight`` by ``updater`` if there is one."""
     scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
     interclass_filter, save_bytes = plain(interclass_filter), whole(save_bytes)
-    subcentres = check_size("subcentres", subcentres)
-    check_flag("return_predictions", return_predictions)
+    subcentres, label_smoothing = check_size("subcentres", subcentres), plain(label_smoothing)
+    check_predictions(return_predictions)
     check_arguments(
         features, weight, labels,
         scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction, subcentres=subcentres,
-        ignore_index=ignore_index, interclass_filter=interclass_filter, save_bytes=save_bytes,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, interclass_filter=interclass_filter,
+        save_bytes=save_bytes,
     )  # fmt: skip
     num_classes = weight.shape[0] // subcentres
-    filtered = interclass_filter is not None
-    traits = traits_of(features, weight, scale, normalize_features, filtered, return_predictions, subcentres)
+    filtered, predict, margined = interclass_filter is not None, bool(return_predictions), return_predictions == WITH_MARGIN
+    traits = traits_of(features, weight, scale, normalize_features, filtered, predict, subcentres)
     backend = backends.choose(backend, traits)
     if backend == "reference":
         if updater is not None:
             raise ValueError("backend 'reference' makes a gradient of all centres at once, and cannot update them instead")
         labels, num_rows = canonical_labels(labels, num_classes, ignore_index)
-        rows, predictions = reference.loss_rows(
-            features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter, subcentres
-        )
+        rows, predicted = reference.loss_rows(
+            features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter, subcentres,
+            label_smoothing, margined,
+        )  # fmt: skip
         loss = reduce_rows(rows, num_rows, reduction)
-        return (loss, predictions) if return_predictions else loss
+        return (loss, predicted) if predict else loss
 
     if _transformed():
         raise RuntimeError(f"torch.func's transforms take backend='reference', but backend is {backend!r}")
@@ -185,21 +201,27 @@ def loss_of(
     options = Options(
         backend, traits.compute_dtype, normalize_features, ignore_index,
         math.inf if interclass_filter is None else float(interclass_filter),
-        kept, return_predictions, torch.is_grad_enabled(), None if anchor is None else updater, subcentres,
+        kept, predict, torch.is_grad_enabled(), None if anchor is None else updater, subcentres,
+        label_smoothing > 0, margined,
     )  # fmt: skip
     constant = margin.margin if type(margin) is AdditiveMargin and not margin.only_above else margin
-    if isinstance(constant, (int, float)):
+    if isinstance(constant, (int, float)) and label_smoothing == 0:
         result: Tensor | tuple[Tensor, Tensor]
         result = AMSoftmaxFunction.apply(features, weight, labels, scale, float(constant), reduction, options, anchor)  # type: ignore[no-untyped-call]
         return result
     labels, num_rows = canonical_labels(labels, num_classes, ignore_index)
     scale = beside(scale, features.device)
-    log_z, cosine, norm, best, best_class = NegativesFunction.apply(features, weight, labels, scale, options, anchor)  # type: ignore[no-untyped-call]
-    rows = loss_rows(log_z, cosine, norm, labels, num_classes, scale if normalize_features else norm, as_margin(margin))
+    log_z, cosine, norm, mean, best, best_class = NegativesFunction.apply(  # type: ignore[no-untyped-call]
+        features, weight, labels, scale, options, anchor
+    )
+    rows, psi = loss_rows(
+        Vectors(log_z, cosine, norm, mean), labels, num_classes, scale if normalize_features else norm,
+        as_margin(margin), label_smoothing,
+    )  # fmt: skip
     loss = reduce_rows(rows, num_rows, reduction)
-    if not return_predictions:
+    if not predict:
         return loss
-    return loss, torch.where(cosine.detach() >= best, labels, best_class)
+    return loss, predictions(psi if margined else cosine, best, best_class, labels)
 
 
 def _transformed() -> bool:
@@ -224,6 +246,8 @@ class Options(NamedTuple):
     grad: bool  # whether autograd records the call
     updater: Updater | None = None  # updates the centres in the backward pass
     subcentres: int = 1
+    mean: bool = False  # of the cosines to all centres is asked for
+    margined: bool = False  # predictions have the margin taken off
 
     def problem(self, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None, fixed: float) -> Problem:
         return Problem(
@@ -311,16 +335,30 @@ def beside(scale: float | Tensor, device: torch.device) -> float | Tensor:
     return scale.to(device) if isinstance(scale, Tensor) and scale.requires_grad else scale
 
 
+class Vectors(NamedTuple):
+    """What :class:`NegativesFunction` returns to be differentiated, ``[B]`` each."""
+
+    log_z: Tensor
+    cosine: Tensor
+    norm: Tensor
+    mean: Tensor  # of size 0 where it was not asked for
+
+
 def loss_rows(
-    log_z: Tensor, cosine: Tensor, norm: Tensor, labels: Tensor, num_classes: int, s: float | Tensor, margin: Margin
-) -> Tensor:
-    """softplus(log z − s·ψ(t)), 0 for an ignored row, for vectors ``[B]`` as :class:`NegativesFunction` returns them."""
+    vectors: Vectors, labels: Tensor, num_classes: int, s: float | Tensor, margin: Margin, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """softplus(log z − s·ψ(t)), smoothed, 0 for an ignored row; and ψ(t)."""
+    log_z, cosine, norm, mean = vectors
     if cosine.device.type != "cpu":  # on the CPU such a label was an error
         cosine = torch.where(labels < num_classes, cosine, math.nan)
     with no_autocast(cosine.device):
-        u = target_psi(margin, cosine, labels.clamp(0, num_classes - 1), norm) * s
+        psi = target_psi(margin, cosine, labels.clamp(0, num_classes - 1), norm)
+        u = psi * s
         # Above 40, log(1 + e^v) is v to the last bit of a float64.
-        return softplus(log_z - u, threshold=40).masked_fill(labels < 0, 0)
+        rows = softplus(log_z - u, threshold=40)
+        if label_smoothing > 0:
+            rows = smoothed(rows, u, cosine * s, mean * s, label_smoothing, num_classes)
+        return rows.masked_fill(labels < 0, 0), psi
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
@@ -418,7 +456,8 @@ class AMSoftmaxFunction(torch.autograd.Function):
         loss = reduce_rows(out.loss, num_rows, reduction)
         if not options.predict:
             return loss
-        predicted = predictions(out, labels)
+        target = out.cosine - margin if options.margined else out.cosine
+        predicted = predictions(target, out.best, out.best_class, labels)
         ctx.mark_non_differentiable(predicted)
         return loss, predicted
 
@@ -461,11 +500,12 @@ class NegativesFunction(torch.autograd.Function):
     """The B×C work as one differentiable function, on which any margin on the target can be built.
 
     ``apply(features, weight, labels, scale, options, anchor)`` takes checked arguments and canonical labels. It returns
-    vectors ``[B]``, of which the first three can be differentiated once:
+    vectors ``[B]``, of which the first four can be differentiated once:
 
     - log z, the log-sum-exp of the negatives' logits, log Σ_{j≠y} exp(s·cos_j) (s = ‖x‖ without normalize_features);
     - t, the target's cosine, exact (never through the low-precision product);
     - ‖x‖;
+    - the mean cosine to all centres (of size 0 without ``mean``);
     - the largest cosine of a negative and its class (of size 0 without ``predict``).
 
     With u = s·ψ(t) the loss is softplus(log z − u). An ignored row has log z = −∞.
@@ -479,25 +519,36 @@ class NegativesFunction(torch.autograd.Function):
         targets = options.targets(features, weight, labels)
         problem = options.problem(features, weight, targets, *backends.scale_fields(scale))
         out = backends.load(options.backend).forward(problem, options.request(_needs(ctx)))
-        ctx.save_for_backward(*problem[:4], *out)
+        mean, means = out.z.new_empty(0), out.z.new_empty(0)
+        if options.mean:
+            mean = sum_of_directions(weight, out.inverse_norm) / max(weight.shape[0], 1)
+            means = MeanCosine.of(features, labels, mean).value().to(out.z.dtype)
+        ctx.save_for_backward(*problem[:4], mean, *out[:10])
         ctx.options, ctx.updater, ctx.fixed_scale = options, options.updater, problem.fixed_scale
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(out.best, out.best_class)
-        return torch.add(out.z.log(), out.shift, alpha=math.log(2)), out.cosine, out.norm, out.best, out.best_class
+        log_z = torch.add(out.z.log(), out.shift, alpha=math.log(2))
+        return log_z, out.cosine, out.norm, means, out.best, out.best_class
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_log_z: Tensor | None, grad_cosine: Tensor | None, grad_norm: Tensor | None, *unused: None
-    ) -> tuple[Tensor | None, ...]:
+        ctx: Any, grad_log_z: Tensor | None, grad_cosine: Tensor | None, grad_norm: Tensor | None, grad_mean: Tensor | None,
+        *unused: None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         updater = updater_of(ctx)
         tensors = ctx.saved_tensors
-        problem, saved = ctx.options.problem(*tensors[:4], ctx.fixed_scale), Forward(*tensors[4:])
+        problem, saved = ctx.options.problem(*tensors[:4], ctx.fixed_scale), Forward(*tensors[5:])
         zero = torch.zeros_like(saved.z)
         # z = 0 where there is no negative (one class) or all vanish beside the target: nothing flows to them.
         row_factor = zero if grad_log_z is None else (grad_log_z / saved.z).masked_fill_(saved.z == 0, 0)
-        upstream = Upstream(row_factor, zero if grad_cosine is None else grad_cosine, grad_norm)
-        needs = _needs(ctx)
+        upstream, needs = Upstream(row_factor, zero if grad_cosine is None else grad_cosine, grad_norm), _needs(ctx)
+        means = None
+        if grad_mean is not None and ctx.options.mean:
+            means = MeanCosine.of(problem.features, problem.labels, tensors[4])
+            upstream = upstream._replace(directions=means.grad_directions(grad_mean, problem.weight.shape[0]).to(zero.dtype))
         grads = backward_of(updater, ctx.options.backend, problem, saved, upstream, needs)
         x, w, s = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        if x is not None and means is not None and grad_mean is not None:
+            x = x + means.grad_features(grad_mean).to(x.dtype)
         return x, w, None, s, None, None

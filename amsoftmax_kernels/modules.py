@@ -40,7 +40,7 @@ class HeadUpdater(Updater, Protocol):
         """What must be alike on all ranks of a sharded head."""
 
     def loss(
-        self, head: AMSoftmaxLoss, features: Tensor, labels: Tensor, return_predictions: bool
+        self, head: AMSoftmaxLoss, features: Tensor, labels: Tensor, return_predictions: bool | str
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The head's loss, whose backward pass is given to :meth:`updating`."""
 
@@ -78,7 +78,8 @@ class AMSoftmaxLoss(nn.Module):
             step to step is to be a tensor, a buffer here, changed in place (``head.scale.fill_(20.0)``): each number
             compiles anew.
         subcentres: K, centres a class; :meth:`subcentre_sizes` and :meth:`keep_largest_subcentres` leave one afterwards.
-        normalize_features, reduction, ignore_index, interclass_filter, backend, save_bytes: as in :func:`am_softmax_loss`.
+        normalize_features, reduction, ignore_index, label_smoothing, interclass_filter, backend, save_bytes: as in
+            :func:`am_softmax_loss`.
         std: standard deviation of the centres' first values; None: 1/√D, for norms near 1.
         device, dtype: of the centres.
 
@@ -119,6 +120,7 @@ class AMSoftmaxLoss(nn.Module):
         normalize_features: bool = True,
         reduction: str = "mean",
         ignore_index: int = -100,
+        label_smoothing: float = 0.0,
         interclass_filter: float | None = None,
         backend: str | None = None,
         save_bytes: int | None = None,
@@ -128,7 +130,7 @@ class AMSoftmaxLoss(nn.Module):
     ) -> None:
         super().__init__()
         embedding_dim, num_classes = check_size("embedding_dim", embedding_dim), check_size("num_classes", num_classes)
-        subcentres = check_size("subcentres", subcentres)
+        subcentres, label_smoothing = check_size("subcentres", subcentres), plain(label_smoothing)
         scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
         interclass_filter, save_bytes = plain(interclass_filter), whole(save_bytes)
         if dtype is not None and dtype not in FLOATS:
@@ -137,7 +139,8 @@ class AMSoftmaxLoss(nn.Module):
         check_margin(margin, num_classes)
         check_options(
             normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
-            interclass_filter=interclass_filter, save_bytes=save_bytes,
+            interclass_filter=interclass_filter, save_bytes=save_bytes, subcentres=subcentres,
+            label_smoothing=label_smoothing,
         )  # fmt: skip
         if std is not None and not (is_number(std := plain(std)) and 0 < std < math.inf):
             raise ValueError(f"std must be None or a positive float, but it is {std!r}")
@@ -145,6 +148,7 @@ class AMSoftmaxLoss(nn.Module):
         self.std: float = embedding_dim**-0.5 if std is None else float(std)
         self.embedding_dim, self.num_classes, self.subcentres = embedding_dim, num_classes, subcentres
         self.normalize_features, self.reduction, self.ignore_index = normalize_features, reduction, ignore_index
+        self.label_smoothing: float = label_smoothing
         self.interclass_filter, self.backend, self.save_bytes = interclass_filter, backend, save_bytes
         self.weight = nn.Parameter(self._empty_weight(device, dtype))
         self.scale: float | Tensor
@@ -277,15 +281,19 @@ class AMSoftmaxLoss(nn.Module):
     @overload
     def forward(self, features: Tensor, labels: Tensor, return_predictions: Literal[False] = False) -> Tensor: ...
     @overload
-    def forward(self, features: Tensor, labels: Tensor, return_predictions: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    def forward(self, features: Tensor, labels: Tensor, return_predictions: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, labels: Tensor, return_predictions: Literal[True, "with_margin"]
+    ) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, features: Tensor, labels: Tensor, return_predictions: bool | Literal["with_margin"] = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of ``features [B, D]`` with ``labels [B]``; with ``return_predictions`` also the predicted classes.
 
         Shapes and dtypes of both are those of :func:`am_softmax_loss`.
         """
         if self._centres_optimizer is not None and (updater := self._centres_optimizer.found()) is not None:
             return updater.loss(self, features, labels, return_predictions)
-        result: Tensor | tuple[Tensor, Tensor] = am_softmax_loss(  # type: ignore[call-overload, misc]
+        result: Tensor | tuple[Tensor, Tensor] = am_softmax_loss(  # type: ignore[misc]
             features,
             self.weight,
             labels,
@@ -295,8 +303,9 @@ class AMSoftmaxLoss(nn.Module):
             normalize_features=self.normalize_features,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
             interclass_filter=self.interclass_filter,
-            return_predictions=return_predictions,
+            return_predictions=return_predictions,  # type: ignore[arg-type]
             backend=self.backend,
             save_bytes=self.save_bytes,
         )
@@ -316,6 +325,7 @@ class AMSoftmaxLoss(nn.Module):
         parts += [f"{name}={_described(value)}" for name in names if not isinstance(value := getattr(self, name), nn.Module)]
         parts += [] if self.subcentres == 1 else [f"subcentres={self.subcentres}"]
         parts += [] if self.normalize_features else ["normalize_features=False"]
+        parts += [] if self.label_smoothing == 0 else [f"label_smoothing={self.label_smoothing}"]
         parts += [] if self.interclass_filter is None else [f"interclass_filter={self.interclass_filter}"]
         return ", ".join(parts)
 

@@ -15,7 +15,8 @@ PROBLEM_SCHEMA = (
 )
 LABELS_SCHEMA = "(Tensor labels, SymInt num_classes, int ignore_index) -> (Tensor, Tensor)"
 GRADS_SCHEMA = (
-    "Tensor row_factor, Tensor grad_cosine, Tensor? grad_norm, bool need_features, bool need_weight, bool need_scale"
+    "Tensor row_factor, Tensor grad_cosine, Tensor? grad_norm, Tensor? grad_directions, "
+    "bool need_features, bool need_weight, bool need_scale"
 )
 
 _library = torch.library.Library("amsoftmax_kernels", "DEF")

@@ -71,11 +71,12 @@ class _Fused(torch.optim.Optimizer):
 
     # What changes the centres is no part of a compiled graph.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def loss(self, head: AMSoftmaxLoss, features: Tensor, labels: Tensor, return_predictions: bool) -> Any:
+    def loss(self, head: AMSoftmaxLoss, features: Tensor, labels: Tensor, return_predictions: bool | str) -> Any:
         """The head's loss, whose backward pass updates its centres; the head's forward pass calls it."""
         return loss_of(
             features, head.weight, labels, self, head.scale, head.margin, head.subcentres, head.normalize_features,
-            head.reduction, head.ignore_index, head.interclass_filter, return_predictions, head.backend, head.save_bytes,
+            head.reduction, head.ignore_index, head.label_smoothing, head.interclass_filter, return_predictions,
+            head.backend, head.save_bytes,
         )  # fmt: skip
 
     def agreement(self) -> tuple[Any, ...]:

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .arguments import (
+    WITH_MARGIN,
     accumulate_dtype,
     canonical_labels,
     check_arguments,
-    check_flag,
+    check_predictions,
     check_size,
     compute_dtype,
     no_autocast,
@@ -35,8 +36,9 @@ def am_softmax_loss(
     normalize_features: bool = True,
     reduction: str = "mean",
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
     interclass_filter: float | None = None,
-    return_predictions: bool = False,
+    return_predictions: bool | str = False,
     subcentres: int = 1,
 ) -> Any:
     """AM-Softmax loss (Wang et al. 2018, equation 6) with all B×C logits in memory.
@@ -53,16 +55,19 @@ def am_softmax_loss(
     """
     scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
     interclass_filter, subcentres = plain(interclass_filter), check_size("subcentres", subcentres)
-    check_flag("return_predictions", return_predictions)
+    label_smoothing = plain(label_smoothing)
+    check_predictions(return_predictions)
     check_arguments(
         features, weight, labels,
         scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction,
         ignore_index=ignore_index, interclass_filter=interclass_filter, subcentres=subcentres,
+        label_smoothing=label_smoothing,
     )  # fmt: skip
     labels, num_rows = canonical_labels(labels, weight.shape[0] // subcentres, ignore_index)
     rows, predictions = loss_rows(
-        features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter, subcentres
-    )
+        features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter, subcentres,
+        label_smoothing, return_predictions == WITH_MARGIN,
+    )  # fmt: skip
     loss = reduce_rows(rows, num_rows, reduction)
     return (loss, predictions) if return_predictions else loss
 
@@ -76,6 +81,8 @@ def loss_rows(
     normalize_features: bool,
     interclass_filter: float | None,
     subcentres: int,
+    label_smoothing: float,
+    margined: bool,
 ) -> tuple[Tensor, Tensor]:
     """The rows' losses and predicted classes ``[B]`` for checked arguments and canonical labels."""
     dtype = accumulate_dtype(compute_dtype(features, weight))
@@ -98,10 +105,17 @@ def loss_rows(
         if interclass_filter is not None:
             left_out = is_target | (cos > interclass_filter)
         log_z = logits.masked_fill(left_out, -math.inf).logsumexp(1)
-        rows = softplus(log_z - s * target_psi(margin, t, target, norm), threshold=40).masked_fill(labels < 0, 0)
+        psi = target_psi(margin, t, target, norm)
+        u = s * psi
+        rows = softplus(log_z - u, threshold=40)
+        if label_smoothing > 0:  # of the mean over all classes, the target's with its margin
+            mean = (logits.masked_fill(is_target, 0).sum(1) + u) / num_classes
+            rows = rows + label_smoothing * (u - mean)
+        rows = rows.masked_fill(labels < 0, 0)
         best, best_class = cos.detach().masked_fill(is_target, -math.inf).max(1)
         best_class = best_class.masked_fill(best.isnan(), -1)
-        return rows, torch.where(t.detach() >= best, labels, best_class)
+        target_cosine = (psi if margined else t).detach()
+        return rows, torch.where((target_cosine >= best) | (labels < 0), labels, best_class)
 
 
 def cosine(features: Tensor, weight: Tensor, subcentres: int = 1) -> Tensor:

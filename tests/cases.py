@@ -112,6 +112,12 @@ CASES = [
     ),
     Case("subcentres-no-fn", "groups of eight", C=200, options={"subcentres": 8, "normalize_features": False}),
     Case("subcentres-near", "a row near its own class's last", own=0.9, C=2 * CHUNK, options={"subcentres": 4}),
+    Case("smoothing", "a share of the label on all classes", options={"label_smoothing": 0.1}),
+    Case(
+        "smoothing-no-fn",
+        "with ‖x‖ in the place of the scale",
+        options={"label_smoothing": 0.3, "normalize_features": False},
+    ),
     Case("sum", "another reduction", options={"reduction": "sum"}),
     Case("mean", "the default reduction", options={"reduction": "mean"}),
 ]

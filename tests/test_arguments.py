@@ -144,7 +144,8 @@ def test_numbers_of_numpy_are_numbers(backend: str) -> None:
 
 @pytest.mark.parametrize("value", [1, "yes", None, torch.tensor(True)], ids=["int", "str", "None", "Tensor"])
 def test_return_predictions_is_a_flag(value: Any) -> None:
-    match = f"return_predictions must be a bool, but it is {type(value).__name__}"
+    shown = repr(value) if isinstance(value, str) else type(value).__name__
+    match = f"return_predictions must be a bool or 'with_margin', but it is {shown}"
     for backend in ("chunked", "reference"):
         with pytest.raises(TypeError, match=match):
             call(**GOOD, backend=backend, return_predictions=value)

@@ -96,7 +96,7 @@ def test_against_the_reference(
 ) -> None:
     """Of centres that lie as the kernel wants them, every case, chunk by chunk; no other kernel makes their gradient.
 
-    But where a class's centres are padded to a power of two.
+    But where a class's centres are padded to a power of two, or labels are smoothed.
     """
     calls: list[str] = []
     call = cuda_library.Library.call
@@ -106,7 +106,7 @@ def test_against_the_reference(
     case = dataclasses.replace(case, D=24)
     tensors = [each.clone(memory_format=torch.contiguous_format) for each in case.tensors(torch.float32)]
     check(case, ours(torch.float16, *tensors, save_bytes=save_bytes, **case.options), oracle(case, torch.float32))
-    if case.options.get("subcentres") == 3:
+    if case.options.get("subcentres") == 3 or "label_smoothing" in case.options:
         assert "ak_grad_centres" not in calls
         return
     assert calls.count("ak_grad_centres") == -(-case.C // CHUNK) and "ak_finish_centres" not in calls

@@ -48,7 +48,12 @@ def test_opcheck(
     out = ops.chunked_forward(*problem, save_bytes, predict)
     torch.library.opcheck(ops.chunked_forward, (*problem, save_bytes, predict))
     grad = upstream.to(out[0].dtype)
-    grads = (grad / out[0].clamp(min=1e-3), grad, None if normalize else grad)
+    grads = (
+        grad / out[0].clamp(min=1e-3),
+        grad,
+        None if normalize else grad,
+        torch.ones_like(features[0], dtype=grad.dtype),
+    )
     for needs in itertools.product((True, False), repeat=3):
         torch.library.opcheck(
             ops.chunked_backward,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import amsoftmax_kernels as ak
+from amsoftmax_kernels.margins import AngularMargin
 
 from .cases import CASES, CHUNK, Case
 
@@ -40,6 +41,32 @@ def test_predictions(options: dict[str, Any], dtype: torch.dtype, backend: str, 
     y, v = features.clone().requires_grad_(), weight.clone().requires_grad_()
     alone = torch.autograd.grad(ak.am_softmax_loss(y, v, labels, backend=backend, **options), (y, v))
     assert all(map(torch.equal, grads, alone))
+
+
+@pytest.mark.parametrize(
+    "margin", [0.35, torch.full((CASE.C,), 0.35), AngularMargin(0.4)], ids=["float", "tensor", "angular"]
+)
+def test_predictions_with_the_margin(margin: Any, fused_backend: str, small_chunks: None, short_chunks: None) -> None:
+    """A target counts where it is the largest even with its margin, as where logits with it are at hand."""
+    features, weight, labels, _ = CASE.tensors(torch.float32)
+    features[:20] = weight[labels[:20]] + torch.linspace(0.1, 1.5, 20)[:, None] * features[:20]
+    labels[4] = -100
+    target = labels.clamp(0)
+    cosines = ak.reference.cosine(features, weight)
+    t = cosines.gather(1, target[:, None])[:, 0]
+    psi = margin(t, target, t) if callable(margin) else t - 0.35
+    expected = cosines.scatter(1, target[:, None], psi[:, None]).argmax(1)
+    expected[4] = -1
+    without = cosines.argmax(1)
+    assert ((expected != without) & (labels >= 0)).sum() >= 5
+    for backend in ("reference", "chunked", fused_backend):
+        loss, predictions = ak.am_softmax_loss(
+            features, weight, labels, margin=margin, return_predictions="with_margin", backend=backend
+        )
+        assert loss.isfinite() and torch.equal(predictions, expected), backend
+    head = ak.AMSoftmaxLoss(CASE.D, CASE.C, margin=margin)
+    head.set_centres(weight)
+    assert torch.equal(head(features, labels, return_predictions="with_margin")[1], expected)
 
 
 def test_the_label_wins_a_tie_and_one_class_is_right() -> None:

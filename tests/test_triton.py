@@ -341,14 +341,14 @@ def test_same_inputs_same_bits(short_chunks: None) -> None:
 )
 def test_opcheck(normalize: bool, predict: bool, save_bytes: int, short_chunks: None, large_tiles: None) -> None:
     features, weight, labels, upstream = (each.to(DEVICE) for each in PLAIN.tensors(torch.float32))
-    problem = (features, weight, labels, None, 30.0, normalize, torch.float32, math.inf)
+    problem = (features, weight, labels, None, 30.0, normalize, torch.float32, math.inf, 1)
     ops = torch.ops.amsoftmax_kernels
     for margin in (0.35, None):
         torch.library.opcheck(ops.triton_forward, (*problem, save_bytes, predict, True, margin))
     out = Forward(*ops.triton_forward(*problem, save_bytes, predict, True, None))
     saved = (out.shift, out.cosine, out.norm, out.inverse_norm, out.kept, out.rows)
     grad = upstream.float()
-    grads = grad / out.z, grad, None if normalize else grad
+    grads = grad / out.z, grad, None if normalize else grad, features[0]
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
         torch.library.opcheck(ops.triton_backward, (*problem, *saved, *grads, *needs))
 

@@ -87,6 +87,7 @@ class Upstream(NamedTuple):
     row_factor: Tensor  # with respect to log z, divided by z
     cosine: Tensor  # with respect to t
     norm: Tensor | None  # with respect to ‖x‖; None stands for 0
+    directions: Tensor | None = None  # [D] with respect to each ŵ_j, the same of all, beside what flows through z and t
 
 
 class Needs(NamedTuple):

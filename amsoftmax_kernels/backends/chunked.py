@@ -147,7 +147,7 @@ def _forward_chunk(shard: Shard, index: int, pieces: Pieces, sums: RowSums, kept
 
 
 def _backward(*arguments: Any, update: Update | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    problem, saved, grads, needs = Problem(*arguments[:9]), arguments[9:15], arguments[15:18], Needs(*arguments[18:])
+    problem, saved, grads, needs = Problem(*arguments[:9]), arguments[9:15], arguments[15:19], Needs(*arguments[19:])
     features, weight, normalize_features = problem.features, problem.weight, problem.normalize_features
     scale = features if problem.scale is None else problem.scale
     shift, cosine, norm, inverse_norm, kept, kept_shift = saved
@@ -209,22 +209,27 @@ class _CentresGradient:
     update: Update | None
     x_factored: Tensor  # [D, B] a∘x̂, times the logits' scale, in E's dtype
     target_rows: Tensor  # [B, D] the targets' part, row by row
+    common: Tensor | None  # [D] in dŵ of every class
 
     @classmethod
     def of(cls, shard: Shard, pair: TargetPair, upstream: Upstream, grad: Tensor, update: Update | None) -> _CentresGradient:
-        row_factor, by_cosine = upstream.row_factor, upstream.cosine
+        row_factor, by_cosine, common = upstream.row_factor, upstream.cosine, upstream.directions
         if update is not None:
             row_factor, by_cosine = update.unscaled(row_factor), update.unscaled(by_cosine)
+            common = None if common is None else update.unscaled(common)
         x_factored = times(shard.x, row_factor * shard.scale, 1.0).to(shard.panel_dtype)
         target_rows = pair.grad_weight(by_cosine).to(shard.dtype)
         chunks = grad.split(shard.chunk) if update is None else ()
-        return cls(chunks, update, x_factored.T.contiguous(), target_rows)
+        common = None if common is None else common.to(shard.dtype)
+        return cls(chunks, update, x_factored.T.contiguous(), target_rows, common)
 
     def write(self, shard: Shard, index: int, terms: Tensor, w: Tensor, inverse: Tensor, power: Tensor | None) -> None:
         """The gradient of a chunk's centres, which are ``w`` over ``power``: dŵ, its part across w. Or their update."""
         grad = product_nt(terms, self.x_factored)  # dŵ, over ‖w‖ but for half precision
         if shard.half:
             grad *= inverse
+        if self.common is not None:
+            grad.addr_(inverse[:, 0], self.common)
         target = self.grad[index] if self.update is None else None
         in_place = target is not None and target.dtype == shard.dtype
         out = target if target is not None and in_place else shard.temporary("gradient", *grad.shape)

@@ -121,7 +121,8 @@ class Fused:
         self, problem: Problem, saved: Forward, upstream: Upstream, needs: Needs, update: Update | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_norm = None if upstream.norm is None else upstream.norm.contiguous()
-        upstream = Upstream(upstream.row_factor.contiguous(), upstream.cosine.contiguous(), grad_norm)
+        row_factor, by_cosine = upstream.row_factor.contiguous(), upstream.cosine.contiguous()
+        upstream = upstream._replace(row_factor=row_factor, cosine=by_cosine, norm=grad_norm)
         features, weight, normalize = problem.features, problem.weight, problem.normalize_features
         with on_device(features.device):
             grad_features = features.new_empty(features.shape if needs.features else 0)
@@ -140,9 +141,9 @@ class Fused:
             if needs.weight and update is not None:
                 own, slots = _own_centres(problem)
                 parts = self._target_parts(own, slots, saved, s, upstream)
-                finish = functools.partial(self._update_centres, problem, saved.inverse_norm, parts, update)
+                finish = functools.partial(self._update_centres, problem, saved.inverse_norm, upstream, parts, update)
             elif needs.weight:
-                finish = functools.partial(self._grad_centres, problem, saved.inverse_norm, grad_weight)
+                finish = functools.partial(self._grad_centres, problem, saved.inverse_norm, upstream, grad_weight)
             unit_rows = self._chunks(problem, saved, s, upstream.row_factor, need_rows, finish)
             of_s = features.new_empty(features.shape[0], dtype=torch.float64) if of_scale else None
             dense = grad_weight if needs.weight and update is None else None
@@ -199,26 +200,28 @@ class Fused:
         return out
 
     def _grad_centres(
-        self, problem: Problem, inverse_norm: Tensor, grad: Tensor, span: range, terms: Tensor, x_factored: Tensor
-    ) -> None:
+        self, problem: Problem, inverse_norm: Tensor, upstream: Upstream, grad: Tensor, span: range, terms: Tensor,
+        x_factored: Tensor,
+    ) -> None:  # fmt: skip
         """The gradient of a chunk's centres but for the targets' part: at once, or a few thousand classes at a time."""
         columns = Columns(problem.subcentres)
         chunk, unpadded = columns.centres(span), columns.group == columns.subcentres
         weight, inverse, grad = _of(problem.weight, chunk), _of(inverse_norm, chunk), _of(grad, chunk)
-        if unpadded and self.kernels.grad_centres(terms, x_factored, weight, inverse, grad):
+        at_once = unpadded and upstream.directions is None
+        if at_once and self.kernels.grad_centres(terms, x_factored, weight, inverse, grad):
             return
         in_place = unpadded and grad.dtype == torch.float32 and grad.shape[1] == x_factored.shape[1]
-        for places, unit in _unit_gradients(terms, x_factored, len(span), grad if in_place else None):
+        for places, unit in _unit_gradients(terms, x_factored, len(span), upstream, grad if in_place else None):
             mine = columns.centres(places)
             self.kernels.finish_centres(columns.gather(unit), weight[mine], inverse[mine], grad[mine])
 
     def _update_centres(
-        self, problem: Problem, inverse_norm: Tensor, parts: TargetParts, update: Update,
+        self, problem: Problem, inverse_norm: Tensor, upstream: Upstream, parts: TargetParts, update: Update,
         span: range, terms: Tensor, x_factored: Tensor,
     ) -> None:  # fmt: skip
         """The step of a chunk's centres, a few thousand classes at a time."""
         update.tally.begun, columns = True, Columns(problem.subcentres)
-        for places, unit in _unit_gradients(terms, x_factored, len(span), None):
+        for places, unit in _unit_gradients(terms, x_factored, len(span), upstream, None):
             unit, classes = columns.gather(unit), columns.centres(span[places])
             weight, inverse, of_them = (
                 problem.weight[classes],
@@ -244,16 +247,23 @@ class Fused:
 
 
 def _unit_gradients(
-    terms: Tensor, x_factored: Tensor, N: int, out: Tensor | None
+    terms: Tensor, x_factored: Tensor, N: int, upstream: Upstream, out: Tensor | None
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
-    """dŵ = Eᵀ(a∘x̂) of a few thousand classes at a time, in ``out [N, width]`` or in memory that is used again."""
+    """dŵ = Eᵀ(a∘x̂) of a few thousand classes at a time, in ``out [N, width]`` or in memory that is used again.
+
+    And what is the same of all classes, if there is such a part.
+    """
+    common = upstream.directions
     width = x_factored.shape[1]
     piece = min(chunking.finish_size(width), N)
     room = x_factored.new_empty(piece, width, dtype=torch.float32) if out is None else out
     for first in range(0, N, piece):
         mine = slice(first, min(first + piece, N))
         target = room[: mine.stop - first] if out is None else out[mine]
-        yield mine, _product(terms[:, mine].T, x_factored, target)
+        _product(terms[:, mine].T, x_factored, target)
+        if common is not None:
+            target[:, : common.shape[0]] += common
+        yield mine, target
 
 
 def _own_centres(problem: Problem) -> tuple[Problem, Tensor]:
@@ -327,7 +337,7 @@ def _backward_arguments(*arguments: Any) -> tuple[Problem, Forward, Upstream, Ne
     shift, cosine, norm, inverse_norm, kept, rows = arguments[9:15]
     unused = norm  # the backward pass does not read the others
     saved = Forward(unused, shift, cosine, norm, inverse_norm, kept, unused, rows, unused, unused)
-    return Problem(*arguments[:9]), saved, Upstream(*arguments[15:18]), Needs(*arguments[18:])
+    return Problem(*arguments[:9]), saved, Upstream(*arguments[15:19]), Needs(*arguments[19:])
 
 
 def _of(tensor: Tensor, rows: slice | range) -> Tensor:

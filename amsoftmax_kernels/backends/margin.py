@@ -35,6 +35,9 @@ def additive_margin(problem: Problem, saved: Forward, margin: float) -> tuple[Te
     return rows, torch.stack([by_z, p * -s, p * -above])
 
 
-def predictions(saved: Forward, labels: Tensor) -> Tensor:
-    """The class of the largest cosine of each row, ``[B]``: the label itself where no negative's is larger."""
-    return torch.where(saved.cosine >= saved.best, labels, saved.best_class)
+def predictions(target: Tensor, best: Tensor, best_class: Tensor, labels: Tensor) -> Tensor:
+    """The class of the largest cosine of each row, ``[B]``: the label where no negative's is larger than the target's.
+
+    The target's may have its margin taken off. An ignored row has -1.
+    """
+    return torch.where((target.detach() >= best) | (labels < 0), labels, best_class)

@@ -69,7 +69,7 @@ def backward(problem: Problem, saved: Forward, upstream: Upstream, need_scale: b
     """Gradients of features and weight in the accumulate dtype, and of scale; E is computed again where none was kept."""
     labels, scale, cosine, w_inverse = problem.labels, host_scale(problem), saved.cosine, saved.inverse_norm
     assert scale is not None
-    row_factor, grad_cosine, grad_norm = upstream
+    row_factor, grad_cosine, grad_norm, grad_directions = upstream
     kept, dtype = saved.kept, saved.kept.dtype
     x, w = problem.features.to(dtype).contiguous(), problem.weight.to(dtype).contiguous()
     norm, w_norm = saved.norm[:, None], w_inverse.reciprocal()[:, None]
@@ -86,8 +86,10 @@ def backward(problem: Problem, saved: Forward, upstream: Upstream, need_scale: b
         grad_scale = (vecdot(grad_x_hat, x_hat) - grad_cosine * cosine).sum() / scale
     if grad_norm is not None:
         grad_x.addcmul_(x_hat, grad_norm[:, None])
-    # The panel's factor 1/‖w‖ is the Jacobian's.
-    return grad_x, _jacobian(product_nt(panel, x_hat.T), w, w_norm, w_norm), grad_scale
+    grad_w_hat = product_nt(panel, x_hat.T)  # the panel's factor 1/‖w‖ is the Jacobian's
+    if grad_directions is not None:
+        grad_w_hat.addr_(w_inverse, grad_directions.to(dtype))
+    return grad_x, _jacobian(grad_w_hat, w, w_norm, w_norm), grad_scale
 
 
 def _jacobian(grad: Tensor, rows: Tensor, length: Tensor, norm: Tensor) -> Tensor:

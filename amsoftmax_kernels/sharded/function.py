@@ -17,6 +17,7 @@ from ..backends.norms import row_norms
 from ..backends.subcentres import nearest
 from ..backends.update import Blocks, Update
 from ..functional import Updater, once_differentiable, updater_of
+from ..smoothing import MeanCosine, sum_of_directions
 from .sampling import draw_classes
 from .shards import ClassShards, Rows
 
@@ -47,6 +48,7 @@ class Plan:
     differentiated: Callable[[], None]  # called by the backward pass
     updater: Updater | None  # updates the centres in the backward pass
     subcentres: int = 1
+    mean: bool = False  # of the cosines to all centres is asked for
 
     def problem(self, features: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor) -> backends.Problem:
         return backends.Problem(
@@ -77,7 +79,8 @@ class ShardedFunction(torch.autograd.Function):
 
     ``apply(features, labels, weight, scale, anchor, plan)`` with ``features [b, D]`` and canonical ``labels [b]`` of this
     rank, and its shard of the centres ``[C, D]`` (``[C, K, D]`` with sub-centres); ``anchor`` is a number that needs a
-    gradient where the centres are updated in the place of having one. Returns log z, t and ‖x‖ ``[B]``, differentiable once,
+    gradient where the centres are updated in the place of having one. Returns log z, t, ‖x‖ and, if asked for, the mean
+    cosine to all centres ``[B]``, differentiable once,
     then the labels ``[B]``, and the largest cosine of a negative and its class for the rows of this replica (of size 0 if
     none were asked for).
 
@@ -119,21 +122,29 @@ class ShardedFunction(torch.autograd.Function):
         norm = _out(panels[0]).norm if panels else row_norms(x.double())[0].to(dtype).masked_fill(labels < 0, 1)
         log_z = torch.add(z.log(), top, alpha=math.log(2))
         best, best_class = _best(panels, plan, x)
-        vectors = shards.gather_replicas(torch.stack([log_z, t, norm]), plan.rows)
+        mean, means = x.new_zeros(0), []
+        if plan.mean:
+            for panel in panels:
+                mean = sum_of_directions(panel.weight, _out(panel).inverse_norm)
+            mean = shards.sum_(mean if panels else x.new_zeros(x.shape[1], dtype=torch.float64)) / shards.num_classes
+            means = [MeanCosine.of(x, labels, mean).value().to(dtype)]
+        vectors = [*shards.gather_replicas(torch.stack([log_z, t, norm, *means]), plan.rows).unbind()]
+        vectors += [] if plan.mean else [x.new_zeros(0, dtype=dtype)]
 
         ctx.plan, ctx.updater, ctx.panels = plan, plan.updater, [(panel.classes is None, panel.factor) for panel in panels]
         saved = [each for panel, factor in zip(panels, factors, strict=True)
                  for each in (panel.weight, panel.labels, panel.classes, factor, *_out(panel))]  # fmt: skip
-        ctx.save_for_backward(features, x, weight, scale if isinstance(scale, Tensor) else None, z, *saved)
+        where = (labels, mean) if plan.mean else (None, None)
+        ctx.save_for_backward(features, x, weight, scale if isinstance(scale, Tensor) else None, z, *where, *saved)
         ctx.scale = None if isinstance(scale, Tensor) else scale
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(all_labels, best, best_class)
-        return *vectors.unbind(), all_labels, best, best_class
+        return *vectors, all_labels, best, best_class
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(grad is None for grad in grads[:3]):
+        if all(grad is None for grad in grads[:4]):
             return (None,) * 6
         updater = updater_of(ctx)
         tensors = ctx.saved_tensors
@@ -151,7 +162,7 @@ def _backward(
     """Gradients of this rank's features and centres, and of the scale; None where one is not needed."""
     plan: Plan = ctx.plan
     shards = plan.shards
-    features, x, weight, scale, z, *saved = tensors
+    features, x, weight, scale, z, all_rows, mean, *saved = tensors
     scale = ctx.scale if scale is None else scale
     mine = plan.rows.replica_slice
     row_factor, grad_cosine = (torch.zeros_like(z) if grad is None else grad[mine] for grad in grads[:2])
@@ -160,13 +171,17 @@ def _backward(
     grad_norm = None if grads[2] is None or shards.shard > 0 else grads[2][mine]
     need_features, need_scale = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     need_weight = ctx.needs_input_grad[2] or update is not None
+    means = directions = None
+    if plan.mean and grads[3] is not None:
+        means = MeanCosine.of(x, all_rows, mean)
+        directions = means.grad_directions(grads[3][mine], shards.num_classes).to(z.dtype)
 
     size = 4 + len(backends.Forward._fields)
     calls = []
     for i in range(len(ctx.panels)):
         panel_weight, labels, classes, factor, *out = saved[i * size : (i + 1) * size]
         problem, forward = plan.problem(x, panel_weight, labels, scale), backends.Forward(*out)
-        upstream = backends.Upstream(row_factor * factor, grad_cosine, grad_norm if i == 0 else None)
+        upstream = backends.Upstream(row_factor * factor, grad_cosine, grad_norm if i == 0 else None, directions)
         calls.append((problem, forward, upstream, classes))
 
     grads_x: list[Tensor] = []
@@ -192,6 +207,8 @@ def _backward(
     scattered = None
     if need_features:
         grad_x = sum(grads_x[1:], grads_x[0]) if grads_x else torch.zeros_like(x)
+        if means is not None and grads[3] is not None and shards.shard == 0:  # every shard has it: once is enough
+            grad_x = grad_x + means.grad_features(grads[3][mine]).to(grad_x.dtype)
         scattered = shards.scatter_rows(grad_x, plan.rows)
     if apart:
         run(backends.Needs(False, True, False))

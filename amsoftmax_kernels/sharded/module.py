@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .. import backends, reference
-from ..arguments import canonical_labels, check_arguments, check_features, check_flag, compute_dtype
+from ..arguments import (
+    WITH_MARGIN,
+    canonical_labels,
+    check_arguments,
+    check_features,
+    check_flag,
+    check_predictions,
+    compute_dtype,
+)
 from ..backends.subcentres import nearest
-from ..functional import DEFAULT_SAVE_BYTES, beside, loss_rows, traits_of
+from ..functional import DEFAULT_SAVE_BYTES, Vectors, beside, loss_rows, traits_of
 from ..margins import Margin, as_margin, reduce_rows
 from ..modules import AMSoftmaxLoss
 from ..values import is_int, is_number, plain, type_name
@@ -42,8 +50,8 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
 
     Args:
         embedding_dim, num_classes, scale, margin, subcentres, normalize_features, reduction, ignore_index,
-            interclass_filter, backend, save_bytes, std: as in :class:`AMSoftmaxLoss`; ``save_bytes`` a rank. A margin's or a
-            scale's parameters are whole on every rank, and so is their gradient.
+            label_smoothing, interclass_filter, backend, save_bytes, std: as in :class:`AMSoftmaxLoss`; ``save_bytes`` a
+            rank. A margin's or a scale's parameters are whole on every rank, and so is their gradient.
         mesh: a DeviceMesh: 1-d, the ranks to shard over; or 2-d, replicas × shards: the classes are sharded along the second
             dimension and the rows spread over both. None: all ranks of the default group; where there is none, one process
             has all classes, as in :class:`AMSoftmaxLoss`.
@@ -96,6 +104,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         normalize_features: bool = True,
         reduction: str = "mean",
         ignore_index: int = -100,
+        label_smoothing: float = 0.0,
         interclass_filter: float | None = None,
         backend: str | None = None,
         save_bytes: int | None = None,
@@ -116,11 +125,13 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         self._draws = 0  # how often the centres were drawn from the seed
         self._counted_in = -1  # the backward pass in which the last step was counted
         self.sample_rate = sample_rate
+        if sample_rate < 1 and is_number(label_smoothing) and label_smoothing > 0:
+            raise ValueError("label_smoothing does not go with sample_rate: the mean of all logits is that of all centres")
         super().__init__(
             embedding_dim, num_classes, scale, margin,
             subcentres=subcentres, normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
-            interclass_filter=interclass_filter, backend=backend, save_bytes=save_bytes, std=std,
-            device=device if mesh is None or device is not None else mesh.device_type, dtype=dtype,
+            label_smoothing=label_smoothing, interclass_filter=interclass_filter, backend=backend, save_bytes=save_bytes,
+            std=std, device=device if mesh is None or device is not None else mesh.device_type, dtype=dtype,
         )  # fmt: skip
         self.sampling_correction, self.equal_batches = sampling_correction, equal_batches
 
@@ -222,7 +233,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         made.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
         return made
 
-    def forward(self, features: Tensor, labels: Tensor, return_predictions: bool = False) -> Any:
+    def forward(self, features: Tensor, labels: Tensor, return_predictions: bool | Literal["with_margin"] = False) -> Any:
         """The loss over all ranks' rows, of this rank's ``features [b, D]`` with ``labels [b]`` in ``[0, C)``.
 
         With ``return_predictions`` also the predicted classes of this rank's rows, of those drawn where they are drawn.
@@ -230,12 +241,12 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         if self.shards.mesh is None:
             sharding.check_alone()
         if self.shards.mesh is None and (self.sample_rate == 1 or not self.training):
-            return super().forward(features, labels, return_predictions)  # type: ignore[call-overload]
+            return super().forward(features, labels, return_predictions)  # type: ignore[arg-type]
         return self._sharded(features, labels, return_predictions)
 
     # Collectives and what they wait for are no part of a compiled graph.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _sharded(self, features: Tensor, labels: Tensor, return_predictions: bool) -> Any:
+    def _sharded(self, features: Tensor, labels: Tensor, return_predictions: bool | str) -> Any:
         shards = self.shards
         error: Exception | None = None
         batch, agreed = 0, dict[str, Any]()
@@ -272,21 +283,16 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         plan = Plan(
             shards, rows, self.normalize_features, compute_dtype(features, self.weight),
             math.inf if self.interclass_filter is None else float(self.interclass_filter),
-            save_bytes if differentiated else 0, return_predictions, backend, sampling, self._count_step, updater,
-            self.subcentres,
+            save_bytes if differentiated else 0, bool(return_predictions), backend, sampling, self._count_step, updater,
+            self.subcentres, self.label_smoothing > 0,
         )  # fmt: skip
-        log_z, cosine, norm, everyone, best, best_class = ShardedFunction.apply(  # type: ignore[no-untyped-call]
+        log_z, cosine, norm, mean, everyone, best, best_class = ShardedFunction.apply(  # type: ignore[no-untyped-call]
             features, canonical, local, scale, anchor, plan
         )
-        each = loss_rows(
-            log_z,
-            cosine,
-            norm,
-            everyone,
-            self.num_classes,
-            scale if self.normalize_features else norm,
-            as_margin(self.margin),
-        )
+        each, psi = loss_rows(
+            Vectors(log_z, cosine, norm, mean), everyone, self.num_classes, scale if self.normalize_features else norm,
+            as_margin(self.margin), self.label_smoothing,
+        )  # fmt: skip
         loss = reduce_rows(each, (everyone >= 0).sum().clamp_(min=1), self.reduction)
         if self.reduction == "none":
             loss = LocalRows.apply(loss, shards, rows)  # type: ignore[no-untyped-call]
@@ -294,22 +300,22 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             return loss
         start = rows.replica_slice.start
         mine = slice(rows.local_slice.start - start, rows.local_slice.stop - start)
-        t = cosine.detach()[rows.local_slice]
+        t = (psi if return_predictions == WITH_MARGIN else cosine).detach()[rows.local_slice]
         found = torch.where(t >= best[mine], canonical, best_class[mine])
         return loss, found.masked_fill(t.isnan() | (canonical < 0), -1)
 
-    def _checked(self, features: Tensor, labels: Tensor, return_predictions: bool) -> tuple[str, Tensor]:
+    def _checked(self, features: Tensor, labels: Tensor, return_predictions: bool | str) -> tuple[str, Tensor]:
         """The backend's name, and labels as it takes them, once everything has been checked."""
-        check_flag("return_predictions", return_predictions)
+        check_predictions(return_predictions)
         check_arguments(
             features, self._described_weight(), labels,
             scale=self.scale, margin=self.margin, normalize_features=self.normalize_features, reduction=self.reduction,
             ignore_index=self.ignore_index, interclass_filter=self.interclass_filter, save_bytes=self.save_bytes,
-            subcentres=self.subcentres,
+            subcentres=self.subcentres, label_smoothing=self.label_smoothing,
         )  # fmt: skip
         filtered = self.interclass_filter is not None
         traits = traits_of(
-            features, self.weight, self.scale, self.normalize_features, filtered, return_predictions, self.subcentres
+            features, self.weight, self.scale, self.normalize_features, filtered, bool(return_predictions), self.subcentres
         )
         backend = backends.choose(self.backend, traits)
         if backend == "reference":
@@ -326,7 +332,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         stand_in = self._local_centres().new_empty(1, 1)
         return stand_in.expand(self.num_classes * self.subcentres, self.embedding_dim)
 
-    def _agreed(self, features: Tensor, backend: str, predict: bool) -> dict[str, Any]:
+    def _agreed(self, features: Tensor, backend: str, predict: bool | str) -> dict[str, Any]:
         """What must be alike on all ranks for their collectives to fit together."""
         grad = torch.is_grad_enabled()
         updater = None if self._centres_optimizer is None else self._centres_optimizer.found()
@@ -346,6 +352,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             "normalize_features": self.normalize_features,
             "reduction": self.reduction,
             "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
             "interclass_filter": self.interclass_filter,
             "return_predictions": predict,
             "backend": backend,

@@ -211,7 +211,7 @@ class _Kernels:
         width = padded(D)
         backward_kernels.finish_rows[(B,)](
             features, *features.stride(), weight, *weight.stride(), problem.labels, saved.norm, saved.cosine, s,
-            *upstream, saved.rows, *grads, B, weight.shape[0], D, width,
+            *upstream[:3], saved.rows, *grads, B, weight.shape[0], D, width,
             isinstance(s, Tensor), problem.normalize_features, _power_of_2(width), 1024,
         )  # fmt: skip
 
