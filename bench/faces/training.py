@@ -1,26 +1,27 @@
-"""The network of the face benchmark and its training: everything is the same for every loss but the loss."""
+"""The network of the face benchmark and its training: everything is the same for every arm but what the arm names."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from amsoftmax_kernels import AMSoftmaxLoss
+from amsoftmax_kernels.optim import FusedSGD
 
+from .arms import Arm, make_head, step_margin
 from .data import FaceSet
-
-LOSSES = ("softmax", "norm-softmax", "am-softmax")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyper-parameters, shared by all losses; chosen on seeds 100 to 105, which are not reported."""
+    """What all arms share; those of an arm are in arms.py."""
 
     height: int = 56
     width: int = 46
@@ -29,16 +30,16 @@ class Settings:
     dropout: float = 0.5
     steps: int = 200
     batch_size: int = 50
-    learning_rate: float = 0.1
     warmup_share: float = 0.1
     momentum: float = 0.9
-    weight_decay: float = 5e-4
-    scale: float = 30.0
     max_shift: float = 0.06
     max_rotation_degrees: float = 6.0
     max_zoom: float = 0.06
     max_contrast: float = 0.2
     max_brightness: float = 0.2
+
+
+SMALL = Settings(height=28, width=23, channels=(12, 24, 48))  # those of `bench faces`: a run is some 3 s of one core
 
 
 def embedding_network(settings: Settings) -> nn.Sequential:
@@ -49,8 +50,8 @@ def embedding_network(settings: Settings) -> nn.Sequential:
         layers += [
             nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False),
             nn.BatchNorm2d(outputs),
-            nn.PReLU(outputs),
             nn.MaxPool2d(2, ceil_mode=True),
+            nn.PReLU(outputs),  # rises with its input, so the pooling may come first: a quarter of the pixels
         ]
         inputs, rows, columns = outputs, (rows + 1) // 2, (columns + 1) // 2
     layers += [
@@ -59,27 +60,9 @@ def embedding_network(settings: Settings) -> nn.Sequential:
         nn.BatchNorm1d(settings.embedding_dim),
         nn.Dropout(settings.dropout),
     ]
-    return nn.Sequential(*layers)
-
-
-class SoftmaxLoss(nn.Module):
-    """A linear layer without bias and cross-entropy: the plain softmax loss of the paper's tables."""
-
-    def __init__(self, embedding_dim: int, num_classes: int) -> None:
-        super().__init__()
-        self.classifier = nn.Linear(embedding_dim, num_classes, bias=False)
-
-    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.classifier(features), labels)
-
-
-def make_head(loss: str, margin: float | None, num_classes: int, settings: Settings) -> nn.Module:
-    """The classification loss by name; norm-softmax is AM-Softmax with margin 0."""
-    if loss == "softmax":
-        return SoftmaxLoss(settings.embedding_dim, num_classes)
-    if loss not in LOSSES or margin is None:
-        raise ValueError(f"loss must be one of {LOSSES}, with a margin unless it is softmax, got {loss!r}, {margin}")
-    return AMSoftmaxLoss(settings.embedding_dim, num_classes, scale=settings.scale, margin=margin)
+    network = nn.Sequential(*layers)
+    # Convolutions on a CPU then take two thirds of the time.
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def to_input(images: torch.Tensor) -> torch.Tensor:
@@ -124,55 +107,66 @@ class Trained:
     seconds: float
 
 
+def optimizers(arm: Arm, network: nn.Module, head: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """SGD with Nesterov's momentum; for bfloat16 centres a FusedSGD of their own, which rounds them stochastically."""
+    options: dict[str, Any] = {"momentum": settings.momentum, "weight_decay": arm.weight_decay, "nesterov": True}
+    if arm.centres == "bfloat16":
+        assert isinstance(head, AMSoftmaxLoss)
+        return [
+            torch.optim.SGD(network.parameters(), lr=arm.learning_rate, **options),
+            FusedSGD(head, lr=arm.learning_rate, **options),
+        ]
+    return [torch.optim.SGD([*network.parameters(), *head.parameters()], lr=arm.learning_rate, **options)]
+
+
+def rate_factor(step: int, settings: Settings) -> float:
+    """The share of the learning rate in this step: a linear warm-up, then half a cosine down to 0."""
+    warmup = max(1, round(settings.steps * settings.warmup_share))
+    progress = (step - warmup) / max(1, settings.steps - warmup)
+    return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def batches(num_images: int, settings: Settings, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Indices of each step's images: epochs run on into each other, so that every batch is full."""
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(order) < settings.batch_size:
+            order = torch.cat([order, torch.randperm(num_images, generator=generator)])
+        yield order[: settings.batch_size]
+        order = order[settings.batch_size :]
+
+
 def train(
-    faces: FaceSet,
-    loss: str,
-    margin: float | None,
-    seed: int,
-    settings: Settings,
-    report: Callable[[int], None] | None = None,
+    faces: FaceSet, arm: Arm, seed: int, settings: Settings, report: Callable[[int], None] = lambda step: None
 ) -> Trained:
     """Train from scratch; the seed alone fixes the weights at the start, the batches and the augmentation."""
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # The network comes before the head: it starts from the same weights for every loss.
+        # The network comes before the head: it starts from the same weights for every arm.
         network = embedding_network(settings)
-        head = make_head(loss, margin, len(faces.people), settings)
+        head = make_head(arm, settings.embedding_dim, len(faces.people), settings.steps)
         torch.manual_seed(seed + 1)  # for dropout: the heads may have drawn different amounts
-        generator = torch.Generator().manual_seed(seed)  # for the data alone: the same stream for every loss
-        parameters = [*network.parameters(), *head.parameters()]
-        optimizer = torch.optim.SGD(
-            parameters,
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=True,
-        )
+        generator = torch.Generator().manual_seed(seed)  # for the data alone: the same stream for every arm
+        used = optimizers(arm, network, head, settings)
         inputs, labels = to_input(faces.images), faces.labels
-        warmup = max(1, round(settings.steps * settings.warmup_share))
-        tail: list[float] = []
-        order = torch.empty(0, dtype=torch.long)
+        losses: list[float] = []
         network.train()
-        for step in range(settings.steps):
-            while len(order) < settings.batch_size:  # epochs run on into each other: every batch is full
-                order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
-            batch, order = order[: settings.batch_size], order[settings.batch_size :]
-            progress = (step - warmup) / max(1, settings.steps - warmup)
-            factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress))
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * factor
+        for step, batch in zip(range(settings.steps), batches(len(inputs), settings, generator), strict=False):
+            for optimizer in used:
+                optimizer.param_groups[0]["lr"] = arm.learning_rate * rate_factor(step, settings)
+                optimizer.zero_grad(set_to_none=True)
             value = head(network(augment(inputs[batch], settings, generator)), labels[batch])
-            optimizer.zero_grad(set_to_none=True)
             value.backward()
-            optimizer.step()
-            if step >= settings.steps - max(1, settings.steps // 10):
-                tail.append(float(value.detach()))
-            if not math.isfinite(float(value.detach())):
-                raise FloatingPointError(f"{loss} {margin} seed {seed}: the loss is {float(value)} at step {step}")
-            if report is not None:
-                report(step + 1)
+            for optimizer in used:
+                optimizer.step()
+            step_margin(head)
+            losses.append(float(value.detach()))
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"{arm.name} seed {seed}: the loss is {losses[-1]} at step {step}")
+            report(step + 1)
     network.eval()
+    tail = losses[-max(1, settings.steps // 10) :]
     return Trained(network, sum(tail) / len(tail), time.perf_counter() - start)
 
 
