@@ -89,6 +89,24 @@ def test_whole_run_and_that_workers_do_not_change_the_numbers(people: Path, tmp_
     assert without_time(other["results"]) == without_time(report["results"][:2])
 
 
+def test_tuning_names_the_best_of_each_loss(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = [each for each in face_arms.candidates() if each.loss == "softmax"][:2]
+    monkeypatch.setattr(faces, "candidates", lambda: two)
+    results = {two[0].name: 0.25, two[1].name: 0.75}
+    measured = {"genuine_pairs": 18, "impostor_pairs": 48, "roc": [0.5], **dict.fromkeys(face_report.METRICS, 0.5)}
+    monkeypatch.setattr(
+        face_runs,
+        "execute",
+        lambda run, *rest: measured | {"arm": run.arm.name, "seed": run.seed, "vr@far=1e-2": results[run.arm.name]},
+    )
+    assert faces.run(parse("--tune", "--data", str(people), "--seeds", "2", "--threads", "1", "--out", str(tmp_path))) == 0
+    report = json.loads((tmp_path / "faces.json").read_text())
+    assert [result["seed"] for result in report["results"]] == [100, 100, 101, 101]
+    assert capsys.readouterr().out.splitlines()[-2] == two[1].name
+
+
 def test_runs_are_reproducible_and_seeds_differ(face_set: face_data.FaceSet) -> None:
     runs = [face_runs.Run(arm("am-softmax-0.35"), seed) for seed in (0, 0, 1)]
     first, again, other = without_time([face_runs.execute(r, face_set, TINY, lambda step: None) for r in runs])

@@ -152,6 +152,8 @@ def _run(args: argparse.Namespace) -> int:
 
     def save() -> dict[str, Any]:
         report = reporting.report_of([by_index[index] for index in sorted(by_index)], len(runs), described)
+        if args.tune:
+            del report["roc"]  # a curve of each setting, which nothing draws
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_atomically(args.out / "faces.json", lambda path: path.write_text(text, encoding="utf-8"))
         return report
@@ -170,23 +172,24 @@ def _run(args: argparse.Namespace) -> int:
     finally:
         progress.close()
     if by_index:
-        report = save()
-        _show(report, compared, args.tune)
-        picture = reporting.picture(report)
-        write_atomically(args.out / "faces.png", lambda path: picture.savefig(path, dpi=150))
-        print(f"wrote {args.out / 'faces.json'} and {args.out / 'faces.png'}")
+        _show(save(), compared, args)
     if interrupted:
         print(f"interrupted: {len(by_index)} of {len(runs)} runs were done", file=sys.stderr)
         return 130
     return 0
 
 
-def _show(report: dict[str, Any], compared: list[Arm], tune: bool) -> None:
-    """Print the table, and of hyper-parameters the best of each loss."""
+def _show(report: dict[str, Any], compared: list[Arm], args: argparse.Namespace) -> None:
+    """Print the table, and draw the curves or name the best hyper-parameters of each loss."""
     print(reporting.table_text(report["summary"]))
-    if tune:
+    written = args.out / "faces.json"
+    if args.tune:
         best = reporting.best_by_loss(report["summary"], {arm.name: arm.loss for arm in compared})
-        print(f"the largest mean {reporting.METRICS[reporting.TUNED]} of each loss:", *best, sep="\n")
+        print(f"the largest mean {reporting.METRICS[reporting.TUNED]} of each loss:", *best, f"wrote {written}", sep="\n")
+        return
+    picture = reporting.picture(report)
+    write_atomically(args.out / "faces.png", lambda path: picture.savefig(path, dpi=150))
+    print(f"wrote {written} and {args.out / 'faces.png'}")
 
 
 def _described(args: argparse.Namespace, faces: data.FaceSet, compared: list[Arm]) -> dict[str, Any]:
