@@ -112,14 +112,14 @@ def _arm(name: str, loss: str, learning_rate: float, own: dict[str, Any], **rest
 
 # What `--tune` chose: the learning rate and the loss's own parameter.
 CHOSEN: dict[str, tuple[float, dict[str, Any]]] = {
-    "softmax": (0.1, {"weight_decay": 5e-4}),
-    "l-softmax": (0.05, {"m": 2, "minimum": 5.0}),
-    "a-softmax": (0.1, {"m": 4}),
-    "normface": (0.1, {"scale": 20.0}),
-    "centre-loss": (0.1, {"weight": 0.008}),
-    "arcface": (0.1, {"scale": 30.0, "margin": 0.5}),
-    "am-softmax-no-fn": (0.1, {"margin": 0.4}),
-    "am-softmax": (0.1, {"scale": 30.0, "margin": 0.35}),
+    "softmax": (0.05, {"weight_decay": 2e-4}),
+    "l-softmax": (0.05, {"m": 4, "minimum": 5.0}),
+    "a-softmax": (0.05, {"m": 2}),
+    "normface": (0.05, {"scale": 5.0}),
+    "centre-loss": (0.1, {"weight": 0.05}),
+    "arcface": (0.05, {"scale": 15.0, "margin": 0.5}),
+    "am-softmax-no-fn": (0.1, {"margin": 0.3}),
+    "am-softmax": (0.025, {"scale": 15.0, "margin": 0.35}),
 }
 
 

@@ -25,7 +25,7 @@ from . import data, reporting, training
 from .arms import QUICK, Arm, arms, by_name, candidates
 from .runs import Run, execute_all
 
-FULL_SEEDS, QUICK_SEEDS, TUNING_SEEDS = 12, 12, 4
+FULL_SEEDS, QUICK_SEEDS, TUNING_SEEDS = 12, 10, 4
 FIRST_TUNING_SEED = 100
 
 

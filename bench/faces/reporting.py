@@ -31,13 +31,14 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for arm, group in groups.items():
         row: dict[str, Any] = {"arm": arm, "num_seeds": len(group)}
+        others = BASELINES[: BASELINES.index(arm)] if arm in BASELINES else BASELINES  # each pair once
         for metric in METRICS:
             values = _known(result[metric] for result in group.values())
             row[metric] = {"mean": float(values.mean()) if values.size else None, "std": _deviation(values)}
             row[metric]["minus"] = {
                 other: difference
-                for other in BASELINES
-                if other != arm and (difference := _difference(group, groups.get(other, {}), metric)) is not None
+                for other in others
+                if (difference := _difference(group, groups.get(other, {}), metric)) is not None
             }
         rates = zip(*(result["roc"] for result in group.values()), strict=True)
         row["tar"] = [None if None in each else float(np.mean(each)) for each in rates]
