@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -136,8 +135,7 @@ def _arms() -> Iterator[Arm]:
     for margin in MARGINS:
         yield _arm(f"am-softmax-{margin:.2f}", "am-softmax", rate, own | {"margin": margin})
     yield _arm("am-softmax-0.35-bfloat16", "am-softmax", rate, own, centres="bfloat16")
-    if "subcentres" in inspect.signature(AMSoftmaxLoss).parameters:
-        yield _arm("am-softmax-0.35-subcentres", "am-softmax", rate, own | {"subcentres": 3})
+    yield _arm("am-softmax-0.35-subcentres", "am-softmax", rate, own | {"subcentres": 3})
 
 
 QUICK = ("softmax", "am-softmax-0.35")

