@@ -188,7 +188,7 @@ def picture(report: dict[str, Any]) -> Figure:
 
 
 def _draw_curves(axes: Any, report: dict[str, Any]) -> None:
-    """One curve an arm: AM-Softmax's margins in shades of one colour map, the others dashed."""
+    """One curve an arm: AM-Softmax's margins in shades of one colour map, the others dashed or dotted."""
     import matplotlib
 
     far = np.array(report["roc"]["far"])
@@ -202,7 +202,7 @@ def _draw_curves(axes: Any, report: dict[str, Any]) -> None:
         style = (
             {"color": matplotlib.colormaps["plasma"](shades[arm])}
             if arm in shades
-            else {"color": "black" if arm == "softmax" else f"C{index % 10}", "ls": "--"}
+            else {"color": "black" if arm == "softmax" else f"C{index % 10}", "ls": "--" if index < 10 else ":"}
         )
         axes.plot(far[visible], np.array(curve["tar"], np.float64)[visible], label=arm, **style)
     axes.set_xscale("log")
