@@ -4,8 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import margins, reference
+from .autograd import AMSoftmaxFunction
 from .backends import available_backends
-from .functional import AMSoftmaxFunction, am_softmax_loss
+from .functional import am_softmax_loss
 from .modules import AMSoftmaxLoss
 from .resizing import resize_classes
 

@@ -22,8 +22,9 @@ from .arguments import (
     check_scale,
     check_size,
 )
+from .autograd import Updater
 from .backends.subcentres import nearest
-from .functional import Updater, am_softmax_loss
+from .functional import loss_of
 from .margins import Margin
 from .values import is_number, plain, type_name, whole
 
@@ -293,23 +294,22 @@ class AMSoftmaxLoss(nn.Module):
         """
         if self._centres_optimizer is not None and (updater := self._centres_optimizer.found()) is not None:
             return updater.loss(self, features, labels, return_predictions)
-        result: Tensor | tuple[Tensor, Tensor] = am_softmax_loss(  # type: ignore[misc]
-            features,
-            self.weight,
-            labels,
-            scale=self.scale,
-            margin=self.margin,
-            subcentres=self.subcentres,
-            normalize_features=self.normalize_features,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            interclass_filter=self.interclass_filter,
-            return_predictions=return_predictions,  # type: ignore[arg-type]
-            backend=self.backend,
-            save_bytes=self.save_bytes,
-        )
-        return result
+        return loss_of(features, self.weight, labels, None, return_predictions=return_predictions, **self.loss_options())
+
+    def loss_options(self) -> dict[str, Any]:
+        """What :func:`am_softmax_loss` is given beside the tensors."""
+        return {
+            "scale": self.scale,
+            "margin": self.margin,
+            "subcentres": self.subcentres,
+            "normalize_features": self.normalize_features,
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "interclass_filter": self.interclass_filter,
+            "backend": self.backend,
+            "save_bytes": self.save_bytes,
+        }
 
     def cosine(self, features: Tensor) -> Tensor:
         """Cosines ``[B, C]`` of ``features [B, D]`` to every class, float32 (float64 for float64), differentiable.

@@ -73,11 +73,7 @@ class _Fused(torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def loss(self, head: AMSoftmaxLoss, features: Tensor, labels: Tensor, return_predictions: bool | str) -> Any:
         """The head's loss, whose backward pass updates its centres; the head's forward pass calls it."""
-        return loss_of(
-            features, head.weight, labels, self, head.scale, head.margin, head.subcentres, head.normalize_features,
-            head.reduction, head.ignore_index, head.label_smoothing, head.interclass_filter, return_predictions,
-            head.backend, head.save_bytes,
-        )  # fmt: skip
+        return loss_of(features, head.weight, labels, self, return_predictions=return_predictions, **head.loss_options())
 
     def agreement(self) -> tuple[Any, ...]:
         """What must be alike on all ranks of a sharded head."""

@@ -107,7 +107,9 @@ CHOICES: dict[str, list[Any]] = {
     "normalize_features": [True, False],
     "reduction": ["mean", "sum", "none"],
     "interclass_filter": [None, 0.5],
-    "return_predictions": [False, True],
+    "return_predictions": [False, True, "with_margin"],
+    "subcentres": [1, 2],
+    "label_smoothing": [0.0, 0.1],
     "save_bytes": [1 << 40, 0],
     "gradients": ["features and weight", "features", "weight", ""],
     "updated": [None, *launches._UPDATES],
@@ -123,10 +125,12 @@ def launches_of_a_call(dtype: torch.dtype, choice: dict[str, Any]) -> set[Launch
     features = torch.zeros(16, 512, dtype=choice.pop("features") or dtype, requires_grad="features" in gradients)
     weight = torch.zeros(classes, 512, dtype=choice.pop("weight") or dtype, requires_grad="weight" in gradients)
     scale, margin = choice.pop("scale"), choice.pop("margin")
+    if choice["subcentres"] > 1 or choice["interclass_filter"] is not None:
+        choice["label_smoothing"] = 0.0  # which does not go with them
     if isinstance(scale, str):
         scale = torch.tensor(30.0, requires_grad=scale == "learned")
     if isinstance(margin, str):
-        margin = torch.full((classes,), 0.35)
+        margin = torch.full((classes // choice["subcentres"],), 0.35)
     with (
         recording((9, 0), 132) as made,
         mock.patch.object(backends, "choose", lambda *_: "triton"),
@@ -140,9 +144,8 @@ def launches_of_a_call(dtype: torch.dtype, choice: dict[str, Any]) -> set[Launch
             updating=lambda weight: contextlib.nullcontext(updated.of(weight)),
         )
         result = functional.loss_of(
-            features, weight, torch.zeros(16, dtype=torch.int64), None if updated is None else head, scale, margin,
-            choice["normalize_features"], choice["reduction"], -100, choice["interclass_filter"],
-            choice["return_predictions"], None, choice["save_bytes"],
+            features, weight, torch.zeros(16, dtype=torch.int64), None if updated is None else head, scale=scale,
+            margin=margin, ignore_index=-100, backend=None, **choice,
         )  # fmt: skip
         loss = result[0] if isinstance(result, tuple) else result
         if loss.requires_grad:

@@ -137,13 +137,13 @@ class Fused:
             of_scale = needs.scale and normalize
             need_rows = needs.features or of_scale
             finish: Callable[[range, Tensor, Tensor], None] | None = None  # a chunk's centres, from E and a∘x̂
-            own = problem  # whose centres the targets are: those of before the update
+            own, common = problem, upstream.directions  # whose centres the targets are: those of before the update
             if needs.weight and update is not None:
                 own, slots = _own_centres(problem)
                 parts = self._target_parts(own, slots, saved, s, upstream)
-                finish = functools.partial(self._update_centres, problem, saved.inverse_norm, upstream, parts, update)
+                finish = functools.partial(self._update_centres, problem, saved.inverse_norm, common, parts, update)
             elif needs.weight:
-                finish = functools.partial(self._grad_centres, problem, saved.inverse_norm, upstream, grad_weight)
+                finish = functools.partial(self._grad_centres, problem, saved.inverse_norm, common, grad_weight)
             unit_rows = self._chunks(problem, saved, s, upstream.row_factor, need_rows, finish)
             of_s = features.new_empty(features.shape[0], dtype=torch.float64) if of_scale else None
             dense = grad_weight if needs.weight and update is None else None
@@ -200,28 +200,28 @@ class Fused:
         return out
 
     def _grad_centres(
-        self, problem: Problem, inverse_norm: Tensor, upstream: Upstream, grad: Tensor, span: range, terms: Tensor,
+        self, problem: Problem, inverse_norm: Tensor, common: Tensor | None, grad: Tensor, span: range, terms: Tensor,
         x_factored: Tensor,
     ) -> None:  # fmt: skip
         """The gradient of a chunk's centres but for the targets' part: at once, or a few thousand classes at a time."""
         columns = Columns(problem.subcentres)
         chunk, unpadded = columns.centres(span), columns.group == columns.subcentres
         weight, inverse, grad = _of(problem.weight, chunk), _of(inverse_norm, chunk), _of(grad, chunk)
-        at_once = unpadded and upstream.directions is None
+        at_once = unpadded and common is None
         if at_once and self.kernels.grad_centres(terms, x_factored, weight, inverse, grad):
             return
         in_place = unpadded and grad.dtype == torch.float32 and grad.shape[1] == x_factored.shape[1]
-        for places, unit in _unit_gradients(terms, x_factored, len(span), upstream, grad if in_place else None):
+        for places, unit in _unit_gradients(terms, x_factored, len(span), common, grad if in_place else None):
             mine = columns.centres(places)
             self.kernels.finish_centres(columns.gather(unit), weight[mine], inverse[mine], grad[mine])
 
     def _update_centres(
-        self, problem: Problem, inverse_norm: Tensor, upstream: Upstream, parts: TargetParts, update: Update,
+        self, problem: Problem, inverse_norm: Tensor, common: Tensor | None, parts: TargetParts, update: Update,
         span: range, terms: Tensor, x_factored: Tensor,
     ) -> None:  # fmt: skip
         """The step of a chunk's centres, a few thousand classes at a time."""
         update.tally.begun, columns = True, Columns(problem.subcentres)
-        for places, unit in _unit_gradients(terms, x_factored, len(span), upstream, None):
+        for places, unit in _unit_gradients(terms, x_factored, len(span), common, None):
             unit, classes = columns.gather(unit), columns.centres(span[places])
             weight, inverse, of_them = (
                 problem.weight[classes],
@@ -247,13 +247,12 @@ class Fused:
 
 
 def _unit_gradients(
-    terms: Tensor, x_factored: Tensor, N: int, upstream: Upstream, out: Tensor | None
+    terms: Tensor, x_factored: Tensor, N: int, common: Tensor | None, out: Tensor | None
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """dŵ = Eᵀ(a∘x̂) of a few thousand classes at a time, in ``out [N, width]`` or in memory that is used again.
 
-    And what is the same of all classes, if there is such a part.
+    And ``common [D]``, which is the same of all classes, if there is such a part.
     """
-    common = upstream.directions
     width = x_factored.shape[1]
     piece = min(chunking.finish_size(width), N)
     room = x_factored.new_empty(piece, width, dtype=torch.float32) if out is None else out

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .. import backends
 from ..arguments import accumulate_dtype
+from ..autograd import Updater, once_differentiable, updater_of
 from ..backends.budget import BOUNDED_SCALE
 from ..backends.norms import row_norms
 from ..backends.subcentres import nearest
 from ..backends.update import Blocks, Update
-from ..functional import Updater, once_differentiable, updater_of
 from ..smoothing import MeanCosine, sum_of_directions
 from .sampling import draw_classes
 from .shards import ClassShards, Rows

@@ -23,8 +23,9 @@ from ..arguments import (
     check_predictions,
     compute_dtype,
 )
+from ..autograd import DEFAULT_SAVE_BYTES, beside, traits_of
 from ..backends.subcentres import nearest
-from ..functional import DEFAULT_SAVE_BYTES, Vectors, beside, loss_rows, traits_of
+from ..functional import Vectors, loss_rows
 from ..margins import Margin, as_margin, reduce_rows
 from ..modules import AMSoftmaxLoss
 from ..values import is_int, is_number, plain, type_name

@@ -95,7 +95,7 @@ def _gradients(name: str, B: int, D: int, C: int, device: torch.device) -> Ways:
     assert width == padded(D), "this D takes columns beside it"
 
     def at_once(grad: Tensor) -> tuple[Tensor]:
-        backend.fused._grad_centres(given, inverse, grad, range(C), terms, x_factored)
+        backend.fused._grad_centres(given, inverse, None, grad, range(C), terms, x_factored)
         return (grad,)
 
     def apart(grad: Tensor) -> tuple[Tensor]:

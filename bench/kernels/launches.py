@@ -168,8 +168,8 @@ def _step(B: int, D: int, C: int, how: Options) -> None:
     labels, needs = torch.zeros(B, dtype=torch.int64), Needs(*how.needs)
     scale, number = (torch.tensor(30.0), 0.0) if how.scale is None else (None, how.scale)
     problem = Problem(
-        features, weight, labels, scale, number, how.normalize, how.compute_dtype,
-                      how.interclass_filter, how.subcentres)  # fmt: skip
+        features, weight, labels, scale, number, how.normalize, how.compute_dtype, how.interclass_filter, how.subcentres
+    )
     save_bytes = how.save_bytes if any(needs) else 0
     margin = 0.35 if how.constant_margin else None
     out = backend.forward(problem, Request(save_bytes, how.predict, needs.features or needs.scale, margin))
@@ -195,11 +195,11 @@ def _combinations() -> Iterator[tuple[Options, bool]]:
     And whether several chunks of classes could. The cosines' kernel asks for no margin and no gradient of the scale, the
     others neither for filter nor predictions.
     """
-    for dtype, save, normalize, scale, limit, predict, needs in itertools.product(
+    for dtype, save, normalize, scale, limit, predict, needs, subcentres in itertools.product(
         (*_HALF, torch.float32), (1 << 40, 0), (True, False), (30.0, 100.0, None), (math.inf, 0.5), (False, True),
-        ((True, True, False), (False, True, False), (False, False, False)),
+        ((True, True, False), (False, True, False), (False, False, False)), (1, 2),
     ):  # fmt: skip
-        yield Options(dtype, save, normalize, scale, limit, predict, needs=needs), False
+        yield Options(dtype, save, normalize, scale, limit, predict, needs=needs, subcentres=subcentres), False
     for (dtype, *dtypes), save, normalize, scale, of_norm, needs in itertools.product(
         _DTYPES, (1 << 40, 0), (True, False), (30.0, None), (False, True), _NEEDS
     ):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from amsoftmax_kernels.functional import DEFAULT_SAVE_BYTES
+from amsoftmax_kernels.autograd import DEFAULT_SAVE_BYTES
 
 from .. import machine
 from . import times

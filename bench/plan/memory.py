@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from amsoftmax_kernels.autograd import DEFAULT_SAVE_BYTES
 from amsoftmax_kernels.backends import chunking, shard, update
 from amsoftmax_kernels.backends.budget import kept_classes
 from amsoftmax_kernels.backends.subcentres import Columns
 from amsoftmax_kernels.backends.triton import tiles as triton_tiles
-from amsoftmax_kernels.functional import DEFAULT_SAVE_BYTES
 from amsoftmax_kernels.sharded.sampling import draw_size
 
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adamw": 2, "fused-sgd": 1, "fused-adamw": 2}  # states of a centre's size
