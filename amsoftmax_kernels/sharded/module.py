@@ -28,7 +28,8 @@ from ..backends.subcentres import nearest
 from ..functional import Vectors, loss_rows
 from ..margins import Margin, as_margin, reduce_rows
 from ..modules import AMSoftmaxLoss
-from ..values import is_int, is_number, plain, type_name
+from ..values import is_number, plain
+from . import options
 from . import shards as sharding
 from .function import LocalRows, Plan, Sampling, ShardedFunction
 from .sampling import draw_size
@@ -119,7 +120,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         dtype: torch.dtype | None = None,
     ) -> None:
         sample_rate, seed = plain(sample_rate), plain(seed)
-        _check(mesh, sample_rate, seed, backend, device)
+        options.check(mesh, sample_rate, seed, backend, device)
         for name, flag in (("sampling_correction", sampling_correction), ("equal_batches", equal_batches)):
             check_flag(name, flag)
         self._mesh, self._seed, self._agreed_once = mesh, seed, False
@@ -348,8 +349,8 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             "num_classes": self.num_classes,
             "subcentres": self.subcentres,
             "mesh": (self.shards.replicas, self.shards.shards),
-            "scale": _comparable(self.scale),
-            "margin": _comparable(self.margin),
+            "scale": options.comparable(self.scale),
+            "margin": options.comparable(self.margin),
             "normalize_features": self.normalize_features,
             "reduction": self.reduction,
             "ignore_index": self.ignore_index,
@@ -368,7 +369,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         classes = self.shards.classes
         if self.sample_rate == 1 or not self.training or classes == 0:
             return None
-        if _backward_pass() == self._counted_in != -1:
+        if options.backward_pass() == self._counted_in != -1:
             raise RuntimeError(
                 "sample_rate: this call is recomputed in a backward pass (activation checkpointing) that has already been "
                 "through another call of the head, and would not draw the same: call a sampled head once a backward pass"
@@ -385,7 +386,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         """A backward pass has been made: the next forward pass draws anew, and one that is run again does not."""
         if self.sample_rate < 1 and self.training:
             self.sampling_state[1] += 1
-            self._counted_in = _backward_pass()
+            self._counted_in = options.backward_pass()
 
     def cosine(self, features: Tensor) -> Tensor:
         """Cosines ``[b, C]`` of this rank's ``features [b, D]`` to every class; every rank must call it.
@@ -431,37 +432,3 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             parts.append(f"classes {self.shards.start} to {self.shards.stop} of {self.num_classes} on this rank")
         parts += [] if self.sample_rate == 1 else [f"sample_rate={self.sample_rate}"]
         return ", ".join(parts)
-
-
-def _comparable(option: Any) -> Any:
-    """What can be said of a scale or a margin without waiting for a GPU."""
-    if isinstance(option, Tensor):
-        known = option.device.type == "cpu" and option.dim() == 0
-        return option.item() if known else tuple(option.shape), option.device.type, option.requires_grad
-    return option if isinstance(option, (int, float)) else type(option).__name__
-
-
-def _backward_pass() -> int:
-    """The number of the backward pass that this is called in; -1 for none."""
-    number: int = torch._C._current_graph_task_id()
-    return number
-
-
-def _check(mesh: Any, sample_rate: Any, seed: Any, backend: Any, device: Any) -> None:
-    if mesh is not None:
-        if not isinstance(mesh, DeviceMesh):
-            raise TypeError(f"mesh must be None or a DeviceMesh, but it is {type_name(mesh)}")
-        if mesh.ndim not in (1, 2):
-            raise ValueError(f"mesh must have one dimension, or two (replicas, shards), but it has {mesh.ndim}")
-        if device is not None and torch.device(device).type not in (mesh.device_type, "meta"):
-            raise ValueError(f"device must be of the mesh's type {mesh.device_type}, but it is {device}")
-    if not is_number(sample_rate):
-        raise TypeError(f"sample_rate must be a float, but it is {type_name(sample_rate)}")
-    if not 0 < sample_rate <= 1:
-        raise ValueError(f"sample_rate must lie in (0, 1], but it is {sample_rate}")
-    if seed is not None and not is_int(seed):
-        raise TypeError(f"seed must be None or an int, but it is {type_name(seed)}")
-    if seed is not None and not 0 <= seed < 1 << 62:
-        raise ValueError(f"seed must lie in [0, 2^62), but it is {seed}")
-    if backend == "reference" and sharding.is_initialized():
-        raise ValueError("backend 'reference' is the formula in one process: it cannot be sharded")

@@ -1,0 +1,46 @@
+"""What a sharded head is made with: checks of its own arguments, and what of them must be alike on all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..values import is_int, is_number, type_name
+from . import shards as sharding
+
+
+def comparable(option: Any) -> Any:
+    """What can be said of a scale or a margin without waiting for a GPU."""
+    if isinstance(option, Tensor):
+        known = option.device.type == "cpu" and option.dim() == 0
+        return option.item() if known else tuple(option.shape), option.device.type, option.requires_grad
+    return option if isinstance(option, (int, float)) else type(option).__name__
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that this is called in; -1 for none."""
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
+def check(mesh: Any, sample_rate: Any, seed: Any, backend: Any, device: Any) -> None:
+    if mesh is not None:
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh must be None or a DeviceMesh, but it is {type_name(mesh)}")
+        if mesh.ndim not in (1, 2):
+            raise ValueError(f"mesh must have one dimension, or two (replicas, shards), but it has {mesh.ndim}")
+        if device is not None and torch.device(device).type not in (mesh.device_type, "meta"):
+            raise ValueError(f"device must be of the mesh's type {mesh.device_type}, but it is {device}")
+    if not is_number(sample_rate):
+        raise TypeError(f"sample_rate must be a float, but it is {type_name(sample_rate)}")
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate must lie in (0, 1], but it is {sample_rate}")
+    if seed is not None and not is_int(seed):
+        raise TypeError(f"seed must be None or an int, but it is {type_name(seed)}")
+    if seed is not None and not 0 <= seed < 1 << 62:
+        raise ValueError(f"seed must lie in [0, 2^62), but it is {seed}")
+    if backend == "reference" and sharding.is_initialized():
+        raise ValueError("backend 'reference' is the formula in one process: it cannot be sharded")
