@@ -108,6 +108,7 @@ class AMSoftmaxLoss(nn.Module):
     """
 
     _centres_optimizer: Link | None = None  # set by an optimizer of amsoftmax_kernels.optim that updates the centres
+    subcentres, label_smoothing = 1, 0.0  # of a head that was pickled before there were such
     _torn = False  # its backward pass was broken off: some centres have had their step, others have not
 
     def __init__(

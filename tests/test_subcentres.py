@@ -216,6 +216,15 @@ def test_sizes_and_what_is_left_of_them() -> None:
     assert head(x, labels[:-2], return_predictions=True)[1].shape == (5 * C,)
 
 
+def test_insightfaces_files_have_one_centre_a_class(tmp_path: Path) -> None:
+    head = ak.AMSoftmaxLoss(D, C, subcentres=K)
+    for call in (ak.insightface.save_centres, ak.insightface.load_centres):
+        with pytest.raises(
+            ValueError, match="head must have one centre a class, as these files have, but it has subcentres=3"
+        ):
+            call(head, tmp_path)
+
+
 def test_resizing_keeps_whole_classes() -> None:
     labels = problem()[2]
     head = ak.AMSoftmaxLoss(D, C, subcentres=K)

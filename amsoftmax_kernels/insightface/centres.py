@@ -19,6 +19,19 @@ from ..sharded.shards import local_part
 _FILES = ("checkpoint_gpu_{rank}.pt", "rank_{rank}_softmax_weight.pt")
 
 
+def _centres_of(head: AMSoftmaxLoss) -> Tensor:
+    """What this process holds of them."""
+    local = local_part(head.weight)
+    if local.is_meta:
+        raise ValueError("head must hold its centres, but they are on the meta device: call head.to_empty(device=...) first")
+    if head.subcentres > 1:
+        raise ValueError(
+            f"head must have one centre a class, as these files have, but it has subcentres={head.subcentres}: "
+            "keep_largest_subcentres leaves one"
+        )
+    return local
+
+
 @torch.no_grad()
 def load_centres(head: AMSoftmaxLoss, folder: str | os.PathLike[str], world_size: int | None = None) -> None:
     """Read the centres of every rank of an InsightFace run into ``head.weight``.
@@ -38,7 +51,7 @@ def load_centres(head: AMSoftmaxLoss, folder: str | os.PathLike[str], world_size
         FileNotFoundError: there is no such file, or one of the ranks' is missing.
         TypeError: ``world_size`` is not an int.
         ValueError: the files' rows or columns are not the head's, or not shared out as InsightFace does; a file is cut short
-            or no checkpoint; the head has no memory yet.
+            or no checkpoint; the head has no memory yet, or sub-centres.
 
     Example:
         >>> import torch
@@ -51,10 +64,7 @@ def load_centres(head: AMSoftmaxLoss, folder: str | os.PathLike[str], world_size
         >>> bool((head.weight == 1).all())
         True
     """
-    folder = Path(folder)
-    local = local_part(head.weight)
-    if local.is_meta:
-        raise ValueError("head must hold its centres, but they are on the meta device: call head.to_empty(device=...) first")
+    folder, local = Path(folder), _centres_of(head)
     if world_size is not None:
         world_size = check_size("world_size", world_size)
     paths = _paths(folder, world_size)
@@ -95,7 +105,7 @@ def save_centres(head: AMSoftmaxLoss, folder: str | os.PathLike[str], world_size
     Raises:
         FileExistsError: there is such a file already, which may hold a backbone too.
         TypeError: ``world_size`` is not an int.
-        ValueError: it is less than 1, or the head has no memory yet.
+        ValueError: it is less than 1, or the head has no memory yet, or sub-centres.
 
     Example:
         >>> import torch
@@ -107,10 +117,7 @@ def save_centres(head: AMSoftmaxLoss, folder: str | os.PathLike[str], world_size
         >>> torch.equal(head.weight, other.weight)
         True
     """
-    folder = Path(folder)
-    local = local_part(head.weight)
-    if local.is_meta:
-        raise ValueError("head must hold its centres, but they are on the meta device: call head.to_empty(device=...) first")
+    folder, local = Path(folder), _centres_of(head)
     shards = getattr(head, "shards", None)
     ranks, rank, writes = (1, 0, True) if shards is None else (shards.shards, shards.shard, shards.replica == 0)
     world_size = ranks if world_size is None else check_size("world_size", world_size)

@@ -168,8 +168,9 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         """Of whole centres, as :class:`AMSoftmaxLoss` saves them, this rank's part is taken."""
         whole: Any = state_dict.get(f"{prefix}weight")
         mesh = self.shards.mesh
-        if mesh is not None and type(whole) in (Tensor, nn.Parameter) and whole.numel() == self.weight.numel():
-            whole = whole.view(self.weight.shape)
+        shapes = (self.weight.shape, (self.num_classes * self.subcentres, self.embedding_dim))  # a class or a centre a row
+        if mesh is not None and type(whole) in (Tensor, nn.Parameter) and tuple(whole.shape) in shapes:
+            whole = whole.reshape(self.weight.shape)
             where, dtype = self.weight.device, self.weight.dtype
             if local_metadata.get("assign_to_params_buffers", False):  # in the place of this head's, which may be on "meta"
                 dtype = whole.dtype
