@@ -108,7 +108,8 @@ class AMSoftmaxLoss(nn.Module):
     """
 
     _centres_optimizer: Link | None = None  # set by an optimizer of amsoftmax_kernels.optim that updates the centres
-    subcentres, label_smoothing = 1, 0.0  # of a head that was pickled before there were such
+    subcentres: int = 1  # this and the next: of a head that was pickled before there were such
+    label_smoothing: float = 0.0
     _torn = False  # its backward pass was broken off: some centres have had their step, others have not
 
     def __init__(
@@ -150,7 +151,7 @@ class AMSoftmaxLoss(nn.Module):
         self.std: float = embedding_dim**-0.5 if std is None else float(std)
         self.embedding_dim, self.num_classes, self.subcentres = embedding_dim, num_classes, subcentres
         self.normalize_features, self.reduction, self.ignore_index = normalize_features, reduction, ignore_index
-        self.label_smoothing: float = label_smoothing
+        self.label_smoothing = float(label_smoothing)
         self.interclass_filter, self.backend, self.save_bytes = interclass_filter, backend, save_bytes
         self.weight = nn.Parameter(self._empty_weight(device, dtype))
         self.scale: float | Tensor

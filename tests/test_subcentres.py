@@ -319,3 +319,25 @@ def test_sampled_classes_bring_all_their_centres(corrected: bool) -> None:
     expected = ak.am_softmax_loss(x, of_drawn, torch.where(labels < 0, labels, number[labels.clamp(0)]), subcentres=K)
     head.get_buffer("sampling_state")[1] = 0
     assert head(x, labels).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def load_other_shapes() -> list[str]:
+    """What is said of whole centres that have as many numbers and another shape."""
+    head = ak.ShardedAMSoftmaxLoss(D, C, subcentres=K, seed=1, device=device())
+    before, said = head.weight.to_local().clone(), []
+    for shape in ((C * K * 2, D // 2), (C, D, K), (K, C, D)):
+        with pytest.raises((RuntimeError, AssertionError, ValueError)) as error:
+            head.load_state_dict({"weight": torch.zeros(shape)})
+        said.append(str(error.value))
+    assert torch.equal(head.weight.to_local(), before)
+    return said
+
+
+def test_a_state_dict_of_another_shape_is_refused(ranks: Ranks) -> None:
+    for said in ranks.run(2, load_other_shapes):
+        assert all("weight" in each for each in said)
+    plain = ak.AMSoftmaxLoss(D, C, subcentres=K)
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        plain.load_state_dict({"weight": torch.zeros(C, D)})
+    plain.load_state_dict({"weight": torch.zeros(C, K, D)})
+    assert not plain.weight.any()
