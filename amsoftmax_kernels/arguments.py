@@ -131,7 +131,7 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_predictions(value: Any) -> None:
     """Check ``return_predictions``."""
-    if not isinstance(value, bool) and value != WITH_MARGIN:
+    if not isinstance(value, bool) and not (isinstance(value, str) and value == WITH_MARGIN):
         shown = repr(value) if isinstance(value, str) else type_name(value)
         raise TypeError(f"return_predictions must be a bool or {WITH_MARGIN!r}, but it is {shown}")
 

@@ -102,7 +102,7 @@ def am_softmax_loss(
             margin that changes from step to step is to be a tensor: each number is a constant, and compiles anew.
         margin: m, a float, a ``[C]`` tensor (one a class), or a margin object (:class:`amsoftmax_kernels.margins.Margin`).
         subcentres: K, centres a class, rows j·K to j·K + K − 1 of ``weight`` for class j: its cosine is the largest of
-            theirs, and the gradient flows to the nearest alone, the first of equals (sub-centre ArcFace, Deng et al. 2020).
+            theirs, and the gradient flows to the nearest alone, one of equals (sub-centre ArcFace, Deng et al. 2020).
         normalize_features: if False, ‖x‖ takes the place of ``scale``, which is then ignored (the paper's variant without
             feature normalization).
         reduction: ``"mean"`` over the rows not ignored, ``"sum"``, or ``"none"`` for the ``[B]`` rows.

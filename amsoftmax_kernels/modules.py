@@ -181,7 +181,7 @@ class AMSoftmaxLoss(nn.Module):
     def set_centres(self, centres: Tensor) -> None:
         """Copy ``centres [C, D]`` into ``weight``; every rank of a sharded head is given all of them, and keeps its own.
 
-        With ``subcentres=K`` they are ``[C·K, D]``.
+        With ``subcentres=K`` they are ``[C·K, D]``, or ``[C, K, D]``.
 
         Raises:
             TypeError: ``centres`` is no floating-point tensor.
@@ -189,6 +189,8 @@ class AMSoftmaxLoss(nn.Module):
         """
         if not isinstance(centres, Tensor) or not centres.is_floating_point():
             raise TypeError(f"centres must be a floating-point Tensor, but it is {type_name(centres)}")
+        if self._has_a_class_a_row(centres):
+            centres = (centres.full_tensor() if hasattr(centres, "full_tensor") else centres).flatten(0, 1)
         expected = [self.num_classes * self.subcentres, self.embedding_dim]
         if list(centres.shape) != expected:
             name = "[C, D]" if self.subcentres == 1 else "[C·K, D]"
@@ -198,7 +200,7 @@ class AMSoftmaxLoss(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         found: Any = state_dict.get(f"{prefix}weight")
-        if self.weight.dim() == 2 and isinstance(found, Tensor) and found.dim() == 3:  # a sharded head's, [C, K, D]
+        if self.weight.dim() == 2 and self._has_a_class_a_row(found):
             state_dict[f"{prefix}weight"] = found.flatten(0, 1)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._torn = self._torn and f"{prefix}weight" not in state_dict
@@ -207,6 +209,11 @@ class AMSoftmaxLoss(nn.Module):
         if self._torn:
             warnings.warn(f"{prefix}weight: {TORN}", RuntimeWarning, stacklevel=3)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _has_a_class_a_row(self, centres: Any) -> bool:
+        """Whether these are sub-centres as a sharded head's weight has them: ``[C, K, D]``."""
+        shape = (self.num_classes, self.subcentres, self.embedding_dim)
+        return isinstance(centres, Tensor) and self.subcentres > 1 and tuple(centres.shape) == shape
 
     def _own_rows(self, centres: Tensor) -> Tensor:
         """Those of ``centres [C·K, D]`` that this process holds."""
@@ -271,7 +278,7 @@ class AMSoftmaxLoss(nn.Module):
         """
         centres = self._local_centres().detach()
         groups = centres.unflatten(0, (-1, self.subcentres))
-        if not isinstance(sizes, Tensor) or sizes.is_floating_point() or sizes.is_complex():
+        if not isinstance(sizes, Tensor) or sizes.dtype == torch.bool or sizes.is_floating_point() or sizes.is_complex():
             raise TypeError(f"sizes must be an integer Tensor, but it is {type_name(sizes)}")
         if sizes.shape != groups.shape[:2]:
             raise ValueError(f"sizes must have shape [C, K] = {list(groups.shape[:2])}, but it has {list(sizes.shape)}")

@@ -142,7 +142,7 @@ def test_numbers_of_numpy_are_numbers(backend: str) -> None:
         call(**{**GOOD, "scale": numpy.bool_(True)})
 
 
-@pytest.mark.parametrize("value", [1, "yes", None, torch.tensor(True)], ids=["int", "str", "None", "Tensor"])
+@pytest.mark.parametrize("value", [1, "yes", None, torch.tensor([1, 0])], ids=["int", "str", "None", "Tensor"])
 def test_return_predictions_is_a_flag(value: Any) -> None:
     shown = repr(value) if isinstance(value, str) else type(value).__name__
     match = f"return_predictions must be a bool or 'with_margin', but it is {shown}"

@@ -124,3 +124,7 @@ def test_wrong_arguments() -> None:
             ak.AMSoftmaxLoss(D, C, label_smoothing=0.1, **options)
     with pytest.raises(ValueError, match="label_smoothing does not go with sample_rate"):
         ak.ShardedAMSoftmaxLoss(D, C, label_smoothing=0.1, sample_rate=0.5)
+    head = ak.ShardedAMSoftmaxLoss(D, C, sample_rate=0.5)
+    head.label_smoothing = 0.1
+    with pytest.raises(ValueError, match="label_smoothing does not go with sample_rate"):
+        head(x.float(), labels)

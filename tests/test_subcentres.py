@@ -241,6 +241,31 @@ def test_resizing_keeps_whole_classes() -> None:
     assert torch.equal(after[: 3 * K], momentum[keep].flatten(0, 1)) and not after[3 * K :].any()
 
 
+@pytest.mark.parametrize("place", range(K))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_centre_that_is_no_number_is_seen(place: int, value: float, fused_backend: str, small_chunks: None) -> None:
+    """By rows of its class and by all others, wherever it stands among its class's."""
+    x, weight, labels = problem(dtype=torch.float32)
+    weight[place] = value
+    own = torch.zeros_like(labels)
+    for backend, classes in itertools.product(("reference", "chunked", fused_backend), (own, labels.clamp(min=1))):
+        rows = ak.am_softmax_loss(x, weight, classes, subcentres=K, reduction="none", backend=backend)
+        assert rows.isnan().all(), (backend, rows)
+
+
+def test_centres_with_a_class_a_row() -> None:
+    weight = problem(dtype=torch.float32)[1]
+    head = ak.AMSoftmaxLoss(D, C, subcentres=K)
+    head.set_centres(weight.view(C, K, D))
+    assert torch.equal(head.weight, weight)
+    for shape in ((C // 2, K * 2, D), (C * K, 1, D), (K, C, D)):  # of another K: nothing is loaded
+        with pytest.raises(RuntimeError, match="size mismatch for weight"):
+            head.load_state_dict({"weight": torch.zeros(shape)})
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        ak.AMSoftmaxLoss(D, C * K).load_state_dict({"weight": torch.zeros(C, K, D)})
+    assert torch.equal(head.weight, weight)
+
+
 # Over ranks. C·K is no multiple of 3·K: ranks hold whole classes all the same.
 
 
@@ -319,6 +344,20 @@ def test_sampled_classes_bring_all_their_centres(corrected: bool) -> None:
     expected = ak.am_softmax_loss(x, of_drawn, torch.where(labels < 0, labels, number[labels.clamp(0)]), subcentres=K)
     head.get_buffer("sampling_state")[1] = 0
     assert head(x, labels).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def sizes_of_few_classes() -> Tensor:
+    head = ak.ShardedAMSoftmaxLoss(D, 4, subcentres=K, seed=1, device=device())
+    x = torch.randn(6, D, generator=torch.Generator().manual_seed(dist.get_rank())).to(device())
+    sizes = head.subcentre_sizes([(x, torch.arange(6, device=x.device) % 4)] * 2)
+    head.keep_largest_subcentres(sizes)
+    assert head(x, torch.arange(6, device=x.device) % 4).isfinite()
+    return sizes
+
+
+def test_ranks_without_a_class_count_none(ranks: Ranks) -> None:
+    sizes = ranks.run(3, sizes_of_few_classes)
+    assert [len(each) for each in sizes] == [2, 2, 0] and int(torch.cat(sizes).sum()) == 3 * 2 * 6
 
 
 def load_other_shapes() -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..operators import is_traced, register
 from . import Problem
-from .targets import TargetPair
+from .targets import TargetPair, unit_rows
 
 
 def nearest(features: Tensor, weight: Tensor, labels: Tensor, subcentres: int) -> Tensor:
@@ -27,18 +27,16 @@ def nearest(features: Tensor, weight: Tensor, labels: Tensor, subcentres: int) -
 
 
 def _nearest(features: Tensor, weight: Tensor, labels: Tensor, subcentres: int) -> Tensor:
-    first, num_classes = labels * subcentres, weight.shape[0] // subcentres
+    num_classes = weight.shape[0] // subcentres
     present = (labels >= 0) & (labels < num_classes)
-    found = best = None
-    for place in range(subcentres):
-        centre = torch.where(present, first + place, -1)
-        cosine = TargetPair.of(features, weight, centre).cosine
-        if found is None or best is None:
-            found, best = centre, cosine
-            continue
-        found = torch.where(cosine > best, centre, found)
-        best = torch.maximum(cosine, best)
-    assert found is not None
+    first = torch.where(present, labels * subcentres, 0)
+    pair = TargetPair.of(features, weight, first)
+    found, best = first, pair.cosine
+    for place in range(1, subcentres):
+        w = unit_rows(weight.index_select(0, first + place).to(torch.float64))[0]
+        cosine = (pair.x * w).sum(1)
+        better = (cosine > best) | (cosine.isnan() & ~best.isnan())  # a NaN is to be seen
+        found, best = torch.where(better, first + place, found), torch.where(better, cosine, best)
     return torch.where(present, found, torch.where(labels < 0, labels, weight.shape[0]))
 
 

@@ -27,8 +27,8 @@ class TargetPair:
     def of(cls, features: Tensor, weight: Tensor, labels: Tensor) -> TargetPair:
         ignored = labels < 0
         absent = ignored | (labels >= weight.shape[0])
-        x, x_norm, x_inverse = _unit(features.to(torch.float64, copy=True).masked_fill_(ignored[:, None], 0))
-        w, _, w_inverse = _unit(weight.index_select(0, labels.clamp(0, weight.shape[0] - 1)).to(torch.float64))
+        x, x_norm, x_inverse = unit_rows(features.to(torch.float64, copy=True).masked_fill_(ignored[:, None], 0))
+        w, _, w_inverse = unit_rows(weight.index_select(0, labels.clamp(0, weight.shape[0] - 1)).to(torch.float64))
         cosine = (x * w).sum(1).masked_fill_(absent, 0)
         return cls(x, x_norm, x_inverse, w, w_inverse, cosine, absent)
 
@@ -49,7 +49,7 @@ class TargetPair:
         return grad_cosine.double().masked_fill(self.absent, 0)
 
 
-def _unit(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The rows normalized, 0 where they count as zero, their norms and the norms' inverses."""
     norm, inverse = row_norms(rows)
     return rows * inverse[:, None], norm, inverse

@@ -28,7 +28,7 @@ from ..backends.subcentres import nearest
 from ..functional import Vectors, loss_rows
 from ..margins import Margin, as_margin, reduce_rows
 from ..modules import AMSoftmaxLoss
-from ..values import is_number, plain
+from ..values import plain
 from . import options
 from . import shards as sharding
 from .function import LocalRows, Plan, Sampling, ShardedFunction
@@ -127,8 +127,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         self._draws = 0  # how often the centres were drawn from the seed
         self._counted_in = -1  # the backward pass in which the last step was counted
         self.sample_rate = sample_rate
-        if sample_rate < 1 and is_number(label_smoothing) and label_smoothing > 0:
-            raise ValueError("label_smoothing does not go with sample_rate: the mean of all logits is that of all centres")
+        options.check_whole_mean(label_smoothing, sample_rate)
         super().__init__(
             embedding_dim, num_classes, scale, margin,
             subcentres=subcentres, normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
@@ -316,6 +315,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             ignore_index=self.ignore_index, interclass_filter=self.interclass_filter, save_bytes=self.save_bytes,
             subcentres=self.subcentres, label_smoothing=self.label_smoothing,
         )  # fmt: skip
+        options.check_whole_mean(self.label_smoothing, self.sample_rate)
         filtered = self.interclass_filter is not None
         traits = traits_of(
             features, self.weight, self.scale, self.normalize_features, filtered, bool(return_predictions), self.subcentres
@@ -417,6 +417,8 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         agreed = {"D": features.shape[-1:], "features.dtype": features.dtype} if error is None else {}
         rows = shards.agree_on_rows(0 if error else len(features), agreed, error, self.weight.device)
         features, labels = shards.gather_rows(features, labels, rows)
+        if shards.classes == 0:
+            return torch.zeros_like(labels)  # one past the last
         centres = nearest(features, self._local_centres(), shards.local_labels(labels), self.subcentres)
         return centres.masked_fill_(centres < 0, len(self._local_centres()))
 

@@ -44,3 +44,9 @@ def check(mesh: Any, sample_rate: Any, seed: Any, backend: Any, device: Any) -> 
         raise ValueError(f"seed must lie in [0, 2^62), but it is {seed}")
     if backend == "reference" and sharding.is_initialized():
         raise ValueError("backend 'reference' is the formula in one process: it cannot be sharded")
+
+
+def check_whole_mean(label_smoothing: Any, sample_rate: float) -> None:
+    """That labels are smoothed over all classes, if they are."""
+    if is_number(label_smoothing) and label_smoothing > 0 and sample_rate < 1:
+        raise ValueError("label_smoothing does not go with sample_rate: the mean of all logits is that of all centres")
