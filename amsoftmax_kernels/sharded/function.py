@@ -124,9 +124,10 @@ class ShardedFunction(torch.autograd.Function):
         best, best_class = _best(panels, plan, x)
         mean, means = x.new_zeros(0), []
         if plan.mean:
-            for panel in panels:
-                mean = sum_of_directions(panel.weight, _out(panel).inverse_norm)
-            mean = shards.sum_(mean if panels else x.new_zeros(x.shape[1], dtype=torch.float64)) / shards.num_classes
+            mean = x.new_zeros(x.shape[1], dtype=torch.float64)
+            if panels:  # one, as classes are not sampled here
+                mean = sum_of_directions(panels[0].weight, _out(panels[0]).inverse_norm)
+            mean = shards.sum_(mean) / shards.num_classes
             means = [MeanCosine.of(x, labels, mean).value().to(dtype)]
         vectors = [*shards.gather_replicas(torch.stack([log_z, t, norm, *means]), plan.rows).unbind()]
         vectors += [] if plan.mean else [x.new_zeros(0, dtype=dtype)]
