@@ -1,8 +1,4 @@
-"""Optimizers that update the class centres in the backward pass, some classes at a time: no gradient ``[C, D]`` ever exists.
-
-Beside the centres of 512 numbers that gradient is the memory of as many more, and to write and read it is a third of what a
-step moves. With sampled negatives only the rows that were drawn are read, updated or decayed.
-"""
+"""The base of both optimizers: a backward pass updates the centres, ``step()`` ends the step, and each follows the other."""
 
 from __future__ import annotations
 
@@ -15,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import FLOATS
-from .backends.update import ELEMENTS, SGD, AdamW, Tally, Update
-from .functional import loss_of
-from .modules import TORN, AMSoftmaxLoss, Link
-from .sharded.mixed import mixed_parameters as mixed_parameters
-from .sharded.module import ShardedAMSoftmaxLoss
-from .sharded.shards import is_initialized, local_part, world_size
-from .values import is_int, type_name
+from ..arguments import FLOATS
+from ..backends.update import ELEMENTS, SGD, AdamW, Tally, Update
+from ..functional import loss_of
+from ..modules import TORN, AMSoftmaxLoss, Link
+from ..sharded.module import ShardedAMSoftmaxLoss
+from ..sharded.shards import is_initialized, local_part, world_size
+from ..values import is_int, type_name
 
 
-class _Fused(torch.optim.Optimizer):
+class FusedOptimizer(torch.optim.Optimizer):
     """What both optimizers share: the head, the order of backward passes and steps, and the state's dtype."""
 
     _step_supports_amp_scaling = True  # a GradScaler's step calls step(), with its factor as grad_scale
@@ -280,137 +275,7 @@ class _Fused(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-class FusedSGD(_Fused, torch.optim.SGD):
-    """``torch.optim.SGD`` for a head's centres, in the backward pass.
-
-    ``backward()`` updates the centres and their momentum, as ``torch.optim.SGD`` would from their whole gradient;
-    ``weight.grad`` stays None. The features' gradient is that of the centres before. ``step()`` ends the step. Learning rate
-    and the like are read in the backward pass. A class whose gradient is not finite is left as it is and counted in
-    ``skipped``: a batch with one row that is NaN makes every class such a one, so that the whole step is skipped.
-
-    Args:
-        head: :class:`AMSoftmaxLoss` or :class:`ShardedAMSoftmaxLoss`; its ``weight`` alone is updated, a scale or margin
-            that is learned needs an optimizer of its own.
-        lr: learning rate.
-        momentum, dampening, weight_decay, nesterov: as ``torch.optim.SGD``'s.
-        state_dtype: of the momentum; None takes the centres', and float32 for float16 centres.
-        stochastic_rounding: of what is bfloat16, centres and momentum: what is less than half a bit is then not lost. None:
-            where the centres are bfloat16.
-        seed: of that rounding's random bits, which do not depend on the number of ranks or threads.
-        scaler: the ``torch.amp.GradScaler`` that scales the loss, if one does; ``scaler.step(optimizer)`` follows as usual.
-
-    Attributes:
-        skipped: how many updates of single classes were left out; reading it waits for a GPU.
-
-    The state_dict has ``torch.optim.SGD``'s keys and shapes and either loads the other's, and ``step`` beside them where
-    stochastic rounding counts on it. Norms over all gradients (``clip_grad_norm_``) do not contain the centres': there is
-    none to scale. Made again for the same head, the last one counts. The head's forward pass is not traced by torch.compile.
-
-    Raises:
-        TypeError, ValueError: a wrong argument, or one that ``torch.optim.SGD`` refuses.
-        RuntimeError: in the head's call, for :class:`AMSoftmaxLoss` in a process group of several ranks, where the weight
-            has hooks or was changed for another Parameter. In ``backward()``, with nothing changed: before ``step()`` has
-            ended the last step (so gradients cannot be accumulated), with ``create_graph=True``, where ``weight.grad`` is
-            not None, in a CUDA graph's capture. In every call, after a backward pass was broken off, until the head's state
-            is loaded; ``head.state_dict()`` warns.
-
-    Example:
-        >>> import torch
-        >>> from amsoftmax_kernels import AMSoftmaxLoss
-        >>> from amsoftmax_kernels.optim import FusedSGD
-        >>> head = AMSoftmaxLoss(embedding_dim=8, num_classes=100)
-        >>> optimizer = FusedSGD(head, lr=0.1, momentum=0.9, weight_decay=5e-4)
-        >>> before = head.weight.detach().clone()
-        >>> head(torch.randn(16, 8, requires_grad=True), torch.randint(100, (16,))).backward()
-        >>> optimizer.step()
-        >>> bool((head.weight != before).any(1).all()), head.weight.grad
-        (True, None)
-    """
-
-    def __init__(
-        self,
-        head: AMSoftmaxLoss,
-        lr: float = 1e-3,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        *,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool | None = None,
-        seed: int = 0,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
-        weight = _weight_of(head)
-        super().__init__([weight], lr, momentum, dampening, weight_decay, nesterov)
-        self._attach(head, state_dtype, stochastic_rounding, seed, scaler)
-
-    def _names(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if self.param_groups[0]["momentum"] else ()
-
-    def _counts(self) -> bool:
-        return bool(self._stochastic)
-
-    def _rule(self, group: dict[str, Any], first: bool, step: int) -> SGD:
-        return SGD(group["lr"], group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], first)
-
-
-class FusedAdamW(_Fused, torch.optim.AdamW):
-    """``torch.optim.AdamW`` for a head's centres, in the backward pass: :class:`FusedSGD` says how and when.
-
-    Args:
-        head, state_dtype, stochastic_rounding, seed, scaler: as :class:`FusedSGD`'s.
-        lr, betas, eps, weight_decay: as ``torch.optim.AdamW``'s.
-
-    With sampled negatives the bias of the moments is corrected by the number of steps, not of a class's draws, as in
-    ``torch.optim.SparseAdam``. A second moment in bfloat16 (``state_dtype``) wants stochastic rounding, without which it
-    stands still from the first some hundred steps on.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as :class:`FusedSGD`.
-
-    Example:
-        >>> import torch
-        >>> from amsoftmax_kernels import ShardedAMSoftmaxLoss
-        >>> from amsoftmax_kernels.optim import FusedAdamW
-        >>> head = ShardedAMSoftmaxLoss(embedding_dim=8, num_classes=100, sample_rate=0.25, seed=0)
-        >>> optimizer = FusedAdamW(head, lr=0.01)
-        >>> before = head.weight.detach().clone()
-        >>> head(torch.randn(4, 8, requires_grad=True), torch.tensor([1, 2, 3, 4])).backward()
-        >>> optimizer.step()
-        >>> int((head.weight != before).any(1).sum())  # of the classes that were drawn
-        25
-    """
-
-    def __init__(
-        self,
-        head: AMSoftmaxLoss,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool | None = None,
-        seed: int = 0,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
-        weight = _weight_of(head)
-        super().__init__([weight], lr, betas, eps, weight_decay)
-        self._attach(head, state_dtype, stochastic_rounding, seed, scaler)
-
-    def _names(self) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
-
-    def _counts(self) -> bool:
-        return True
-
-    def _rule(self, group: dict[str, Any], first: bool, step: int) -> AdamW:
-        first_beta, second_beta = group["betas"]
-        return AdamW(group["lr"], first_beta, second_beta, group["eps"], group["weight_decay"], step)
-
-
-def _weight_of(head: Any) -> Tensor:
+def weight_of(head: Any) -> Tensor:
     if not isinstance(head, AMSoftmaxLoss):
         raise TypeError(f"head must be an AMSoftmaxLoss or a ShardedAMSoftmaxLoss, but it is {type_name(head)}")
     return head.weight
