@@ -293,7 +293,7 @@ def wrong_on_one_rank(what: str) -> tuple[str, str]:
     if odd == "frozen":
         head.requires_grad_(False)
     if odd == "failure":
-        head._agreed = failing  # type: ignore[method-assign]
+        head._checked = failing  # type: ignore[method-assign]
     x, labels = torch.randn(3, D, device=device()), torch.tensor([0, 1, 2], device=device())
     if dist.get_rank() == 1:
         x, labels = (x[1:], labels[1:]) if what == "sizes" else (x, labels)

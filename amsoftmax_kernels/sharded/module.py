@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -27,14 +26,13 @@ from ..autograd import DEFAULT_SAVE_BYTES, beside, traits_of
 from ..backends.subcentres import nearest
 from ..functional import Vectors, loss_rows
 from ..margins import Margin, as_margin, reduce_rows
-from ..modules import AMSoftmaxLoss
+from ..modules import AMSoftmaxLoss, HeadUpdater
 from ..values import plain
 from . import options
 from . import shards as sharding
 from .function import LocalRows, Plan, Sampling, ShardedFunction
+from .initialization import draw_centres_
 from .sampling import draw_size
-
-_BLOCK = 4096  # centres drawn from one seed, so that their values do not depend on the number of ranks
 
 
 class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
@@ -188,7 +186,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the centres anew, the same whatever the number of ranks. Every rank must call it."""
-        local, K = self._local_centres(), self.subcentres
+        local = self._local_centres()
         if self._seed is None:
             seed = int(torch.randint(1 << 62, (), device="cpu"))
             self._seed = self.shards.broadcast_int(seed, local.device)
@@ -196,21 +194,8 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             return
         if self.sample_rate < 1:
             self.sampling_state.copy_(torch.tensor([self._seed, 0]))
-        draw = f" {self._draws}" if self._draws else ""
+        draw_centres_(local.view(-1, self.subcentres, self.embedding_dim), self.shards, self.std, self._seed, self._draws)
         self._draws += 1
-        generator = torch.Generator(local.device)
-        for first in range(self.shards.start // _BLOCK * _BLOCK, self.shards.stop, _BLOCK):
-            digest = hashlib.blake2b(f"{self._seed} {first}{draw}".encode(), digest_size=7).digest()
-            generator.manual_seed(int.from_bytes(digest, "big"))
-            block = torch.randn(
-                min(_BLOCK, self.num_classes - first) * K, self.embedding_dim,
-                generator=generator, device=local.device, dtype=local.dtype,
-            )  # fmt: skip
-            begin, end = max(first, self.shards.start), min(first + _BLOCK, self.shards.stop)
-            torch.mul(
-                block[(begin - first) * K : (end - first) * K], self.std,
-                out=local[(begin - self.shards.start) * K : (end - self.shards.start) * K],
-            )  # fmt: skip
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> tuple[str, ...]:
@@ -254,7 +239,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         batch, agreed = 0, dict[str, Any]()
         try:
             backend, canonical = self._checked(features, labels, return_predictions)
-            batch, agreed = len(features), self._agreed(features, backend, return_predictions)
+            batch, agreed = len(features), options.agreed(self, features, backend, return_predictions)
         except Exception as caught:  # of any kind: the other ranks must not wait for this one
             error = caught
         # Once even where batches are equal: the ranks' options could differ.
@@ -276,9 +261,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
         differentiated = grad and (features.requires_grad or local.requires_grad or getattr(scale, "requires_grad", False))
         sampling = self._sampling(rows)
         anchor = None
-        updater = None
-        if grad and local.requires_grad and self._centres_optimizer is not None:
-            updater = self._centres_optimizer.found()
+        updater = self._updater if grad and local.requires_grad else None
         if updater is not None:
             anchor, local = torch.zeros((), device=local.device, requires_grad=True), local.detach()
         save_bytes = DEFAULT_SAVE_BYTES if self.save_bytes is None else min(self.save_bytes, (1 << 63) - 1)
@@ -309,24 +292,25 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
     def _checked(self, features: Tensor, labels: Tensor, return_predictions: bool | str) -> tuple[str, Tensor]:
         """The backend's name, and labels as it takes them, once everything has been checked."""
         check_predictions(return_predictions)
-        check_arguments(
-            features, self._described_weight(), labels,
-            scale=self.scale, margin=self.margin, normalize_features=self.normalize_features, reduction=self.reduction,
-            ignore_index=self.ignore_index, interclass_filter=self.interclass_filter, save_bytes=self.save_bytes,
-            subcentres=self.subcentres, label_smoothing=self.label_smoothing,
-        )  # fmt: skip
+        given = self.loss_options()
+        wanted = given.pop("backend")
+        check_arguments(features, self._described_weight(), labels, **given)
         options.check_whole_mean(self.label_smoothing, self.sample_rate)
         filtered = self.interclass_filter is not None
         traits = traits_of(
             features, self.weight, self.scale, self.normalize_features, filtered, bool(return_predictions), self.subcentres
         )
-        backend = backends.choose(self.backend, traits)
+        backend = backends.choose(wanted, traits)
         if backend == "reference":
             raise ValueError("backend 'reference' is the formula in one process: it cannot be sharded")
-        updater = None if self._centres_optimizer is None else self._centres_optimizer.found()
-        if updater is not None and torch.is_grad_enabled():
+        if (updater := self._updater) is not None and torch.is_grad_enabled():
             updater.check(self.weight)
         return backend, canonical_labels(labels, self.num_classes, self.ignore_index)[0]
+
+    @property
+    def _updater(self) -> HeadUpdater | None:
+        """The optimizer that updates the centres in the backward pass, where there is one."""
+        return None if self._centres_optimizer is None else self._centres_optimizer.found()
 
     def _described_weight(self) -> Tensor:
         """The centres ``[C·K, D]`` as far as arguments are checked against them: shape, dtype and device."""
@@ -334,37 +318,6 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             return self.weight
         stand_in = self._local_centres().new_empty(1, 1)
         return stand_in.expand(self.num_classes * self.subcentres, self.embedding_dim)
-
-    def _agreed(self, features: Tensor, backend: str, predict: bool | str) -> dict[str, Any]:
-        """What must be alike on all ranks for their collectives to fit together."""
-        grad = torch.is_grad_enabled()
-        updater = None if self._centres_optimizer is None else self._centres_optimizer.found()
-        sampled = self.sample_rate < 1
-        return {
-            "D": features.shape[1],
-            "features.dtype": features.dtype,
-            "compute_dtype": compute_dtype(features, self.weight),
-            "features.requires_grad": grad and features.requires_grad,
-            "weight.requires_grad": grad and self.weight.requires_grad,
-            "optimizer": None if updater is None else updater.agreement(),
-            "num_classes": self.num_classes,
-            "subcentres": self.subcentres,
-            "mesh": (self.shards.replicas, self.shards.shards),
-            "scale": options.comparable(self.scale),
-            "margin": options.comparable(self.margin),
-            "normalize_features": self.normalize_features,
-            "reduction": self.reduction,
-            "ignore_index": self.ignore_index,
-            "label_smoothing": self.label_smoothing,
-            "interclass_filter": self.interclass_filter,
-            "return_predictions": predict,
-            "backend": backend,
-            "equal_batches": self.equal_batches,
-            "seed": self._seed,
-            "sample_rate": self.sample_rate,
-            "sampling_correction": self.sampling_correction if sampled else None,
-            "training": self.training if sampled else None,
-        }
 
     def _sampling(self, rows: sharding.Rows) -> Sampling | None:
         classes = self.shards.classes

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..arguments import compute_dtype
 from ..values import is_int, is_number, type_name
 from . import shards as sharding
 
-
-def comparable(option: Any) -> Any:
-    """What can be said of a scale or a margin without waiting for a GPU."""
-    if isinstance(option, Tensor):
-        known = option.device.type == "cpu" and option.dim() == 0
-        return option.item() if known else tuple(option.shape), option.device.type, option.requires_grad
-    return option if isinstance(option, (int, float)) else type(option).__name__
+if TYPE_CHECKING:
+    from .module import ShardedAMSoftmaxLoss
 
 
 def backward_pass() -> int:
@@ -50,3 +46,38 @@ def check_whole_mean(label_smoothing: Any, sample_rate: float) -> None:
     """That labels are smoothed over all classes, if they are."""
     if is_number(label_smoothing) and label_smoothing > 0 and sample_rate < 1:
         raise ValueError("label_smoothing does not go with sample_rate: the mean of all logits is that of all centres")
+
+
+def agreed(head: ShardedAMSoftmaxLoss, features: Tensor, backend: str, predict: bool | str) -> dict[str, Any]:
+    """What must be alike on all ranks in a call of ``head``, for their collectives to fit together."""
+    grad, sampled, updater = torch.is_grad_enabled(), head.sample_rate < 1, head._updater
+    given = head.loss_options()
+    del given["save_bytes"]  # each rank's own
+    return {
+        "D": features.shape[1],
+        "features.dtype": features.dtype,
+        "compute_dtype": compute_dtype(features, head.weight),
+        "features.requires_grad": grad and features.requires_grad,
+        "weight.requires_grad": grad and head.weight.requires_grad,
+        "optimizer": None if updater is None else updater.agreement(),
+        "num_classes": head.num_classes,
+        "mesh": (head.shards.replicas, head.shards.shards),
+        **given,
+        "scale": _comparable(head.scale),
+        "margin": _comparable(head.margin),
+        "return_predictions": predict,
+        "backend": backend,
+        "equal_batches": head.equal_batches,
+        "seed": head._seed,
+        "sample_rate": head.sample_rate,
+        "sampling_correction": head.sampling_correction if sampled else None,
+        "training": head.training if sampled else None,
+    }
+
+
+def _comparable(option: Any) -> Any:
+    """What can be said of a scale or a margin without waiting for a GPU."""
+    if isinstance(option, Tensor):
+        known = option.device.type == "cpu" and option.dim() == 0
+        return option.item() if known else tuple(option.shape), option.device.type, option.requires_grad
+    return option if isinstance(option, (int, float)) else type(option).__name__
