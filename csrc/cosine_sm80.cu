@@ -56,12 +56,7 @@ __device__ inline void load_tile(unsigned char* to, const Source& source, const 
 // The largest over the four threads that share a row.
 __device__ inline Most quad_best(Most most) {
 #pragma unroll
-    for (int mask = 1; mask < 4; mask *= 2) {
-        Most other;
-        other.cosine = __shfl_xor_sync(0xFFFFFFFFu, most.cosine, mask);
-        other.column = __shfl_xor_sync(0xFFFFFFFFu, most.column, mask);
-        most = larger(most, other);
-    }
+    for (int mask = 1; mask < 4; mask *= 2) most = larger_across(most, mask);
     return most;
 }
 
@@ -76,10 +71,7 @@ __device__ __forceinline__ uint32_t nearest(float left, float right, int group, 
 #pragma unroll
     for (int mask = 1; mask < 4; mask *= 2) {
         if (mask >= group / 2) break;
-        Most other;
-        other.cosine = __shfl_xor_sync(0xFFFFFFFFu, most.cosine, mask);
-        other.column = __shfl_xor_sync(0xFFFFFFFFu, most.column, mask);
-        most = larger(most, other);
+        most = larger_across(most, mask);
     }
     return uint32_t(place == most.column || left != left) | uint32_t(place + 1 == most.column || right != right) << 1;
 }

@@ -219,11 +219,7 @@ __device__ inline void reduce_quad(Sum (&sums)[4], bool best) {
         CUTE_UNROLL
         for (int mask = 1; mask < 4; mask *= 2) {
             sums[i].sum += __shfl_xor_sync(0xFFFFFFFFu, sums[i].sum, mask);
-            if (!best) continue;
-            Most other;
-            other.cosine = __shfl_xor_sync(0xFFFFFFFFu, sums[i].most.cosine, mask);
-            other.column = __shfl_xor_sync(0xFFFFFFFFu, sums[i].most.column, mask);
-            sums[i].most = larger(sums[i].most, other);
+            if (best) sums[i].most = larger_across(sums[i].most, mask);
         }
 }
 

@@ -28,6 +28,14 @@ __device__ __forceinline__ Most larger(Most a, Most b) {
     return b.cosine > a.cosine || (b.cosine == a.cosine && b.column < a.column) ? b : a;
 }
 
+// The larger of this lane's and that of the lane whose number differs in the bits of `mask`.
+__device__ __forceinline__ Most larger_across(Most most, int mask) {
+    Most other;
+    other.cosine = __shfl_xor_sync(0xFFFFFFFFu, most.cosine, mask);
+    other.column = __shfl_xor_sync(0xFFFFFFFFu, most.column, mask);
+    return larger(most, other);
+}
+
 // E of one cosine: 2^logit, 0 where it is masked (its row's own class, past the last class) or filtered out. GENERAL kernels
 // look for the largest cosine and have a filter; one that is not wanted is infinite.
 template <bool GENERAL>
