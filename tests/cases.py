@@ -1,14 +1,18 @@
-"""Inputs, and how far a result may be from the float64 reference, with the reason for each."""
+"""Inputs, the float64 reference, and how far a result may be from it, with the reason for each."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, linear, normalize
+
+import amsoftmax_kernels as ak
 
 # Float64: a few hundred roundings of 1.1e-16, amplified by s = 1000 at most.
 FLOAT64 = 1e-10
@@ -121,6 +125,8 @@ CASES = [
     Case("sum", "another reduction", options={"reduction": "sum"}),
     Case("mean", "the default reduction", options={"reduction": "mean"}),
 ]
+BY_NAME = {case.name: case for case in CASES}
+Loss = Callable[..., Tensor]
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -129,6 +135,48 @@ def relative(actual: Tensor, expected: Tensor) -> float:
         return math.inf
     error, size = (actual.double() - expected.double()).norm().item(), expected.double().norm().item()
     return math.inf if math.isnan(error) else error / size if size else error
+
+
+def evaluate(
+    loss: Loss, features: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss's rows (or reduced value) and the gradients of features and weight, for an upstream gradient."""
+    x, w = features.detach().requires_grad_(), weight.detach().requires_grad_()
+    out = loss(x, w, labels, **{"reduction": "none", **options})
+    upstream = (upstream if out.dim() else upstream[0]).to(out.dtype)
+    grads = torch.autograd.grad(out, (x, w), upstream)
+    return out.detach(), *grads
+
+
+def oracle(case: Case, dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    features, weight, labels, upstream = case.tensors(dtype)
+    return evaluate(
+        ak.reference.am_softmax_loss, features.double(), weight.double(), labels, upstream, **{**case.options, **options}
+    )
+
+
+def check(case: Case, dtype: torch.dtype, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Assert that loss and gradients are as near the exact ones as ``dtype`` allows."""
+    tensors = case.tensors(dtype)
+    scale = case.options.get("scale", 30.0)
+    # Float32: an error of 6e-8 in a cosine is one of s · 6e-8 in a logit, relative in every gradient.
+    tolerance = FLOAT64 if dtype == torch.float64 else FLOAT32 * max(1.0, scale / 64)
+    floor = 1e-13
+    if case.degenerate:
+        # Directions coincide: the gradient is the rounding left of terms of size s/‖·‖ that cancel.
+        floor = tolerance * scale / min(each.norm(dim=1).min().item() for each in tensors[:2])
+    for name, ours, exact in zip(("loss", "features", "weight"), actual, expected, strict=True):
+        assert ours.dtype == dtype
+        size = exact.norm().item()
+        error = (ours.double() - exact).norm().item()
+        assert error <= tolerance * size + floor, (name, error, size)
+
+
+def eager(features: Tensor, weight: Tensor, labels: Tensor, scale: float = 30.0, margin: float = 0.35, **_: Any) -> Tensor:
+    """What is written without this package; under autocast the product is in half precision."""
+    cosine = linear(normalize(features), normalize(weight)).float()
+    offset = torch.zeros_like(cosine).scatter_(1, labels[:, None], margin)
+    return cross_entropy(scale * (cosine - offset), labels, reduction="none")
 
 
 def in_turn(cases: list[Case], *save_bytes: int | None) -> list[Any]:

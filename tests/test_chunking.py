@@ -11,8 +11,7 @@ import amsoftmax_kernels as ak
 from amsoftmax_kernels import backends
 from amsoftmax_kernels.backends import chunking, parts
 
-from .cases import CHUNK, Case, relative
-from .test_loss import evaluate
+from .cases import CHUNK, Case, evaluate, relative
 from .test_odd_input import check_far_from_one, far_from_one
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")

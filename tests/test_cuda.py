@@ -24,13 +24,11 @@ from amsoftmax_kernels.backends.cuda import build
 from amsoftmax_kernels.backends.cuda import library as cuda_library
 from amsoftmax_kernels.backends.kernels import Cosines, Rows
 
-from .cases import CASES, CHUNK, Case, in_turn, relative
+from .cases import BY_NAME, CASES, CHUNK, Case, eager, evaluate, in_turn, oracle, relative
 from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel, on_the_device
-from .test_loss import eager, evaluate, oracle
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16]
-BY_NAME = {case.name: case for case in CASES}
 
 
 def ours(dtype: torch.dtype, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:

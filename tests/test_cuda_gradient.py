@@ -16,10 +16,9 @@ from amsoftmax_kernels.backends.cuda import build
 from amsoftmax_kernels.backends.cuda import library as cuda_library
 from bench.kernels import library as read
 
-from .cases import CASES, CHUNK, Case, in_turn, relative
+from .cases import CASES, CHUNK, Case, in_turn, oracle, relative
 from .emulation import seed, serve
 from .test_cuda import CPU, CUTLASS, DTYPES, NVCC, check, ours
-from .test_loss import oracle
 
 SHAPES = [
     (1, 1, 8),

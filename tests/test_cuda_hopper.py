@@ -24,11 +24,10 @@ from amsoftmax_kernels.backends.cuda import library as cuda_library
 from amsoftmax_kernels.backends.kernels import Cosines, Rows
 from bench.kernels import library as read
 
-from .cases import CASES, CHUNK, Case, in_turn
+from .cases import BY_NAME, CASES, CHUNK, Case, in_turn, oracle
 from .emulation import last_block, seed, serve
-from .test_cuda import BY_NAME, CPU, CUTLASS, DTYPES, NVCC, check, check_the_cosine_kernel, ours
+from .test_cuda import CPU, CUTLASS, DTYPES, NVCC, check, check_the_cosine_kernel, ours
 from .test_cuda_gradient import check_the_gradient_kernel
-from .test_loss import oracle
 
 
 def test_one_block_of_few_rows_and_two_that_share_classes(hopper_library: cuda_library.Library) -> None:

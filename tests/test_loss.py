@@ -10,36 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import amsoftmax_kernels as ak
 from amsoftmax_kernels.backends import products, shard
 
-from .cases import CASES, CHUNK, FLOAT32, FLOAT64, Case, relative
+from .cases import BY_NAME, CASES, CHUNK, FLOAT32, FLOAT64, Case, check, eager, evaluate, oracle, relative
 
-BY_NAME = {case.name: case for case in CASES}
 # Bytes that keep one chunk of a few for the backward pass in float64, two in float32.
 ONE_CHUNK = CHUNK * 24 * 8
-Loss = Callable[..., Tensor]
-
-
-def evaluate(
-    loss: Loss, features: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss's rows (or reduced value) and the gradients of features and weight, for an upstream gradient."""
-    x, w = features.detach().requires_grad_(), weight.detach().requires_grad_()
-    out = loss(x, w, labels, **{"reduction": "none", **options})
-    upstream = (upstream if out.dim() else upstream[0]).to(out.dtype)
-    grads = torch.autograd.grad(out, (x, w), upstream)
-    return out.detach(), *grads
-
-
-def oracle(case: Case, dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    features, weight, labels, upstream = case.tensors(dtype)
-    return evaluate(
-        ak.reference.am_softmax_loss, features.double(), weight.double(), labels, upstream, **{**case.options, **options}
-    )
 
 
 def by_hand(features: Tensor, weight: Tensor, labels: Tensor, scale: float = 30.0, margin: float = 0.35) -> Tensor:
@@ -58,23 +37,6 @@ def test_the_formula(backend: str, small_chunks: None) -> None:
     features, weight, labels, _ = BY_NAME["plain"].tensors()
     loss = ak.am_softmax_loss(features, weight, labels, reduction="none", backend=backend)
     assert relative(loss, by_hand(features, weight, labels)) < FLOAT64
-
-
-def check(case: Case, dtype: torch.dtype, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Assert that loss and gradients are as near the exact ones as ``dtype`` allows."""
-    tensors = case.tensors(dtype)
-    scale = case.options.get("scale", 30.0)
-    # Float32: an error of 6e-8 in a cosine is one of s · 6e-8 in a logit, relative in every gradient.
-    tolerance = FLOAT64 if dtype == torch.float64 else FLOAT32 * max(1.0, scale / 64)
-    floor = 1e-13
-    if case.degenerate:
-        # Directions coincide: the gradient is the rounding left of terms of size s/‖·‖ that cancel.
-        floor = tolerance * scale / min(each.norm(dim=1).min().item() for each in tensors[:2])
-    for name, ours, exact in zip(("loss", "features", "weight"), actual, expected, strict=True):
-        assert ours.dtype == dtype
-        size = exact.norm().item()
-        error = (ours.double() - exact).norm().item()
-        assert error <= tolerance * size + floor, (name, error, size)
 
 
 @pytest.mark.parametrize("save_bytes", [None, 0, ONE_CHUNK], ids=["kept", "recomputed", "mixed"])
@@ -241,13 +203,6 @@ def test_norm_500_without_feature_normalization(small_chunks: None) -> None:
         for save_bytes in (None, 0):
             actual = evaluate(ak.am_softmax_loss, features, weight, labels, upstream, save_bytes=save_bytes, **case.options)
             assert max(map(relative, actual, expected)) < FLOAT64
-
-
-def eager(features: Tensor, weight: Tensor, labels: Tensor, scale: float = 30.0, margin: float = 0.35, **_: Any) -> Tensor:
-    """What is written without this package; under autocast the product is in half precision."""
-    cosine = linear(normalize(features), normalize(weight)).float()
-    offset = torch.zeros_like(cosine).scatter_(1, labels[:, None], margin)
-    return cross_entropy(scale * (cosine - offset), labels, reduction="none")
 
 
 @pytest.mark.parametrize("own", [None, 0.7, 0.9])

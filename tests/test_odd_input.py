@@ -11,8 +11,7 @@ from torch import Tensor
 
 import amsoftmax_kernels as ak
 
-from .cases import CASES, FLOAT64, Case, relative
-from .test_loss import evaluate
+from .cases import CASES, FLOAT64, Case, evaluate, relative
 
 PLAIN = CASES[0]
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "chunked"])

@@ -11,7 +11,7 @@ import torch
 import amsoftmax_kernels as ak
 from amsoftmax_kernels.margins import AngularMargin
 
-from .cases import CASES, CHUNK, Case
+from .cases import BY_NAME, CHUNK, Case
 
 CASE = Case("", "", B=40, C=3 * CHUNK + 5, D=8)  # few dimensions: many a target is not the largest cosine
 
@@ -99,7 +99,7 @@ def test_the_module_returns_them_too() -> None:
 
 
 def test_the_filter_leaves_out_what_is_too_near() -> None:
-    case = next(case for case in CASES if case.name == "s64-wrong")
+    case = BY_NAME["s64-wrong"]
     features, weight, labels, _ = case.tensors()
     wrong = (labels + 1) % case.C
     kept = ak.am_softmax_loss(features, weight, labels, reduction="none")

@@ -16,9 +16,8 @@ import amsoftmax_kernels as ak
 from amsoftmax_kernels import backends
 from amsoftmax_kernels.backends import Forward, Problem, Request, chunking, fused
 
-from .cases import CASES, CHUNK, Case, in_turn, relative
+from .cases import BY_NAME, CASES, CHUNK, Case, check, eager, evaluate, in_turn, oracle, relative
 from .reduced_loss import check_a_reduced_loss, check_the_margin_kernel, on_the_device
-from .test_loss import check, eager, evaluate, oracle
 
 pytest.importorskip("triton")
 from amsoftmax_kernels.backends import triton as backend
@@ -29,7 +28,6 @@ from amsoftmax_kernels.backends.triton import tiles as triton_configs
 REASON = backend.unavailable_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the Triton backend cannot run here: {REASON}")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BY_NAME = {case.name: case for case in CASES}
 PLAIN = BY_NAME["plain"]
 
 

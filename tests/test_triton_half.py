@@ -14,8 +14,7 @@ from torch import Tensor
 
 import amsoftmax_kernels as ak
 
-from .cases import CHUNK, Case, relative
-from .test_loss import evaluate
+from .cases import CHUNK, Case, evaluate, relative
 
 pytest.importorskip("triton")
 from amsoftmax_kernels.backends import triton as backend
