@@ -15,7 +15,7 @@ from amsoftmax_kernels.backends.kernels import TargetParts
 from amsoftmax_kernels.backends.update import SGD, AdamW, Update
 
 from .cases import relative
-from .test_optim import KINDS, B, C, D, batch
+from .updated import KINDS, B, C, D, batch
 
 CPU = torch.device("cpu")
 RULES = [SGD(0.1, 0.9, 0.2, 0.01, False, False), SGD(0.1, 0.9, 0.0, 0.0, True, True), SGD(0.1, 0.0, 0.0, 0.1, False, False),
