@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear, normalize
 
 import amsoftmax_kernels as ak
+from amsoftmax_kernels.backends import Traits
 
 # Float64: a few hundred roundings of 1.1e-16, amplified by s = 1000 at most.
 FLOAT64 = 1e-10
@@ -177,6 +178,11 @@ def eager(features: Tensor, weight: Tensor, labels: Tensor, scale: float = 30.0,
     cosine = linear(normalize(features), normalize(weight)).float()
     offset = torch.zeros_like(cosine).scatter_(1, labels[:, None], margin)
     return cross_entropy(scale * (cosine - offset), labels, reduction="none")
+
+
+def traits(device: torch.device, dtype: torch.dtype) -> Traits:
+    """Of a plain call, by which a backend is chosen."""
+    return Traits(device, dtype, dtype, dtype, 16, True, True, False, False)
 
 
 def in_turn(cases: list[Case], *save_bytes: int | None) -> list[Any]:

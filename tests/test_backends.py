@@ -13,7 +13,7 @@ from amsoftmax_kernels.backends import products, shard
 from amsoftmax_kernels.backends.budget import kept_classes
 from amsoftmax_kernels.backends.host_memory import advise_huge_pages
 
-from .cases import CASES, relative
+from .cases import CASES, relative, traits
 
 CPU = torch.device("cpu")
 
@@ -22,10 +22,6 @@ def test_available_backends() -> None:
     names = ak.available_backends()
     assert names[-2:] == ["chunked", "reference"]
     assert set(names) <= set(backends.NAMES)
-
-
-def traits(device: torch.device, dtype: torch.dtype) -> backends.Traits:
-    return backends.Traits(device, dtype, dtype, dtype, 16, True, True, False, False)
 
 
 def test_the_default_on_a_cpu_is_chunked() -> None:

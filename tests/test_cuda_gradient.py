@@ -16,9 +16,9 @@ from amsoftmax_kernels.backends.cuda import build
 from amsoftmax_kernels.backends.cuda import library as cuda_library
 from bench.kernels import library as read
 
-from .cases import CASES, CHUNK, Case, in_turn, oracle, relative
+from .cases import CASES, CHUNK, Case, in_turn, oracle
+from .cuda_kernels import CPU, CUTLASS, DTYPES, NVCC, check, check_the_gradient_kernel, ours
 from .emulation import seed, serve
-from .test_cuda import CPU, CUTLASS, DTYPES, NVCC, check, ours
 
 SHAPES = [
     (1, 1, 8),
@@ -31,32 +31,6 @@ SHAPES = [
     (4, 1100, 256),
     (200, 1600, 512),  # more stages than there are, more tiles than clusters
 ]
-
-
-def check_the_gradient_kernel(B: int, N: int, D: int, dtype: torch.dtype, device: torch.device = CPU) -> None:
-    """From the very operands it was given; and nothing is written beside the gradient."""
-    generator = torch.Generator().manual_seed(B + N + D)
-    width = -(-D // 16) * 16
-    terms = torch.rand(B, -(-N // 16) * 16 + 16, generator=generator).to(device, torch.bfloat16)[:, 8 : 8 + N]
-    x_factored = torch.randn(B, width, generator=generator)
-    x_factored[:, D:] = 0
-    x_factored = x_factored.to(device, torch.bfloat16)
-    weight = torch.randn(N + 2, D + 16, generator=generator).to(device, dtype)[1 : N + 1, 8 : D + 8]
-    inverse_norm = 1 / weight.float().norm(dim=1)
-    whole = weight.new_full((N + 2, D + 16), 7)
-    grad = whole[1 : N + 1, 8 : D + 8]
-    done = cuda._Kernels().grad_centres(terms, x_factored, weight, inverse_norm, grad)
-    assert done
-    unit = weight.double() * inverse_norm.double()[:, None]
-    product = (terms.double().T @ x_factored.double())[:, :D]
-    along = (product * unit).sum(1, keepdim=True)
-    expected = (product - along * unit) * inverse_norm.double()[:, None]
-    rounding = {torch.float32: 1e-5 * max(1, B / 1024), torch.float16: 2**-10, torch.bfloat16: 2**-7}[
-        dtype
-    ]  # sums of B terms
-    assert relative(grad.double(), expected) < rounding
-    whole[1 : N + 1, 8 : D + 8] = 7
-    assert (whole == 7).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=["fp32", "fp16", "bf16"])

@@ -12,10 +12,9 @@ import torch
 
 from amsoftmax_kernels.backends.cuda import library as cuda_library
 
+from .cuda_kernels import check_the_cosine_kernel, check_the_gradient_kernel
 from .emulation import Change, emulated, seed, serve
 from .faults import COSINE, FAULTS, GRADIENT, ONE_TYPE, PORTABLE, Fault
-from .test_cuda import check_the_cosine_kernel
-from .test_cuda_gradient import check_the_gradient_kernel
 
 NOTHING, SHOWN = 0, 3  # a child's exit status
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import amsoftmax_kernels as ak
 from amsoftmax_kernels.backends import Traits, chunked, comparison, proof
 
-from .cases import Case
+from .cases import Case, traits
 from .ranks import Ranks
 
 pytest.importorskip("triton")
@@ -110,7 +110,7 @@ def step(backend_name: str | None = None, **options: Any) -> tuple[Tensor, ...]:
     return (loss.detach(), *torch.autograd.grad(loss, (x, w)))
 
 
-TRAITS = Traits(CPU, torch.float32, torch.float32, torch.float32, 16, True, True, False, False)
+TRAITS = traits(CPU, torch.float32)
 
 
 def test_a_backend_that_is_right_serves(gpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
