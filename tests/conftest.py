@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -56,6 +58,17 @@ def fused_backend(request: pytest.FixtureRequest) -> str:
     elif reason is not None:
         pytest.skip(f"the Triton backend cannot run here: {reason}")
     return str(request.param)
+
+
+@pytest.fixture
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer steps of Triton's kernels to interpret, where tiles' edges are not what is tested."""
+    if not torch.cuda.is_available():
+        backend: Any = backends.load("triton")
+        config = dataclasses.replace(backend._INTERPRETED, rows=64, classes=128, depth=64)
+        gradient = dataclasses.replace(backend._INTERPRETED_GRADIENT, rows=64, classes=64, columns=64)
+        monkeypatch.setattr(backend, "_config", lambda *_: config)
+        monkeypatch.setattr(backend, "_gradient_config", lambda _: gradient)
 
 
 @pytest.fixture(scope="session")

@@ -11,16 +11,9 @@ from torch import Tensor
 from amsoftmax_kernels.backends import chunking
 from amsoftmax_kernels.backends.triton import tiles as triton_configs
 
-pytest.importorskip("triton")
-from amsoftmax_kernels.backends import triton as backend
+from .triton_kernels import DEVICE, MARKS, backend
 
-REASON = backend.unavailable_reason()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the Triton backend cannot run here: {REASON}")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(autouse=True)
-def new_tensors_are_poisoned(poisoned: None) -> None: ...
+pytestmark = MARKS
 
 
 def gradient_operands(B: int, C: int, D: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

@@ -15,19 +15,11 @@ from torch import Tensor
 import amsoftmax_kernels as ak
 
 from .cases import CHUNK, Case, evaluate, relative
+from .triton_kernels import DEVICE, MARKS, backend
 
-pytest.importorskip("triton")
-from amsoftmax_kernels.backends import triton as backend
-
-REASON = backend.unavailable_reason()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the Triton backend cannot run here: {REASON}")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = MARKS
 B, C = 40, 2 * CHUNK + 35
 COMPUTE = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]  # the interpreter has no bfloat16 products
-
-
-@pytest.fixture(autouse=True)
-def new_tensors_are_poisoned(poisoned: None) -> None: ...
 
 
 @pytest.fixture

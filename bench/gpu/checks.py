@@ -46,7 +46,10 @@ TOLERANCE = {"float32": (2e-6, 2e-5), "bfloat16": (2e-4, 8e-3), "float16": (2e-4
 # Of compute-sanitizer, with the seconds that each may take. They find reads and writes outside of tensors; barriers that not
 # all threads come to, or that are not set up; uses of shared memory that barriers leave in no order.
 MEMORY, RACES = {"memcheck": 100}, {"synccheck": 60, "racecheck": 60}
-TESTS = ("triton", "triton_gradient", "triton_half", "cuda", "cuda_gradient", "loss", "evaluation", "ready_margins")
+TESTS = (
+    "triton", "triton_compile", "triton_gradient", "triton_half", "cuda", "cuda_build", "cuda_gradient", "loss",
+    "evaluation", "ready_margins",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
