@@ -29,6 +29,7 @@ from bench.train.ranks import Ranks
 
 from . import dying
 from . import ranks as worker
+from .processes import state
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--classes", "301", "--dim", "16", "--batch", "48", "--log-every", "1", "--frequent", "100",
@@ -79,11 +80,6 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> An
         assert time.monotonic() < limit
         time.sleep(0.005)
     return found
-
-
-def state(process: int) -> str:
-    """As Linux has it: R, S, T (stopped), Z (ended)."""
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def workers(launcher: int) -> list[int]:

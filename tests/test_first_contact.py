@@ -6,9 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,10 @@ import torch
 from torch import Tensor
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels.backends import Traits, chunked, comparison, proof
+from amsoftmax_kernels.backends import proof
 
 from .cases import Case, traits
+from .processes import ended
 from .ranks import Ranks
 
 pytest.importorskip("triton")
@@ -181,19 +180,7 @@ time.sleep(600)
         step()
     assert not list(gpu.glob("*.json"))  # it may end the next time
     for pid in (tmp_path / "pids").read_text().split():
-        assert _ended(int(pid))
-
-
-def _ended(pid: int) -> bool:
-    for _ in range(100):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
+        assert ended(int(pid))
 
 
 UNSTARTED = {
@@ -344,19 +331,6 @@ def test_what_is_not_supported(version: tuple[int, int], capability: tuple[int, 
     assert found is None if reason is None else found is not None and reason in found
 
 
-@pytest.mark.parametrize(
-    ("width", "dtype"), [(3, torch.float16), (64, torch.float16), (64, torch.bfloat16), (64, torch.float32)]
-)
-def test_kernels_that_are_right_pass(
-    width: int, dtype: torch.dtype, emulated: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The C++ kernels, which multiply float32 as TF32, with every option: no proof fails by rounding."""
-    monkeypatch.setattr(comparison, "kind", lambda dtype: "tf32" if dtype == torch.float32 else "half")
-    for features, normalize, filtered in ((dtype, True, True), (torch.float32, False, False)):
-        traits = Traits(CPU, dtype, features, torch.float32, width, normalize, False, filtered, True)
-        assert comparison.compare("cuda", traits) is None
-
-
 def test_the_lookup_is_short(gpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once chosen, nothing is read, started or asked of a device."""
     answer(None, monkeypatch, tmp_path / "log")
@@ -364,54 +338,6 @@ def test_the_lookup_is_short(gpu: Path, tmp_path: Path, monkeypatch: pytest.Monk
     for module, name in ((proof, "failure"), (backends, "unavailable_reason"), (backends, "refusal")):
         monkeypatch.setattr(module, name, lambda *_: 1 / 0)
     assert backends.choose(None, TRAITS) == backends.choose("triton", TRAITS) == "triton"
-
-
-FAULTY: dict[str, Callable[[Any], None]] = {
-    "a gradient too large": lambda b: b.spoil("backward", lambda x, w, s: (x * 1.5, w, s)),
-    "a gradient of zeros": lambda b: b.spoil("backward", lambda x, w, s: (x, w * 0, s)),
-    "one class without its gradient": lambda b: b.spoil("backward", lambda x, w, s: (x, w.index_fill(0, b.zero, 0), s)),
-    "no margin": lambda b: setattr(b, "forward", lambda p, request: chunked.forward(p, request._replace(margin=0.0))),
-    "a NaN": lambda b: b.spoil("backward", lambda x, w, s: (x, w.index_fill(0, b.zero, float("nan")), s)),
-    "no gradient of the scale": lambda b: b.spoil("backward", lambda x, w, s: (x, w, s * 0)),
-}
-
-
-class Spoilt:
-    """The chunked backend with a fault."""
-
-    zero = torch.tensor([0])
-
-    def __init__(self) -> None:
-        self.forward, self.backward = chunked.forward, chunked.backward
-        self.unavailable_reason, self.refusal = (lambda: None), (lambda *_: None)
-
-    def spoil(self, name: str, change: Callable[..., Any]) -> None:
-        right = getattr(self, name)
-        setattr(self, name, lambda *arguments: change(*right(*arguments)))
-
-
-@pytest.mark.parametrize(
-    ("width", "dtype", "bounded", "normalize"),
-    [
-        (1, torch.float32, True, True), (3, torch.bfloat16, True, True), (16, torch.bfloat16, False, True),
-        (512, torch.float32, False, True), (512, torch.bfloat16, False, False),
-    ],
-)  # fmt: skip
-def test_the_comparison_tells_right_from_wrong(
-    width: int, dtype: torch.dtype, bounded: bool, normalize: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    traits = Traits(CPU, dtype, torch.float32, torch.float32, width, normalize, bounded, width == 512, False)
-    spoilt = Spoilt()
-    monkeypatch.setitem(backends._loaded, "triton", spoilt)  # type: ignore[arg-type]
-    assert comparison.compare("triton", traits, "reference") is None
-    for what, fault in FAULTY.items():
-        if what == "one class without its gradient" and dtype == torch.bfloat16:
-            continue  # one of many is within its rounding
-        if what == "no gradient of the scale" and (bounded or not normalize):
-            continue
-        spoilt.__init__()  # type: ignore[misc]
-        fault(spoilt)
-        assert comparison.compare("triton", traits, "reference") is not None, what
 
 
 def _refused_on_one_rank() -> str:
