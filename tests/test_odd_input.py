@@ -29,7 +29,10 @@ def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
     assert relative(ak.am_softmax_loss(features, weight, labels), ak.am_softmax_loss(features, weight, labels.long())) == 0
 
 
-def test_strided_views() -> None:
+@pytest.mark.parametrize("several_chunks", [False, True])
+def test_strided_views(several_chunks: bool, request: pytest.FixtureRequest) -> None:
+    if several_chunks:
+        request.getfixturevalue("small_chunks")
     features, weight, labels, upstream = PLAIN.tensors()
     wide = torch.full((PLAIN.D, 2 * PLAIN.B), math.nan, dtype=torch.float64)
     wide[:, ::2] = features.T

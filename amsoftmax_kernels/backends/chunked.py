@@ -26,7 +26,7 @@ from . import Forward, Needs, Problem, Request, Upstream, one_chunk, streams
 from . import margin as vectors
 from .budget import kept_classes
 from .host_memory import advise_huge_pages
-from .norms import are_usual
+from .norms import across, are_usual
 from .products import product_nt
 from .row_sums import RowSums
 from .shard import (
@@ -35,7 +35,6 @@ from .shard import (
     Shard,
     alone,
     chunk_of,
-    inverse_norms,
     panel_dtype,
     prepared,
     streams_of,
@@ -93,10 +92,10 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         count = streams_of(problem)
         pair, shard = prepared(problem, count)
         K = kept_classes(B, C, shard.panel_dtype, save_bytes, shard.chunk)
-        inverse_norm, usual = inverse_norms(weight, shard, count)
+        inverse_norm = shard.x.new_zeros(C)
         kept = advise_huge_pages(weight.new_empty(K, B, dtype=shard.panel_dtype))
         kept_shift = shard.x.new_zeros(-(-K // shard.chunk), B)
-        pieces = Pieces.of(shard, weight, inverse_norm, kept, usual)
+        pieces = Pieces.of(shard, inverse_norm, kept)
 
         def work(chunks: Iterable[int]) -> RowSums:
             sums = RowSums.none(shard.x, shard.bounded, predict)
@@ -122,7 +121,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _forward_chunk(shard: Shard, index: int, pieces: Pieces, sums: RowSums, kept_shift: Tensor, predict: bool) -> None:
-    w, inverse, _ = pieces.centres(shard, index)
+    w, inverse = pieces.measured(shard, index)
     panel = shard.logits(shard.in_products(w, inverse), inverse)
     shard.keep_nearest_(panel)
     if predict or not shard.bounded:
@@ -179,12 +178,12 @@ def _backward(*arguments: Any, update: Update | None = None) -> tuple[Tensor, Te
         need_rows = needs.features or (needs.scale and normalize_features)
 
         usual = inverse_norm.device.type != "cpu" or alone(count, lambda: are_usual(inverse_norm))
-        pieces = Pieces.of(shard, weight, inverse_norm, kept, usual)
+        pieces = Pieces.of(shard, inverse_norm, kept)
 
         def work(chunks: Iterable[int]) -> Tensor | None:
             sums = shard.x.new_zeros(shard.x.shape) if need_rows else None  # Eᵀŵ
             for index in chunks:
-                _backward_chunk(shard, index, pieces, known, centres, sums)
+                _backward_chunk(shard, index, pieces, usual, known, centres, sums)
             return sums
 
         parts: list[Tensor | None] = []
@@ -230,24 +229,21 @@ class _CentresGradient:
             grad *= inverse
         if self.common is not None:
             grad.addr_(inverse[:, 0], self.common)
-        target = self.grad[index] if self.update is None else None
-        in_place = target is not None and target.dtype == shard.dtype
-        out = target if target is not None and in_place else shard.temporary("gradient", *grad.shape)
-        along = torch.mul(grad, w, out=out).sum(1, keepdim=True).mul_(inverse).mul_(inverse)
-        torch.addcmul(grad, w, along, value=-1, out=out)
+        grad = across(grad, w, inverse)
         if power is not None:
-            out *= power
-        shard.targets.add_(out, index, self.target_rows)
+            grad *= power
+        shard.targets.add_(grad, index, self.target_rows)
         if self.update is not None:
-            self.update.apply_(index * shard.chunk, out)
-        elif target is not None and not in_place:
-            target.copy_(out)
+            self.update.apply_(index * shard.chunk, grad)
+        else:
+            self.grad[index].copy_(grad)
 
 
 def _backward_chunk(
-    shard: Shard, index: int, pieces: Pieces, saved: Forward, centres: _CentresGradient | None, rows: Tensor | None
-) -> None:
-    w, inverse, power = pieces.centres(shard, index)
+    shard: Shard, index: int, pieces: Pieces, usual: bool, saved: Forward, centres: _CentresGradient | None,
+    rows: Tensor | None,
+) -> None:  # fmt: skip
+    w, inverse, power = pieces.centres(shard, index, usual)
     operand = shard.in_products(w, inverse)
     if index < len(pieces.kept):
         terms = pieces.kept[index]

@@ -54,6 +54,18 @@ def row_norms(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (norm / power).masked_fill_(inverse == 0, 0), inverse * power
 
 
+def across(grad: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
+    """``grad [N, D]`` without its part along each of ``rows``, of 1/norm ``inverse [N, 1]``; may overwrite ``grad``.
+
+    A row that counts as zero, with the inverse 0, keeps its gradient.
+    """
+    if grad.device.type == "cpu":  # one pass: the derivative of g·v/‖v‖ by v, where g = ‖v‖
+        norm = torch.where(inverse == 0, 1.0, 1 / inverse)
+        result: Tensor = torch.ops.aten._weight_norm_interface_backward(grad, rows, norm, norm, 0)[0]
+        return result
+    return grad.addcmul_(rows, (grad * rows).sum(1, keepdim=True).mul_(inverse).mul_(inverse), value=-1)
+
+
 def are_usual(norms: Tensor) -> bool:
     """Whether all norms, or all inverses of norms, are: none of a zero row, of one that is not finite, or not float32's."""
     if not norms.numel():

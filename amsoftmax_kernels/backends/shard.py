@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..arguments import accumulate_dtype
 from . import Problem, host_scale, streams
 from .budget import BOUNDED_SCALE
-from .norms import are_usual, row_norms, scaled
+from .norms import scaled
 from .products import product_nt
 from .subcentres import keep_largest_
 from .targets import TargetPair, Targets
@@ -24,7 +24,6 @@ _CHUNK_ELEMENTS_ELSEWHERE = 1 << 26
 # Streams of chunks on a CPU: for as many cores there is work, and each stream has a sum [B, D] of its own.
 _STREAMS, _STREAM_BYTES = (8, 16), 8 << 20
 _SMALL = 1 << 28  # B·C·D of a problem whose operations are better split over threads than its chunks
-_NORM_ROWS = 4096  # of which norms are computed at a time
 
 LOG2E = math.log2(math.e)
 _T = TypeVar("_T")
@@ -119,8 +118,8 @@ class Shard:
         return -(-self.weight.shape[0] // self.chunk) if len(self.x) else 0
 
     def centres(self, w: Tensor) -> Tensor:
-        """A chunk of the weight in the accumulate dtype, ``[chunk, D]``."""
-        if w.dtype == self.dtype:
+        """A chunk of the weight in the accumulate dtype, contiguous ``[chunk, D]``."""
+        if w.dtype == self.dtype and w.is_contiguous():
             return w
         return self.temporary("centres", *w.shape).copy_(w)
 
@@ -169,45 +168,27 @@ class Pieces:
     weight: tuple[Tensor, ...]  # [chunk, D]
     inverse: tuple[Tensor, ...]  # [chunk, 1] 1/‖w‖
     kept: tuple[Tensor, ...]  # [chunk, B] the terms that are kept, of the first chunks
-    usual: bool  # all norms are
 
     @classmethod
-    def of(cls, shard: Shard, weight: Tensor, inverse_norm: Tensor, kept: Tensor, usual: bool) -> Pieces:
+    def of(cls, shard: Shard, inverse_norm: Tensor, kept: Tensor) -> Pieces:
         chunk = shard.chunk
-        return cls(weight.split(chunk), inverse_norm[:, None].split(chunk), kept.split(chunk) if len(kept) else (), usual)
+        kept_pieces = kept.split(chunk) if len(kept) else ()
+        return cls(shard.weight.split(chunk), inverse_norm[:, None].split(chunk), kept_pieces)
 
-    def centres(self, shard: Shard, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A chunk's centres, scaled where float32 wants it, their 1/‖w‖, and the powers that they are scaled by."""
+    def measured(self, shard: Shard, index: int) -> tuple[Tensor, Tensor]:
+        """A chunk's centres, scaled where float32 wants it, and their 1/‖w‖; the given ones' is written down."""
+        rows = scaled(shard.centres(self.weight[index]))
+        inverse = rows.inverse[:, None]
+        self.inverse[index].copy_(inverse if rows.power is None else inverse * rows.power[:, None])
+        return rows.rows, inverse
+
+    def centres(self, shard: Shard, index: int, usual: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same from what was written down where all norms are usual, and the powers that the centres are scaled by."""
         w = shard.centres(self.weight[index])
-        if self.usual:
+        if usual:
             return w, self.inverse[index], None
         rows = scaled(w)
         return rows.rows, rows.inverse[:, None], None if rows.power is None else rows.power[:, None]
-
-
-def inverse_norms(weight: Tensor, shard: Shard, count: int) -> tuple[Tensor, bool]:
-    """1/‖w‖ ``[C]``, and whether all norms are usual; on a GPU, which the host does not wait for, they count as such."""
-    if weight.device.type != "cpu":
-        return row_norms(weight.to(shard.dtype))[1], True
-    norms = weight.new_empty(len(weight), dtype=shard.dtype)
-    blocks = list(zip(weight.split(_NORM_ROWS), norms.split(_NORM_ROWS), strict=True))
-
-    def work(chosen: Iterable[int]) -> None:
-        for index in chosen:
-            rows, out = blocks[index]
-            torch.linalg.vector_norm(rows, dim=1, dtype=shard.dtype, out=out)
-
-    streams.run(min(count, len(blocks)), len(blocks), work)
-
-    def finish() -> tuple[Tensor, bool]:
-        usual = are_usual(norms)
-        if usual:
-            return norms.reciprocal_(), True
-        for rows, out in blocks:
-            out.copy_(row_norms(rows.to(shard.dtype))[1])
-        return norms, False
-
-    return alone(count, finish)
 
 
 def times(x: Tensor, scale: float | Tensor, factor: float) -> Tensor:
