@@ -204,10 +204,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Labels ``[B]`` or ``[B, 1]`` as backends take them: ``[B]`` int64, -1 for an ignored row, C for one out of range.
-
-    Also the number of rows not ignored, at least 1, as a 0-d int64 tensor on the labels' device.
 
     Raises:
         ValueError: a label on the CPU is outside ``[0, C)`` and not ``ignore_index``. On a GPU, or where ``vmap`` maps
@@ -217,17 +215,17 @@ def canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tup
         labels = labels[:, 0]
     if not is_traced(labels):
         return _canonical_labels(labels, num_classes, ignore_index)
-    result: tuple[Tensor, Tensor] = torch.ops.amsoftmax_kernels.canonical_labels(labels, num_classes, ignore_index)
+    result: Tensor = torch.ops.amsoftmax_kernels.canonical_labels(labels, num_classes, ignore_index)
     return result
 
 
-def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     given = labels.to(torch.int64)
     readable = labels.device.type == "cpu" and is_readable(labels)  # not under vmap over labels
     if readable and labels.numel() and not 0 <= ignore_index < num_classes:
         smallest, largest = torch.aminmax(given)
         if smallest.item() >= 0 and largest.item() < num_classes:  # as nearly always
-            return given.clone() if given is labels else given, given.new_full((), labels.shape[0])
+            return given
     ignored = given == ignore_index
     labels64 = given.masked_fill(given < 0, num_classes).clamp(max=num_classes).masked_fill_(ignored, -1)
     if readable and bool((invalid := labels64 == num_classes).any()):
@@ -236,7 +234,7 @@ def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tu
             f"labels must lie in [0, {num_classes}) or be ignore_index={ignore_index}, "
             f"but labels[{row}] is {int(given[row])}"
         )
-    return labels64, (labels64 >= 0).sum().clamp(min=1)
+    return labels64
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -244,9 +242,11 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
-def canonical_labels_fake(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(labels, dtype=torch.int64), labels.new_empty((), dtype=torch.int64)
-
-
-# An operator, so that the check of the values also runs where torch.compile has traced the caller.
-register("canonical_labels", LABELS_SCHEMA, _canonical_labels, canonical_labels_fake, differentiable=False)
+# An operator, so that the check of the values also runs where torch.compile has traced the caller. It may return no input.
+register(
+    "canonical_labels",
+    LABELS_SCHEMA,
+    lambda labels, *others: _canonical_labels(labels.to(torch.int64, copy=True), *others),
+    lambda labels, *others: torch.empty_like(labels, dtype=torch.int64),
+    differentiable=False,
+)

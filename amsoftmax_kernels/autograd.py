@@ -21,7 +21,6 @@ from .backends import Forward, Needs, Problem, Request, Upstream
 from .backends.budget import BOUNDED_SCALE
 from .backends.margin import predictions
 from .backends.subcentres import nearest
-from .margins import reduce_rows
 from .smoothing import MeanCosine, sum_of_directions
 from .values import is_number, plain, type_name
 
@@ -57,8 +56,8 @@ class Options(NamedTuple):
         """A problem's labels, from canonical ones of classes."""
         return labels if self.subcentres == 1 else nearest(features, weight, labels, self.subcentres)
 
-    def request(self, needs: Needs, margin: float | None = None) -> Request:
-        return Request(self.save_bytes, self.predict, self.grad and (needs.features or needs.scale), margin)
+    def request(self, needs: Needs, margin: float | None = None, mean: bool = False) -> Request:
+        return Request(self.save_bytes, self.predict, self.grad and (needs.features or needs.scale), margin, mean)
 
 
 def _needs(ctx: Any) -> Needs:
@@ -208,17 +207,19 @@ class AMSoftmaxFunction(torch.autograd.Function):
         if options is None:
             scale, margin = plain(scale), plain(margin)
             options = _checked(features, weight, labels, scale, margin, reduction)
-        labels, num_rows = canonical_labels(labels, weight.shape[0] // options.subcentres, options.ignore_index)
+        labels = canonical_labels(labels, weight.shape[0] // options.subcentres, options.ignore_index)
         device = scale.device if isinstance(scale, Tensor) else None
         targets = options.targets(features, weight, labels)
         problem = options.problem(features, weight, targets, *backends.scale_fields(beside(scale, features.device)))
-        out = backends.load(options.backend).forward(problem, options.request(_needs(ctx), float(margin)))
+        out = backends.load(options.backend).forward(
+            problem, options.request(_needs(ctx), float(margin), reduction == "mean")
+        )
         assert out.loss is not None
-        ctx.save_for_backward(*problem[:4], num_rows, *out[:-1])  # the loss may be changed in place
-        ctx.options, ctx.updater, ctx.mean = options, options.updater, reduction == "mean"
+        ctx.save_for_backward(*problem[:4], *out[:-1])  # the loss may be changed in place
+        ctx.options, ctx.updater = options, options.updater
         ctx.fixed_scale, ctx.scale_device = problem.fixed_scale, device
         ctx.set_materialize_grads(False)
-        loss = reduce_rows(out.loss, num_rows, reduction)
+        loss = out.loss if reduction == "none" else out.loss.sum()
         if not options.predict:
             return loss
         target = out.cosine - margin if options.margined else out.cosine
@@ -233,10 +234,9 @@ class AMSoftmaxFunction(torch.autograd.Function):
             return (None,) * 8
         updater = updater_of(ctx)
         tensors = ctx.saved_tensors  # once: torch.utils.checkpoint hands them out no second time
-        num_rows, saved = tensors[4], Forward(*tensors[5:])
-        problem = ctx.options.problem(*tensors[:4], ctx.fixed_scale)
+        problem, saved = ctx.options.problem(*tensors[:4], ctx.fixed_scale), Forward(*tensors[4:])
         assert saved.derivatives is not None
-        row_factor, by_cosine, by_scale = (saved.derivatives * (grad / num_rows if ctx.mean else grad)).unbind()
+        row_factor, by_cosine, by_scale = (saved.derivatives * grad).unbind()
         normalize = problem.normalize_features
         needs = _needs(ctx)
         upstream = Upstream(row_factor, by_cosine, None if normalize else by_scale)

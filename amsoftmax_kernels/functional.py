@@ -177,12 +177,12 @@ def loss_of(
     if backend == "reference":
         if updater is not None:
             raise ValueError("backend 'reference' makes a gradient of all centres at once, and cannot update them instead")
-        labels, num_rows = canonical_labels(labels, num_classes, ignore_index)
+        labels = canonical_labels(labels, num_classes, ignore_index)
         rows, predicted = reference.loss_rows(
             features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter, subcentres,
             label_smoothing, margined,
         )  # fmt: skip
-        loss = reduce_rows(rows, num_rows, reduction)
+        loss = reduce_rows(rows, labels, reduction)
         return (loss, predicted) if predict else loss
 
     if _transformed():
@@ -204,7 +204,7 @@ def loss_of(
         result: Tensor | tuple[Tensor, Tensor]
         result = AMSoftmaxFunction.apply(features, weight, labels, scale, float(constant), reduction, options, anchor)  # type: ignore[no-untyped-call]
         return result
-    labels, num_rows = canonical_labels(labels, num_classes, ignore_index)
+    labels = canonical_labels(labels, num_classes, ignore_index)
     scale = beside(scale, features.device)
     log_z, cosine, norm, mean, best, best_class = NegativesFunction.apply(  # type: ignore[no-untyped-call]
         features, weight, labels, scale, options, anchor
@@ -213,7 +213,7 @@ def loss_of(
         Vectors(log_z, cosine, norm, mean), labels, num_classes, scale if normalize_features else norm,
         as_margin(margin), label_smoothing,
     )  # fmt: skip
-    loss = reduce_rows(rows, num_rows, reduction)
+    loss = reduce_rows(rows, labels, reduction)
     if not predict:
         return loss
     return loss, predictions(psi if margined else cosine, best, best_class, labels)

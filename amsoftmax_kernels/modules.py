@@ -246,7 +246,7 @@ class AMSoftmaxLoss(nn.Module):
             features, self.weight, labels, scale=1.0, margin=0.0, normalize_features=True, reduction="mean",
             ignore_index=self.ignore_index, subcentres=self.subcentres,
         )  # fmt: skip
-        labels = canonical_labels(labels, self.num_classes, self.ignore_index)[0]
+        labels = canonical_labels(labels, self.num_classes, self.ignore_index)
         centres = nearest(features, self.weight, labels, self.subcentres)
         return centres.masked_fill_(centres < 0, len(self.weight))
 

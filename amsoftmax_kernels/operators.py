@@ -13,7 +13,7 @@ PROBLEM_SCHEMA = (
     "Tensor features, Tensor weight, Tensor labels, Tensor? scale, float fixed_scale, bool normalize_features, "
     "ScalarType compute_dtype, float interclass_filter, int subcentres"
 )
-LABELS_SCHEMA = "(Tensor labels, SymInt num_classes, int ignore_index) -> (Tensor, Tensor)"
+LABELS_SCHEMA = "(Tensor labels, SymInt num_classes, int ignore_index) -> Tensor"
 GRADS_SCHEMA = (
     "Tensor row_factor, Tensor grad_cosine, Tensor? grad_norm, Tensor? grad_directions, "
     "bool need_features, bool need_weight, bool need_scale"

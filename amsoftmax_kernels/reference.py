@@ -63,12 +63,12 @@ def am_softmax_loss(
         ignore_index=ignore_index, interclass_filter=interclass_filter, subcentres=subcentres,
         label_smoothing=label_smoothing,
     )  # fmt: skip
-    labels, num_rows = canonical_labels(labels, weight.shape[0] // subcentres, ignore_index)
+    labels = canonical_labels(labels, weight.shape[0] // subcentres, ignore_index)
     rows, predictions = loss_rows(
         features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter, subcentres,
         label_smoothing, return_predictions == WITH_MARGIN,
     )  # fmt: skip
-    loss = reduce_rows(rows, num_rows, reduction)
+    loss = reduce_rows(rows, labels, reduction)
     return (loss, predictions) if return_predictions else loss
 
 

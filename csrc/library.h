@@ -84,7 +84,7 @@ struct AkMargin {
     const int64_t* labels;                   // [B]
     float *loss, *derivatives;               // [B], and [3, B] by log z, by the cosine and by the scale
     double margin;
-    int64_t batch, classes;
+    int64_t batch, classes, mean;  // of a mean, all are divided by the number of rows that are not ignored
     AkScale scale;
 };
 

@@ -1,5 +1,6 @@
 // Piece 3 of a step for a constant margin: the loss and its derivatives from z, a row a thread.
 #include "arithmetic.h"
+#include "elements.cuh"
 #include "launch.cuh"
 
 namespace ak {
@@ -8,6 +9,10 @@ namespace {
 constexpr int kThreads = 128;
 
 __global__ void constant_margin(AkMargin p) {
+    int share = p.mean ? 0 : threadIdx.x == 0;  // of the rows that are divided by
+    for (int64_t row = threadIdx.x; p.mean && row < p.batch; row += kThreads) share += p.labels[row] >= 0;
+    const int rows = block_sum(share);
+    const double count = rows > 0 ? rows : 1;
     const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (row >= p.batch) return;
     const int64_t label = p.labels[row];
@@ -16,10 +21,10 @@ __global__ void constant_margin(AkMargin p) {
         const double cosine = label < p.classes ? double(p.cosine[row]) : NAN;  // out of range: no silent wrong number
         out = additive_margin(p.z[row], p.shift[row], cosine, scale_of(p.scale, p.norm[row]), p.margin);
     }
-    p.loss[row] = float(out.loss);
-    p.derivatives[row] = float(out.by_log_z);
-    p.derivatives[p.batch + row] = float(out.by_cosine);
-    p.derivatives[2 * p.batch + row] = float(out.by_scale);
+    p.loss[row] = float(out.loss / count);
+    p.derivatives[row] = float(out.by_log_z / count);
+    p.derivatives[p.batch + row] = float(out.by_cosine / count);
+    p.derivatives[2 * p.batch + row] = float(out.by_scale / count);
 }
 
 }  // namespace

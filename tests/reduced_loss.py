@@ -14,8 +14,8 @@ from amsoftmax_kernels.backends.kernels import Kernels
 from .cases import Case, relative
 
 
-def check_the_margin_kernel(kernels: Kernels, normalize: bool, device: torch.device) -> None:
-    """From a target that is everything to one that is nothing, a row ignored and one whose label is out of range."""
+def check_the_margin_kernel(kernels: Kernels, normalize: bool, mean: bool, device: torch.device) -> None:
+    """From a target that is everything to one that is nothing, rows ignored and one whose label is out of range."""
     repeats = 15  # more rows than a program takes at a time
     z = torch.tensor([0.0, 1e-30, 1.0, 1e10, 1e38, 1.0, 1.0, 1e-20, 0.0]).repeat(repeats)
     cosine = torch.tensor([0.5, 1.0, 1.0, -1.0, -1.0, 0.2, 0.35, 0.99, 0.0]).repeat(repeats)
@@ -29,19 +29,21 @@ def check_the_margin_kernel(kernels: Kernels, normalize: bool, device: torch.dev
         weight, features = torch.empty(9, 20, device=where), torch.empty(len(z), 20, device=where)
         return Problem(features, weight, labels.to(where), None, 60.0, normalize, torch.float32, math.inf), vectors
 
-    expected = margin.additive_margin(*on(torch.device("cpu"), torch.float64), 0.35)
+    expected = margin.additive_margin(*on(torch.device("cpu"), torch.float64), 0.35, mean)
     problem, saved = on(device, torch.float32)
     halves = torch.stack([saved.z / 4, saved.z * 0.75]).double()[None]  # z's parts, of two streams
     saved = saved._replace(loss=torch.empty_like(saved.z), derivatives=saved.z.new_empty(3, len(z)))
-    kernels.additive_margin(problem, halves, saved, fused.scale_of(problem), 0.35)
+    kernels.additive_margin(problem, halves, saved, fused.scale_of(problem), 0.35, mean)
     assert saved.loss is not None and saved.derivatives is not None
     found = saved.loss.clone(), saved.derivatives.clone()
     for got, exact in zip(found, expected, strict=True):
         assert torch.allclose(got.cpu().double(), exact, rtol=1e-6, atol=1e-45)
     assert relative(found[1][1], expected[1][1]) < 1e-6  # by t: no row's is lost beside a tolerance
+    rows = margin.additive_margin(*on(torch.device("cpu"), torch.float64), 0.35, False)
+    assert relative(expected[0] * (8 * repeats if mean else 1), rows[0]) < 1e-15  # of nine rows one is ignored
 
     problem.labels[1] = 9
-    kernels.additive_margin(problem, halves, saved, fused.scale_of(problem), 0.35)
+    kernels.additive_margin(problem, halves, saved, fused.scale_of(problem), 0.35, mean)
     assert saved.loss[1].isnan() and saved.derivatives[:, 1].isnan().all()
     assert not saved.loss[2:].isnan().any() and not saved.derivatives[:, 2:].isnan().any()
 

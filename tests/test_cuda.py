@@ -165,9 +165,10 @@ def test_predictions(options: dict[str, Any], either_kernel: None, short_chunks:
     assert (predictions == expected).float().mean() > 0.9 and predictions[4] == -1
 
 
+@pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_the_margin_kernel(normalize: bool, emulated: None) -> None:
-    check_the_margin_kernel(cuda.fused.kernels, normalize, CPU)
+def test_the_margin_kernel(normalize: bool, mean: bool, emulated: None) -> None:
+    check_the_margin_kernel(cuda.fused.kernels, normalize, mean, CPU)
 
 
 def test_errors_come_back_as_exceptions(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,15 @@ def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
     assert relative(ak.am_softmax_loss(features, weight, labels), ak.am_softmax_loss(features, weight, labels.long())) == 0
 
 
+def test_labels_changed_between_the_passes() -> None:
+    """An error, as of PyTorch's cross_entropy; no gradient of other labels."""
+    features, weight, labels, _upstream = PLAIN.tensors()
+    loss = ak.am_softmax_loss(features.requires_grad_(), weight, labels)
+    labels.copy_(labels.roll(1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("several_chunks", [False, True])
 def test_strided_views(several_chunks: bool, request: pytest.FixtureRequest) -> None:
     if several_chunks:

@@ -301,9 +301,10 @@ def test_kept_bytes_stay_within_the_budget() -> None:
         assert count == classes or batch * chunking.padded(classes) * 2 > budget
 
 
+@pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_the_margin_kernel(normalize: bool) -> None:
-    check_the_margin_kernel(backend.fused.kernels, normalize, DEVICE)
+def test_the_margin_kernel(normalize: bool, mean: bool) -> None:
+    check_the_margin_kernel(backend.fused.kernels, normalize, mean, DEVICE)
 
 
 def test_same_inputs_same_bits(short_chunks: None) -> None:

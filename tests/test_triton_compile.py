@@ -29,8 +29,8 @@ def test_opcheck(normalize: bool, predict: bool, save_bytes: int, short_chunks: 
     problem = (features, weight, labels, None, 30.0, normalize, torch.float32, math.inf, 1)
     ops = torch.ops.amsoftmax_kernels
     for margin in (0.35, None):
-        torch.library.opcheck(ops.triton_forward, (*problem, save_bytes, predict, True, margin))
-    out = Forward(*ops.triton_forward(*problem, save_bytes, predict, True, None))
+        torch.library.opcheck(ops.triton_forward, (*problem, save_bytes, predict, True, margin, margin is not None))
+    out = Forward(*ops.triton_forward(*problem, save_bytes, predict, True, None, False))
     saved = (out.shift, out.cosine, out.norm, out.inverse_norm, out.kept, out.rows)
     grad = upstream.float()
     grads = grad / out.z, grad, None if normalize else grad, features[0]

@@ -62,6 +62,7 @@ class Request(NamedTuple):
     predict: bool  # find each row's best negative
     need_rows: bool  # a gradient of features or scale will be asked for
     margin: float | None = None  # a constant one: the loss and its derivatives are asked for, and z may be left out
+    mean: bool = False  # these are divided by the number of rows that are not ignored
 
 
 class Forward(NamedTuple):

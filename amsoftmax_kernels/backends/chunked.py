@@ -57,7 +57,7 @@ def forward(problem: Problem, request: Request) -> Forward:
     out = Forward(*op(*problem, request.save_bytes, request.predict))
     if request.margin is None:
         return out
-    loss, derivatives = _additive_margin(problem, out, request.margin)
+    loss, derivatives = _additive_margin(problem, out, request.margin, request.mean)
     return out._replace(loss=loss, derivatives=derivatives)
 
 
@@ -71,10 +71,11 @@ def backward(
     return grads
 
 
-def _additive_margin(problem: Problem, saved: Forward, margin: float) -> tuple[Tensor, Tensor]:
+def _additive_margin(problem: Problem, saved: Forward, margin: float, mean: bool) -> tuple[Tensor, Tensor]:
     if is_traced(problem.features) or streams_of(problem) == 1:
-        return vectors.additive_margin(problem, saved, margin)
-    return streams.alone(lambda: vectors.additive_margin(problem, saved, margin))  # a logarithm is split, however short
+        return vectors.additive_margin(problem, saved, margin, mean)
+    # A logarithm is split, however short.
+    return streams.alone(lambda: vectors.additive_margin(problem, saved, margin, mean))
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:

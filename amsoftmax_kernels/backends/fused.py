@@ -31,7 +31,7 @@ from .chunking import padded, panel_dtype
 from .kernels import Cosines, Factored, Grads, Kernels, Rows, TargetParts
 from .parts import Maxima, Sums
 from .subcentres import Columns
-from .update import Update
+from .update import Update, own_centres
 
 
 class Fused:
@@ -41,7 +41,7 @@ class Fused:
         self.name, self.kernels = name, kernels
         register(
             f"{name}_forward",
-            f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows, float? margin) -> "
+            f"({PROBLEM_SCHEMA}, SymInt save_bytes, bool predict, bool need_rows, float? margin, bool mean) -> "
             f"({', '.join(['Tensor'] * 12)})",
             lambda *arguments: self._forward(*_forward_arguments(*arguments)),
             lambda *arguments: _buffers(*_forward_arguments(*arguments)),
@@ -98,7 +98,7 @@ class Fused:
             if request.margin is None:
                 self.kernels.reduce_sums(sums.parts, labels, out.z)
             else:
-                self.kernels.additive_margin(problem, sums.parts, out, s, request.margin)
+                self.kernels.additive_margin(problem, sums.parts, out, s, request.margin, request.mean)
             if maxima is not None:
                 self.kernels.reduce_best(*maxima.parts, out.best, out.best_class)
                 if columns.group > 1:
@@ -139,7 +139,7 @@ class Fused:
             finish: Callable[[range, Tensor, Tensor], None] | None = None  # a chunk's centres, from E and a∘x̂
             own, common = problem, upstream.directions  # whose centres the targets are: those of before the update
             if needs.weight and update is not None:
-                own, slots = _own_centres(problem)
+                own, slots = own_centres(problem)
                 parts = self._target_parts(own, slots, saved, s, upstream)
                 finish = functools.partial(self._update_centres, problem, saved.inverse_norm, common, parts, update)
             elif needs.weight:
@@ -263,25 +263,6 @@ def _unit_gradients(
         if common is not None:
             target[:, : common.shape[0]] += common
         yield mine, target
-
-
-def _own_centres(problem: Problem) -> tuple[Problem, Tensor]:
-    """The problem with the batch's own centres alone, and for each class which of those it is ``[C]`` int32, -1 for none.
-
-    Rows of one class share the centre of the first of them; as in the problem, labels past the centres are of no class here.
-    """
-    labels, (B, C) = problem.labels, (len(problem.labels), problem.weight.shape[0])
-    ordered, order = labels.sort(stable=True)
-    begins = torch.ones_like(ordered, dtype=torch.bool)
-    begins[1:] = ordered[1:] != ordered[:-1]
-    places = torch.arange(B, device=labels.device)
-    first = order[torch.where(begins, places, 0).cummax(0).values]
-    slots = torch.empty_like(labels).scatter_(0, order, first)
-    present = (labels >= 0) & (labels < C)
-    of_class = labels.new_full((C + 1,), -1, dtype=torch.int32)
-    of_class.scatter_(0, torch.where(present, labels, C), slots.to(torch.int32))
-    own = problem.weight.index_select(0, labels.clamp(0, C - 1))
-    return problem._replace(weight=own, labels=torch.where(present, slots, torch.where(labels < 0, -1, B))), of_class[:C]
 
 
 class _Centres:

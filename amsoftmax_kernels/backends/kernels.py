@@ -81,7 +81,7 @@ class Kernels(Protocol):
     def reduce_shift(self, best_parts: Tensor, class_parts: Tensor, factor: Tensor, shift: Tensor) -> None: ...
 
     def additive_margin(
-        self, problem: Problem, z_parts: Tensor, out: Forward, s: float | Tensor, margin: float
+        self, problem: Problem, z_parts: Tensor, out: Forward, s: float | Tensor, margin: float, mean: bool
     ) -> None:  # fmt: skip
         """Write the loss and its derivatives of z's parts: :meth:`reduce_sums`, then
         :func:`amsoftmax_kernels.backends.margin.additive_margin`."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import rounding, streams
+from . import Problem, rounding, streams
 
 ELEMENTS = 1 << 18  # that are updated at once: all of a rule's passes over them stay in a core's cache
 _SHARED_ELEMENTS = 1 << 22  # that replicas add up at once
@@ -212,3 +212,22 @@ def _not_finite(grad: Tensor) -> Tensor | None:
 def _room(name: str, like: Tensor) -> Tensor:
     """Memory as large as ``like``, which on a CPU the thread keeps."""
     return streams.workspace(name, tuple(like.shape), like) if like.device.type == "cpu" else torch.empty_like(like)
+
+
+def own_centres(problem: Problem) -> tuple[Problem, Tensor]:
+    """The problem with the batch's own centres alone, and for each class which of those it is ``[C]`` int32, -1 for none.
+
+    Rows of one class share the centre of the first of them; as in the problem, labels past the centres are of no class here.
+    """
+    labels, (B, C) = problem.labels, (len(problem.labels), problem.weight.shape[0])
+    ordered, order = labels.sort(stable=True)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    places = torch.arange(B, device=labels.device)
+    first = order[torch.where(begins, places, 0).cummax(0).values]
+    slots = torch.empty_like(labels).scatter_(0, order, first)
+    present = (labels >= 0) & (labels < C)
+    of_class = labels.new_full((C + 1,), -1, dtype=torch.int32)
+    of_class.scatter_(0, torch.where(present, labels, C), slots.to(torch.int32))
+    own = problem.weight.index_select(0, labels.clamp(0, C - 1))
+    return problem._replace(weight=own, labels=torch.where(present, slots, torch.where(labels < 0, -1, B))), of_class[:C]

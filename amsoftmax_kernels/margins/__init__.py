@@ -10,6 +10,7 @@ from .angular import AngularMargin, CombinedMargin, SphereFaceMargin
 from .protocol import Margin
 from .protocol import as_margin as as_margin
 from .protocol import check_value as check_value
+from .protocol import count_rows as count_rows
 from .protocol import reduce_rows as reduce_rows
 from .protocol import target_psi as target_psi
 

@@ -72,11 +72,16 @@ def target_psi(margin: Margin, cosine: Tensor, labels: Tensor, feature_norm: Ten
     return psi.to(cosine.dtype)
 
 
-def reduce_rows(rows: Tensor, num_rows: Tensor, reduction: str) -> Tensor:
-    """Mean over the ``num_rows`` rows that are not ignored, sum, or the rows ``[B]`` themselves, 0 where ignored."""
+def reduce_rows(rows: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """Mean over the rows that are not ignored, sum, or the rows ``[B]`` themselves, 0 where ignored."""
     if reduction == "none":
         return rows
-    return rows.sum() / num_rows if reduction == "mean" else rows.sum()
+    return rows.sum() / count_rows(labels) if reduction == "mean" else rows.sum()
+
+
+def count_rows(labels: Tensor) -> Tensor:
+    """How many of canonical labels are not ignored, at least 1: what a mean divides by."""
+    return (labels >= 0).sum().clamp_(min=1)
 
 
 def _takes_three(margin: Margin) -> bool:

@@ -278,7 +278,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             Vectors(log_z, cosine, norm, mean), everyone, self.num_classes, scale if self.normalize_features else norm,
             as_margin(self.margin), self.label_smoothing,
         )  # fmt: skip
-        loss = reduce_rows(each, (everyone >= 0).sum().clamp_(min=1), self.reduction)
+        loss = reduce_rows(each, everyone, self.reduction)
         if self.reduction == "none":
             loss = LocalRows.apply(loss, shards, rows)  # type: ignore[no-untyped-call]
         if not return_predictions:
@@ -305,7 +305,7 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
             raise ValueError("backend 'reference' is the formula in one process: it cannot be sharded")
         if (updater := self._updater) is not None and torch.is_grad_enabled():
             updater.check(self.weight)
-        return backend, canonical_labels(labels, self.num_classes, self.ignore_index)[0]
+        return backend, canonical_labels(labels, self.num_classes, self.ignore_index)
 
     @property
     def _updater(self) -> HeadUpdater | None:

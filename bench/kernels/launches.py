@@ -148,6 +148,7 @@ class Options:
     features_dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype = torch.float32
     constant_margin: bool = True
+    mean: bool = True  # of the rows' losses
     of_norm: bool = False  # a margin that depends on ‖x‖
     needs: tuple[bool, bool, bool] = (True, True, False)  # gradients of features, weight and scale
     updated: Updated | None = None  # how the centres are, in the place of a gradient
@@ -172,7 +173,7 @@ def _step(B: int, D: int, C: int, how: Options) -> None:
     )
     save_bytes = how.save_bytes if any(needs) else 0
     margin = 0.35 if how.constant_margin else None
-    out = backend.forward(problem, Request(save_bytes, how.predict, needs.features or needs.scale, margin))
+    out = backend.forward(problem, Request(save_bytes, how.predict, needs.features or needs.scale, margin, how.mean))
     if any(needs):
         vectors = torch.zeros(3, B).unbind()  # rows of one tensor: no kernel may count on their addresses
         grad_norm = vectors[2] if how.of_norm or not how.normalize else None
@@ -205,7 +206,7 @@ def _combinations() -> Iterator[tuple[Options, bool]]:
     ):
         if scale is None or not needs[2]:  # a number has no gradient
             how = Options(dtype, save, normalize, scale, features_dtype=dtypes[0], weight_dtype=dtypes[1], needs=needs)
-            yield replace(how, of_norm=of_norm), True
+            yield replace(how, of_norm=of_norm, mean=not of_norm), True
             if needs[1]:
                 yield replace(how, of_norm=of_norm, updated=Updated(_SGD)), True
 
@@ -262,7 +263,7 @@ def variants(capability: tuple[int, int], multiprocessors: int, quick: bool = Fa
             {},
             {"save_bytes": 0},
             {"scale": 100.0, "interclass_filter": 0.5, "predict": True, "constant_margin": False},
-            {"normalize": False, "save_bytes": 0},
+            {"normalize": False, "save_bytes": 0, "mean": False},
         ]
         for tf32, _ in enumerate(precisions):
             for each in [] if tf32 else few:

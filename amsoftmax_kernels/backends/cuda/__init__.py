@@ -197,14 +197,14 @@ class _Kernels:
         self._call("ak_reduce", c.Reduce(batch=batch, parts=chunks * streams, **pointers), parts)
 
     def additive_margin(
-        self, problem: Problem, z_parts: Tensor, out: Forward, s: float | Tensor, margin: float
+        self, problem: Problem, z_parts: Tensor, out: Forward, s: float | Tensor, margin: float, mean: bool
     ) -> None:  # fmt: skip
         z = torch.empty_like(out.norm)
         self.reduce_sums(z_parts, problem.labels, z)
         parameters = c.Margin(
             c.pointer(z), c.pointer(out.shift), c.pointer(out.cosine), c.pointer(out.norm), c.pointer(problem.labels),
             c.pointer(out.loss), c.pointer(out.derivatives), margin, z.shape[0], problem.weight.shape[0],
-            c.scale(s, problem.normalize_features),
+            mean, c.scale(s, problem.normalize_features),
         )  # fmt: skip
         self._call("ak_constant_margin", parameters, z)
 

@@ -49,7 +49,7 @@ Reduce = _structure(
 )  # fmt: skip
 Margin = _structure(
     "AkMargin", **_named(c_void_p, "z shift cosine norm labels loss derivatives"), margin=c_double,
-    **_named(c_int64, "batch classes"), scale=Scale,
+    **_named(c_int64, "batch classes mean"), scale=Scale,
 )  # fmt: skip
 Factor = _structure(
     "AkFactor",

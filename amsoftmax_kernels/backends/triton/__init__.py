@@ -146,12 +146,12 @@ class _Kernels:
         forward_kernels.reduce_shift[(_ceil(B, 32),)](best_parts, factor, shift, B, parts, ROWS=32, PARTS=32)
 
     def additive_margin(
-        self, problem: Problem, z_parts: Tensor, out: Forward, s: float | Tensor, margin: float
+        self, problem: Problem, z_parts: Tensor, out: Forward, s: float | Tensor, margin: float, mean: bool
     ) -> None:  # fmt: skip
         parts, B = z_parts.shape[0] * z_parts.shape[1], z_parts.shape[2]
         forward_kernels.additive_margin[(_ceil(B, 32),)](
             z_parts, out.shift, out.cosine, out.norm, problem.labels, s, margin, out.loss, out.derivatives,
-            B, parts, problem.weight.shape[0], isinstance(s, Tensor), problem.normalize_features, ROWS=32, PARTS=32,
+            B, parts, problem.weight.shape[0], isinstance(s, Tensor), problem.normalize_features, mean, ROWS=32, PARTS=32,
         )  # fmt: skip
 
     def factor_rows(self, problem: Problem, norm: Tensor, row_factor: Tensor, s: float | Tensor, out: Factored) -> None:

@@ -339,9 +339,9 @@ def additive_margin(
     loss,  # [B] float32
     derivatives,  # [3, B] float32: by log z, over z; by t; by s or, without NORMALIZE, by ‖x‖
     B, parts, C,
-    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, NORMALIZE: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """AM-Softmax's loss of ROWS rows and its derivatives for an upstream gradient of 1, in float64."""
+    """The loss of ROWS rows, or their shares of a MEAN, and its derivatives for an upstream gradient of 1, in float64."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < B
     label = tl.load(labels + rows, mask=inside, other=-1)
@@ -361,6 +361,14 @@ def additive_margin(
     nothing = (label < 0) | (v == float("-inf"))
     softplus = tl.where(nothing, 0.0, tl.where(v > 0, v, 0.0) + log1p)
     p = tl.where(nothing, 0.0, tl.where(v > 0, 1.0, e) / one_more)
+    if MEAN:
+        count = tl.zeros([1024], tl.int32)
+        for first in range(0, B, 1024):
+            place = first + tl.arange(0, 1024)
+            count += (tl.load(labels + place, mask=place < B, other=-1) >= 0).to(tl.int32)
+        share = 1.0 / tl.maximum(tl.sum(count), 1).to(tl.float64)
+        softplus *= share
+        p *= share
     by_z = tl.where(negatives > 0, p / tl.where(negatives > 0, negatives, 1.0), p * 0.0)  # a NaN stays
     tl.store(loss + rows, softplus.to(tl.float32), mask=inside)
     tl.store(derivatives + rows, by_z.to(tl.float32), mask=inside)
