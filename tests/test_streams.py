@@ -167,7 +167,8 @@ def test_processes(method: str, monkeypatch: pytest.MonkeyPatch, threads: None) 
 def test_interrupted() -> None:
     """Ctrl-C ends a step."""
     program = """
-import torch, amsoftmax_kernels as ak, threading
+import signal, torch, amsoftmax_kernels as ak, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started to ignore it
 torch.set_num_threads(2)
 x, w, labels = torch.randn(512, 64, requires_grad=True), torch.randn(20_000, 64, requires_grad=True), torch.arange(512)
 ak.am_softmax_loss(x, w, labels).backward()
