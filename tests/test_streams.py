@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import subprocess
 import sys
@@ -180,11 +179,14 @@ except KeyboardInterrupt:
     ak.am_softmax_loss(x, w, labels).backward()
     print("interrupted", threading.active_count() <= 4, flush=True)
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=120)[0] == "interrupted True\n"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=120)[0] == "interrupted True\n"
+        finally:
+            process.kill()
     assert process.returncode == 0
 
 
