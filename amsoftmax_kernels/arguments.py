@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .margins import AdditiveMargin, check_value
+from .margins import AdditiveMargin, Margin, check_value
 from .operators import LABELS_SCHEMA, is_traced, register
-from .values import is_int, is_number, is_readable, plain, type_name
+from .values import is_int, is_number, is_readable, plain, type_name, whole
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -19,23 +19,34 @@ WITH_MARGIN = "with_margin"  # the predictions of return_predictions
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def check_arguments(
-    features: Any,
-    weight: Any,
-    labels: Any,
-    *,
-    scale: Any,
-    margin: Any,
-    normalize_features: Any,
-    reduction: Any,
-    ignore_index: Any,
-    interclass_filter: Any = None,
-    save_bytes: Any = None,
-    subcentres: int = 1,
-    label_smoothing: Any = 0.0,
-) -> None:
+class LossOptions(NamedTuple):
+    """What :func:`amsoftmax_kernels.am_softmax_loss` is given beside tensors of the batch and the centres."""
+
+    scale: float | Tensor = 30.0
+    margin: float | Tensor | Margin = 0.35
+    subcentres: int = 1
+    normalize_features: bool = True
+    reduction: str = "mean"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    interclass_filter: float | None = None
+    return_predictions: bool | str = False
+    backend: str | None = None
+    save_bytes: int | None = None
+
+    def plain(self) -> LossOptions:
+        """With numbers of another library as Python's own."""
+        return self._replace(
+            scale=plain(self.scale), margin=plain(self.margin), subcentres=check_size("subcentres", self.subcentres),
+            ignore_index=plain(self.ignore_index), label_smoothing=plain(self.label_smoothing),
+            interclass_filter=plain(self.interclass_filter), save_bytes=whole(self.save_bytes),
+        )  # fmt: skip
+
+
+def check_arguments(features: Any, weight: Any, labels: Any, given: LossOptions) -> None:
     """Raise ``TypeError`` or ``ValueError`` for anything but the labels' values (:func:`canonical_labels` checks those)."""
     check_features(features, weight)
+    subcentres = given.subcentres
     if weight.shape[0] % subcentres:
         raise ValueError(
             f"weight must have shape [C·K, D] with K = subcentres = {subcentres}, but it has {list(weight.shape)}"
@@ -52,12 +63,9 @@ def check_arguments(
     for name, tensor in (("weight", weight), ("labels", labels)):
         if tensor.device != features.device:
             raise ValueError(f"{name} must be on features' device {features.device}, but it is on {tensor.device}")
-    check_scale(scale, features.device)
-    check_margin(margin, num_classes, features.device)
-    check_options(
-        normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
-        interclass_filter=interclass_filter, save_bytes=save_bytes, subcentres=subcentres, label_smoothing=label_smoothing,
-    )  # fmt: skip
+    check_scale(given.scale, features.device)
+    check_margin(given.margin, num_classes, features.device)
+    check_options(given)
 
 
 def check_features(features: Any, weight: Any) -> None:
@@ -91,11 +99,9 @@ def _check_dense(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> Non
         raise TypeError(f"{name} must be a dense tensor, but its layout is {tensor.layout}")
 
 
-def check_options(
-    *, normalize_features: Any, reduction: Any, ignore_index: Any, interclass_filter: Any, save_bytes: Any,
-    subcentres: int = 1, label_smoothing: Any = 0.0,
-) -> None:  # fmt: skip
-    """Check the arguments that no tensor is needed for."""
+def check_options(given: LossOptions) -> None:
+    """Check those that no tensor is needed for."""
+    _, _, subcentres, normalize_features, reduction, ignore_index, label_smoothing, interclass_filter, *_ = given
     check_flag("normalize_features", normalize_features)
     if not isinstance(reduction, str):
         raise TypeError(f"reduction must be a str, but it is {type_name(reduction)}")
@@ -117,11 +123,12 @@ def check_options(
     if label_smoothing > 0 and (subcentres > 1 or interclass_filter is not None):
         other = "subcentres" if subcentres > 1 else "interclass_filter"
         raise ValueError(f"label_smoothing does not go with {other}: the mean of all logits is that of all centres")
-    if save_bytes is not None:
-        if not is_int(save_bytes):
-            raise TypeError(f"save_bytes must be None or an int, but it is {type_name(save_bytes)}")
-        if save_bytes < 0:
-            raise ValueError(f"save_bytes must be at least 0, but it is {save_bytes}")
+    if given.save_bytes is not None:
+        if not is_int(given.save_bytes):
+            raise TypeError(f"save_bytes must be None or an int, but it is {type_name(given.save_bytes)}")
+        if given.save_bytes < 0:
+            raise ValueError(f"save_bytes must be at least 0, but it is {given.save_bytes}")
+    check_predictions(given.return_predictions)
 
 
 def check_flag(name: str, value: Any) -> None:

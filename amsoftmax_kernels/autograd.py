@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .arguments import canonical_labels, check_arguments, compute_dtype
+from .arguments import LossOptions, canonical_labels, check_arguments, compute_dtype
 from .backends import Forward, Needs, Problem, Request, Upstream
 from .backends.budget import BOUNDED_SCALE
 from .backends.margin import predictions
@@ -254,8 +254,7 @@ def _checked(
     """The options of a call that has not been through :func:`am_softmax_loss`, its arguments checked."""
     if not is_number(margin):
         raise TypeError(f"margin must be a float, but it is {type_name(margin)}: am_softmax_loss takes any margin")
-    check_arguments(features, weight, labels, scale=scale, margin=margin, normalize_features=True, reduction=reduction,
-                    ignore_index=-100)  # fmt: skip
+    check_arguments(features, weight, labels, LossOptions(scale, margin, reduction=reduction))
     traits = traits_of(features, weight, scale, True, False, False)
     backend = backends.choose(None, traits)
     return Options(backend, traits.compute_dtype, True, -100, math.inf, DEFAULT_SAVE_BYTES, False, True)

@@ -10,14 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from . import backends, reference
-from .arguments import (
-    WITH_MARGIN,
-    canonical_labels,
-    check_arguments,
-    check_predictions,
-    check_size,
-    no_autocast,
-)
+from .arguments import WITH_MARGIN, LossOptions, canonical_labels, check_arguments, no_autocast
 from .autograd import (
     DEFAULT_SAVE_BYTES,
     AMSoftmaxFunction,
@@ -30,7 +23,6 @@ from .autograd import (
 from .backends.margin import predictions
 from .margins import AdditiveMargin, Margin, as_margin, reduce_rows, target_psi
 from .smoothing import smoothed
-from .values import plain, whole
 
 
 @overload
@@ -145,78 +137,69 @@ def am_softmax_loss(
         >>> am_softmax_loss(features, weight, labels, reduction="none", return_predictions=True)[1]
         tensor([0, 1, 2])
     """
-    return loss_of(
-        features, weight, labels, None,
-        scale=scale, margin=margin, subcentres=subcentres, normalize_features=normalize_features, reduction=reduction,
-        ignore_index=ignore_index, label_smoothing=label_smoothing, interclass_filter=interclass_filter,
-        return_predictions=return_predictions, backend=backend, save_bytes=save_bytes,
+    given = LossOptions(
+        scale, margin, subcentres, normalize_features, reduction, ignore_index, label_smoothing, interclass_filter,
+        return_predictions, backend, save_bytes,
     )  # fmt: skip
+    return loss_of(features, weight, labels, given)
 
 
 def loss_of(
-    features: Tensor, weight: Tensor, labels: Tensor, updater: Updater | None, *,
-    scale: float | Tensor, margin: float | Tensor | Margin, subcentres: int, normalize_features: bool, reduction: str,
-    ignore_index: int, label_smoothing: float, interclass_filter: float | None, return_predictions: bool | str,
-    backend: str | None, save_bytes: int | None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    features: Tensor, weight: Tensor, labels: Tensor, given: LossOptions, updater: Updater | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`am_softmax_loss`, whose backward pass updates ``weight`` by ``updater`` if there is one."""
-    scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
-    interclass_filter, save_bytes = plain(interclass_filter), whole(save_bytes)
-    subcentres, label_smoothing = check_size("subcentres", subcentres), plain(label_smoothing)
-    check_predictions(return_predictions)
-    check_arguments(
-        features, weight, labels,
-        scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction, subcentres=subcentres,
-        ignore_index=ignore_index, label_smoothing=label_smoothing, interclass_filter=interclass_filter,
-        save_bytes=save_bytes,
-    )  # fmt: skip
-    num_classes = weight.shape[0] // subcentres
-    filtered, predict, margined = interclass_filter is not None, bool(return_predictions), return_predictions == WITH_MARGIN
-    traits = traits_of(features, weight, scale, normalize_features, filtered, predict, subcentres)
-    backend = backends.choose(backend, traits)
+    given = given.plain()
+    check_arguments(features, weight, labels, given)
+    scale, margin, predict = given.scale, given.margin, bool(given.return_predictions)
+    traits = traits_of(
+        features, weight, scale, given.normalize_features, given.interclass_filter is not None, predict, given.subcentres
+    )
+    backend = backends.choose(given.backend, traits)
     if backend == "reference":
         if updater is not None:
             raise ValueError("backend 'reference' makes a gradient of all centres at once, and cannot update them instead")
-        labels = canonical_labels(labels, num_classes, ignore_index)
-        rows, predicted = reference.loss_rows(
-            features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter, subcentres,
-            label_smoothing, margined,
-        )  # fmt: skip
-        loss = reduce_rows(rows, labels, reduction)
-        return (loss, predicted) if predict else loss
-
+        exact: Tensor | tuple[Tensor, Tensor] = reference.loss_of(features, weight, labels, given)
+        return exact
     if _transformed():
         raise RuntimeError(f"torch.func's transforms take backend='reference', but backend is {backend!r}")
-    kept = _kept_bytes(save_bytes, features, weight, scale)
+    kept = _kept_bytes(given.save_bytes, features, weight, scale)
     anchor = None
     if updater is not None and torch.is_grad_enabled() and weight.requires_grad:
         updater.check(weight)
         # The centres' gradient does not go through autograd, and a loss must still need one.
         weight, anchor = weight.detach(), torch.zeros((), device=weight.device, requires_grad=True)
     options = Options(
-        backend, traits.compute_dtype, normalize_features, ignore_index,
-        math.inf if interclass_filter is None else float(interclass_filter),
-        kept, predict, torch.is_grad_enabled(), None if anchor is None else updater, subcentres,
-        label_smoothing > 0, margined,
+        backend, traits.compute_dtype, given.normalize_features, given.ignore_index,
+        math.inf if given.interclass_filter is None else float(given.interclass_filter),
+        kept, predict, torch.is_grad_enabled(), None if anchor is None else updater, given.subcentres,
+        given.label_smoothing > 0, given.return_predictions == WITH_MARGIN,
     )  # fmt: skip
     constant = margin.margin if type(margin) is AdditiveMargin and not margin.only_above else margin
-    if isinstance(constant, (int, float)) and label_smoothing == 0:
+    if isinstance(constant, (int, float)) and given.label_smoothing == 0:
         result: Tensor | tuple[Tensor, Tensor]
-        result = AMSoftmaxFunction.apply(features, weight, labels, scale, float(constant), reduction, options, anchor)  # type: ignore[no-untyped-call]
+        result = AMSoftmaxFunction.apply(features, weight, labels, scale, float(constant), given.reduction, options, anchor)  # type: ignore[no-untyped-call]
         return result
-    labels = canonical_labels(labels, num_classes, ignore_index)
-    scale = beside(scale, features.device)
+    return _by_autograd(features, weight, labels, given, options, anchor)
+
+
+def _by_autograd(
+    features: Tensor, weight: Tensor, labels: Tensor, given: LossOptions, options: Options, anchor: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss for any margin, which autograd differentiates."""
+    num_classes = weight.shape[0] // given.subcentres
+    labels = canonical_labels(labels, num_classes, given.ignore_index)
+    scale = beside(given.scale, features.device)
     log_z, cosine, norm, mean, best, best_class = NegativesFunction.apply(  # type: ignore[no-untyped-call]
         features, weight, labels, scale, options, anchor
     )
     rows, psi = loss_rows(
-        Vectors(log_z, cosine, norm, mean), labels, num_classes, scale if normalize_features else norm,
-        as_margin(margin), label_smoothing,
+        Vectors(log_z, cosine, norm, mean), labels, num_classes, scale if given.normalize_features else norm,
+        as_margin(given.margin), given.label_smoothing,
     )  # fmt: skip
-    loss = reduce_rows(rows, labels, reduction)
-    if not predict:
+    loss = reduce_rows(rows, labels, given.reduction)
+    if not options.predict:
         return loss
-    return loss, predictions(psi if margined else cosine, best, best_class, labels)
+    return loss, predictions(psi if options.margined else cosine, best, best_class, labels)
 
 
 def _transformed() -> bool:

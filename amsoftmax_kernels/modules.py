@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import backends, reference
 from .arguments import (
     FLOATS,
+    LossOptions,
     canonical_labels,
     check_arguments,
     check_features,
@@ -26,7 +27,7 @@ from .autograd import Updater
 from .backends.subcentres import nearest
 from .functional import loss_of
 from .margins import Margin
-from .values import is_number, plain, type_name, whole
+from .values import is_number, plain, type_name
 
 TORN = (
     "a backward pass was broken off while it updated the centres: some of them have had their step, others have not. Load "
@@ -133,30 +134,27 @@ class AMSoftmaxLoss(nn.Module):
     ) -> None:
         super().__init__()
         embedding_dim, num_classes = check_size("embedding_dim", embedding_dim), check_size("num_classes", num_classes)
-        subcentres, label_smoothing = check_size("subcentres", subcentres), plain(label_smoothing)
-        scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
-        interclass_filter, save_bytes = plain(interclass_filter), whole(save_bytes)
+        given = LossOptions(
+            scale, margin, subcentres, normalize_features, reduction, ignore_index, label_smoothing, interclass_filter,
+            backend=backend, save_bytes=save_bytes,
+        ).plain()  # fmt: skip
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, but it is {dtype}")
-        check_scale(scale)
-        check_margin(margin, num_classes)
-        check_options(
-            normalize_features=normalize_features, reduction=reduction, ignore_index=ignore_index,
-            interclass_filter=interclass_filter, save_bytes=save_bytes, subcentres=subcentres,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
+        check_scale(given.scale)
+        check_margin(given.margin, num_classes)
+        check_options(given)
         if std is not None and not (is_number(std := plain(std)) and 0 < std < math.inf):
             raise ValueError(f"std must be None or a positive float, but it is {std!r}")
         backends.check_available(backend)
         self.std: float = embedding_dim**-0.5 if std is None else float(std)
-        self.embedding_dim, self.num_classes, self.subcentres = embedding_dim, num_classes, subcentres
-        self.normalize_features, self.reduction, self.ignore_index = normalize_features, reduction, ignore_index
-        self.label_smoothing = float(label_smoothing)
-        self.interclass_filter, self.backend, self.save_bytes = interclass_filter, backend, save_bytes
+        self.embedding_dim, self.num_classes, self.subcentres = embedding_dim, num_classes, given.subcentres
+        self.normalize_features, self.reduction, self.ignore_index = normalize_features, reduction, given.ignore_index
+        self.label_smoothing = float(given.label_smoothing)
+        self.interclass_filter, self.backend, self.save_bytes = given.interclass_filter, backend, given.save_bytes
         self.weight = nn.Parameter(self._empty_weight(device, dtype))
         self.scale: float | Tensor
         self.margin: float | Tensor | Margin
-        for name, value in (("scale", scale), ("margin", margin)):
+        for name, value in (("scale", given.scale), ("margin", given.margin)):
             # Like any module's: a plain tensor becomes a buffer, a Parameter or a Module registers itself.
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 if value.requires_grad:
@@ -242,10 +240,8 @@ class AMSoftmaxLoss(nn.Module):
     @torch.no_grad()
     def _nearest_centres(self, features: Tensor, labels: Tensor) -> Tensor:
         """Of each row the nearest of its class's centres, or one past the last where it has none here."""
-        check_arguments(
-            features, self.weight, labels, scale=1.0, margin=0.0, normalize_features=True, reduction="mean",
-            ignore_index=self.ignore_index, subcentres=self.subcentres,
-        )  # fmt: skip
+        given = LossOptions(subcentres=self.subcentres, ignore_index=self.ignore_index)
+        check_arguments(features, self.weight, labels, given)
         labels = canonical_labels(labels, self.num_classes, self.ignore_index)
         centres = nearest(features, self.weight, labels, self.subcentres)
         return centres.masked_fill_(centres < 0, len(self.weight))
@@ -303,22 +299,14 @@ class AMSoftmaxLoss(nn.Module):
         """
         if self._centres_optimizer is not None and (updater := self._centres_optimizer.found()) is not None:
             return updater.loss(self, features, labels, return_predictions)
-        return loss_of(features, self.weight, labels, None, return_predictions=return_predictions, **self.loss_options())
+        return loss_of(features, self.weight, labels, self.loss_options(return_predictions))
 
-    def loss_options(self) -> dict[str, Any]:
+    def loss_options(self, return_predictions: bool | str = False) -> LossOptions:
         """What :func:`am_softmax_loss` is given beside the tensors."""
-        return {
-            "scale": self.scale,
-            "margin": self.margin,
-            "subcentres": self.subcentres,
-            "normalize_features": self.normalize_features,
-            "reduction": self.reduction,
-            "ignore_index": self.ignore_index,
-            "label_smoothing": self.label_smoothing,
-            "interclass_filter": self.interclass_filter,
-            "backend": self.backend,
-            "save_bytes": self.save_bytes,
-        }
+        return LossOptions(
+            self.scale, self.margin, self.subcentres, self.normalize_features, self.reduction, self.ignore_index,
+            self.label_smoothing, self.interclass_filter, return_predictions, self.backend, self.save_bytes,
+        )  # fmt: skip
 
     def cosine(self, features: Tensor) -> Tensor:
         """Cosines ``[B, C]`` of ``features [B, D]`` to every class, float32 (float64 for float64), differentiable.

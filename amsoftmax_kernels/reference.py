@@ -11,16 +11,14 @@ from torch.nn.functional import softplus
 
 from .arguments import (
     WITH_MARGIN,
+    LossOptions,
     accumulate_dtype,
     canonical_labels,
     check_arguments,
-    check_predictions,
-    check_size,
     compute_dtype,
     no_autocast,
 )
 from .margins import Margin, as_margin, reduce_rows, target_psi
-from .values import plain
 
 # A row of this norm or less counts as zero: a gradient is divided by the norm and must stay in float32's range.
 EPS = 1e-30
@@ -53,39 +51,25 @@ def am_softmax_loss(
         >>> torch.allclose(reference.am_softmax_loss(x, w, labels), am_softmax_loss(x, w, labels))
         True
     """
-    scale, margin, ignore_index = plain(scale), plain(margin), plain(ignore_index)
-    interclass_filter, subcentres = plain(interclass_filter), check_size("subcentres", subcentres)
-    label_smoothing = plain(label_smoothing)
-    check_predictions(return_predictions)
-    check_arguments(
-        features, weight, labels,
-        scale=scale, margin=margin, normalize_features=normalize_features, reduction=reduction,
-        ignore_index=ignore_index, interclass_filter=interclass_filter, subcentres=subcentres,
-        label_smoothing=label_smoothing,
-    )  # fmt: skip
-    labels = canonical_labels(labels, weight.shape[0] // subcentres, ignore_index)
-    rows, predictions = loss_rows(
-        features, weight, labels, scale, as_margin(margin), normalize_features, interclass_filter, subcentres,
-        label_smoothing, return_predictions == WITH_MARGIN,
-    )  # fmt: skip
-    loss = reduce_rows(rows, labels, reduction)
-    return (loss, predictions) if return_predictions else loss
+    given = LossOptions(
+        scale, margin, subcentres, normalize_features, reduction, ignore_index, label_smoothing, interclass_filter,
+        return_predictions,
+    ).plain()  # fmt: skip
+    check_arguments(features, weight, labels, given)
+    return loss_of(features, weight, labels, given)
 
 
-def loss_rows(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: float | Tensor,
-    margin: Margin,
-    normalize_features: bool,
-    interclass_filter: float | None,
-    subcentres: int,
-    label_smoothing: float,
-    margined: bool,
-) -> tuple[Tensor, Tensor]:
-    """The rows' losses and predicted classes ``[B]`` for checked arguments and canonical labels."""
-    dtype = accumulate_dtype(compute_dtype(features, weight))
+def loss_of(features: Tensor, weight: Tensor, labels: Tensor, given: LossOptions) -> Any:
+    """The loss, and the predicted classes ``[B]`` if they are asked for, of checked arguments."""
+    labels = canonical_labels(labels, weight.shape[0] // given.subcentres, given.ignore_index)
+    rows, predictions = _loss_rows(features, weight, labels, given)
+    loss = reduce_rows(rows, labels, given.reduction)
+    return (loss, predictions) if given.return_predictions else loss
+
+
+def _loss_rows(features: Tensor, weight: Tensor, labels: Tensor, given: LossOptions) -> tuple[Tensor, Tensor]:
+    """The rows' losses and predicted classes ``[B]`` for canonical labels."""
+    dtype, scale, subcentres = accumulate_dtype(compute_dtype(features, weight)), given.scale, given.subcentres
     with no_autocast(features.device):
         x, w = features.to(dtype), weight.to(dtype)
         num_classes = w.shape[0] // subcentres
@@ -93,7 +77,7 @@ def loss_rows(
         target = labels.clamp(0, num_classes - 1)
         (x_unit, norm), (w_unit, _) = _unit_rows(x), _unit_rows(w)
         norm = norm.masked_fill(labels < 0, 1)
-        s = scale if normalize_features else norm.masked_fill(norm.isinf(), math.nan)
+        s = scale if given.normalize_features else norm.masked_fill(norm.isinf(), math.nan)
         if isinstance(s, Tensor):
             s = s.to(x.device, x.dtype)
 
@@ -102,19 +86,19 @@ def loss_rows(
         t = t.masked_fill(labels >= num_classes, math.nan)
         logits = cos * (s[:, None] if isinstance(s, Tensor) and s.dim() else s)
         left_out = is_target = torch.arange(num_classes, device=x.device) == target[:, None]
-        if interclass_filter is not None:
-            left_out = is_target | (cos > interclass_filter)
+        if given.interclass_filter is not None:
+            left_out = is_target | (cos > given.interclass_filter)
         log_z = logits.masked_fill(left_out, -math.inf).logsumexp(1)
-        psi = target_psi(margin, t, target, norm)
+        psi = target_psi(as_margin(given.margin), t, target, norm)
         u = s * psi
         rows = softplus(log_z - u, threshold=40)
-        if label_smoothing > 0:  # of the mean over all classes, the target's with its margin
+        if given.label_smoothing > 0:  # of the mean over all classes, the target's with its margin
             mean = (logits.masked_fill(is_target, 0).sum(1) + u) / num_classes
-            rows = rows + label_smoothing * (u - mean)
+            rows = rows + given.label_smoothing * (u - mean)
         rows = rows.masked_fill(labels < 0, 0)
         best, best_class = cos.detach().masked_fill(is_target, -math.inf).max(1)
         best_class = best_class.masked_fill(best.isnan(), -1)
-        target_cosine = (psi if margined else t).detach()
+        target_cosine = (psi if given.return_predictions == WITH_MARGIN else t).detach()
         return rows, torch.where((target_cosine >= best) | (labels < 0), labels, best_class)
 
 

@@ -20,6 +20,7 @@ import torch
 
 pytest.importorskip("triton")
 from amsoftmax_kernels import backends, functional
+from amsoftmax_kernels.arguments import LossOptions
 from amsoftmax_kernels.backends import chunking, fused
 from amsoftmax_kernels.backends.cuda import build
 from bench.kernels import command as kernels
@@ -143,10 +144,8 @@ def launches_of_a_call(dtype: torch.dtype, choice: dict[str, Any]) -> set[Launch
             check_turn=lambda asked: None,
             updating=lambda weight: contextlib.nullcontext(updated.of(weight)),
         )
-        result = functional.loss_of(
-            features, weight, torch.zeros(16, dtype=torch.int64), None if updated is None else head, scale=scale,
-            margin=margin, ignore_index=-100, backend=None, **choice,
-        )  # fmt: skip
+        labels, given = torch.zeros(16, dtype=torch.int64), LossOptions(scale, margin, **choice)
+        result = functional.loss_of(features, weight, labels, given, None if updated is None else head)
         loss = result[0] if isinstance(result, tuple) else result
         if loss.requires_grad:
             loss.backward(torch.ones(17)[1:].expand(16) if loss.dim() else torch.ones(2)[1])

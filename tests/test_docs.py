@@ -204,7 +204,7 @@ def exported() -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{inner}", value
 
 
-PRIVATE = {"reference.cosine", "reference.loss_rows"}
+PRIVATE = {"reference.cosine", "reference.loss_of"}
 
 
 @pytest.mark.parametrize("name, value", list(exported()), ids=lambda each: each if isinstance(each, str) else "")

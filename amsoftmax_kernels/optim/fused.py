@@ -68,7 +68,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def loss(self, head: AMSoftmaxLoss, features: Tensor, labels: Tensor, return_predictions: bool | str) -> Any:
         """The head's loss, whose backward pass updates its centres; the head's forward pass calls it."""
-        return loss_of(features, head.weight, labels, self, return_predictions=return_predictions, **head.loss_options())
+        return loss_of(features, head.weight, labels, head.loss_options(return_predictions), self)
 
     def agreement(self) -> tuple[Any, ...]:
         """What must be alike on all ranks of a sharded head."""

@@ -132,7 +132,7 @@ class ShardedFunction(torch.autograd.Function):
         vectors = [*shards.gather_replicas(torch.stack([log_z, t, norm, *means]), plan.rows).unbind()]
         vectors += [] if plan.mean else [x.new_zeros(0, dtype=dtype)]
 
-        ctx.plan, ctx.updater, ctx.panels = plan, plan.updater, [(panel.classes is None, panel.factor) for panel in panels]
+        ctx.plan, ctx.updater = plan, plan.updater
         saved = [each for panel, factor in zip(panels, factors, strict=True)
                  for each in (panel.weight, panel.labels, panel.classes, factor, *_out(panel))]  # fmt: skip
         where = (labels, mean) if plan.mean else (None, None)
@@ -177,14 +177,7 @@ def _backward(
         means = MeanCosine.of(x, all_rows, mean)
         directions = means.grad_directions(grads[3][mine], shards.num_classes).to(z.dtype)
 
-    size = 4 + len(backends.Forward._fields)
-    calls = []
-    for i in range(len(ctx.panels)):
-        panel_weight, labels, classes, factor, *out = saved[i * size : (i + 1) * size]
-        problem, forward = plan.problem(x, panel_weight, labels, scale), backends.Forward(*out)
-        upstream = backends.Upstream(row_factor * factor, grad_cosine, grad_norm if i == 0 else None, directions)
-        calls.append((problem, forward, upstream, classes))
-
+    calls = _calls(plan, x, scale, saved, backends.Upstream(row_factor, grad_cosine, grad_norm, directions))
     grads_x: list[Tensor] = []
     grad_scale = x.new_zeros(()) if ctx.scale is not None else scale.new_zeros(())
     grads_weight: list[Tensor] = []
@@ -223,6 +216,19 @@ def _backward(
     if scattered is not None:
         grad_features = (scattered.wait() * shards.world_size).to(features.dtype)
     return grad_features, grad_weight, grad_scale if need_scale else None
+
+
+def _calls(
+    plan: Plan, x: Tensor, scale: float | Tensor, saved: list[Tensor], upstream: backends.Upstream
+) -> list[tuple[backends.Problem, backends.Forward, backends.Upstream, Tensor]]:
+    """What the backward pass of each panel is given, and its classes."""
+    calls, size = [], 4 + len(backends.Forward._fields)
+    for first in range(0, len(saved), size):
+        weight, labels, classes, factor, *out = saved[first : first + size]
+        # By ‖x‖ once, as it does not depend on the classes.
+        given = upstream._replace(row_factor=upstream.row_factor * factor, norm=None if first else upstream.norm)
+        calls.append((plan.problem(x, weight, labels, scale), backends.Forward(*out), given, classes))
+    return calls
 
 
 def _update_of(update: Update, shards: ClassShards, problem: backends.Problem, classes: Tensor | None) -> Update:

@@ -19,7 +19,6 @@ from ..arguments import (
     check_arguments,
     check_features,
     check_flag,
-    check_predictions,
     compute_dtype,
 )
 from ..autograd import DEFAULT_SAVE_BYTES, beside, traits_of
@@ -291,16 +290,13 @@ class ShardedAMSoftmaxLoss(AMSoftmaxLoss):
 
     def _checked(self, features: Tensor, labels: Tensor, return_predictions: bool | str) -> tuple[str, Tensor]:
         """The backend's name, and labels as it takes them, once everything has been checked."""
-        check_predictions(return_predictions)
-        given = self.loss_options()
-        wanted = given.pop("backend")
-        check_arguments(features, self._described_weight(), labels, **given)
+        check_arguments(features, self._described_weight(), labels, self.loss_options(return_predictions))
         options.check_whole_mean(self.label_smoothing, self.sample_rate)
         filtered = self.interclass_filter is not None
         traits = traits_of(
             features, self.weight, self.scale, self.normalize_features, filtered, bool(return_predictions), self.subcentres
         )
-        backend = backends.choose(wanted, traits)
+        backend = backends.choose(self.backend, traits)
         if backend == "reference":
             raise ValueError("backend 'reference' is the formula in one process: it cannot be sharded")
         if (updater := self._updater) is not None and torch.is_grad_enabled():

@@ -51,7 +51,8 @@ def check_whole_mean(label_smoothing: Any, sample_rate: float) -> None:
 def agreed(head: ShardedAMSoftmaxLoss, features: Tensor, backend: str, predict: bool | str) -> dict[str, Any]:
     """What must be alike on all ranks in a call of ``head``, for their collectives to fit together."""
     grad, sampled, updater = torch.is_grad_enabled(), head.sample_rate < 1, head._updater
-    given = head.loss_options()
+    given = head.loss_options(predict)._asdict()
+    given |= {"scale": _comparable(head.scale), "margin": _comparable(head.margin), "backend": backend}
     del given["save_bytes"]  # each rank's own
     return {
         "D": features.shape[1],
@@ -63,10 +64,6 @@ def agreed(head: ShardedAMSoftmaxLoss, features: Tensor, backend: str, predict: 
         "num_classes": head.num_classes,
         "mesh": (head.shards.replicas, head.shards.shards),
         **given,
-        "scale": _comparable(head.scale),
-        "margin": _comparable(head.margin),
-        "return_predictions": predict,
-        "backend": backend,
         "equal_batches": head.equal_batches,
         "seed": head._seed,
         "sample_rate": head.sample_rate,
