@@ -21,6 +21,7 @@ from .norms import are_usual
 from .products import product_nt
 
 _LOG2E = math.log2(math.e)
+_ELEMENTS = 1 << 18  # of which a gradient is finished at a time
 
 
 def serves(problem: Problem, largest: int) -> bool:
@@ -40,14 +41,15 @@ def forward(problem: Problem, dtype: torch.dtype, predict: bool) -> Forward | No
     x, w = problem.features.to(dtype).contiguous(), problem.weight.to(dtype).contiguous()
     scale = host_scale(problem)
     assert scale is not None
-    length = scale * _LOG2E  # of ŵ: it makes a dot product a logit to the base 2
-    x_hat, x_norm = torch._weight_norm_interface(x, x.new_ones(len(x), 1), 0)
-    w_scaled, w_norm = torch._weight_norm_interface(w, w.new_full((len(w), 1), length), 0)
+    length = scale * _LOG2E  # of x̂: it makes a dot product with ŵ a logit to the base 2
+    x_scaled, x_norm = torch._weight_norm_interface(x, x.new_full((len(x), 1), length), 0)
+    w_norm = torch.linalg.vector_norm(w, dim=1)
     if not (are_usual(x_norm) and are_usual(w_norm)):
         return None
+    w_inverse = w_norm.reciprocal_()
     # The target apart from the product, summed in float64: its rounding would be multiplied by the scale.
-    dots = w_scaled.index_select(0, labels).mul_(x_hat).sum(1, dtype=torch.float64)
-    panel = product_nt(w_scaled, x_hat)
+    dots = w.index_select(0, labels).mul_(x_scaled).sum(1, dtype=torch.float64).mul_(w_inverse.index_select(0, labels))
+    panel = product_nt(w, x_scaled).mul_(w_inverse[:, None])
     best, best_class = x.new_empty(0), labels.new_empty(0)
     if predict:  # from the logits: their exponentials tell less of them apart
         best, best_class = panel.scatter_(0, labels[None], -math.inf).max(0)
@@ -56,7 +58,7 @@ def forward(problem: Problem, dtype: torch.dtype, predict: bool) -> Forward | No
     z, cosine = terms.sum(0), dots.mul_(1 / length).to(dtype)
     shift, rows = torch.zeros_like(z), x.new_empty(0)
     return Forward(
-        z, shift, cosine, x_norm[:, 0], w_norm.reciprocal_()[:, 0], terms, shift[None].clone(), rows, best, best_class
+        z, shift, cosine, x_norm[:, 0], w_inverse, terms, shift[None].clone(), rows, best, best_class
     )
 
 
@@ -89,7 +91,17 @@ def backward(problem: Problem, saved: Forward, upstream: Upstream, need_scale: b
     grad_w_hat = product_nt(panel, x_hat.T)  # the panel's factor 1/‖w‖ is the Jacobian's
     if grad_directions is not None:
         grad_w_hat.addr_(w_inverse, grad_directions.to(dtype))
-    return grad_x, _jacobian(grad_w_hat, w, w_norm, w_norm), grad_scale
+    return grad_x, _across(grad_w_hat, w, w_norm), grad_scale
+
+
+def _across(grad: Tensor, rows: Tensor, norm: Tensor) -> Tensor:
+    """``grad`` without its part along each of ``rows``, in the memory that it has: new memory costs more than a pass over it."""
+    if grad.numel() <= _ELEMENTS:
+        return _jacobian(grad, rows, norm, norm)
+    size = max(_ELEMENTS // grad.shape[1], 1)
+    for each, *others in zip(grad.split(size), rows.split(size), norm.split(size), strict=True):
+        each.copy_(_jacobian(each, *others, others[-1]))
+    return grad
 
 
 def _jacobian(grad: Tensor, rows: Tensor, length: Tensor, norm: Tensor) -> Tensor:
