@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from . import Forward, Problem, Upstream, host_scale
+from . import Forward, Problem, Upstream, host_scale, streams
 from .budget import BOUNDED_SCALE
 from .norms import are_usual
 from .products import product_nt
 
 _LOG2E = math.log2(math.e)
-_ELEMENTS = 1 << 18  # of which a gradient is finished at a time
+_ELEMENTS = 1 << 18  # of which a gradient is finished at a time; a larger temporary is not asked for anew each step
 
 
 def serves(problem: Problem, largest: int) -> bool:
@@ -57,9 +57,7 @@ def forward(problem: Problem, dtype: torch.dtype, predict: bool) -> Forward | No
     terms = panel.exp2_().scatter_(0, labels[None], 0.0)
     z, cosine = terms.sum(0), dots.mul_(1 / length).to(dtype)
     shift, rows = torch.zeros_like(z), x.new_empty(0)
-    return Forward(
-        z, shift, cosine, x_norm[:, 0], w_inverse, terms, shift[None].clone(), rows, best, best_class
-    )
+    return Forward(z, shift, cosine, x_norm[:, 0], w_inverse, terms, shift[None].clone(), rows, best, best_class)
 
 
 def regular(norm: Tensor, w_inverse: Tensor) -> bool:
@@ -78,7 +76,8 @@ def backward(problem: Problem, saved: Forward, upstream: Upstream, need_scale: b
     x_hat = x / norm
     if not len(kept):
         kept = product_nt(w, x_hat).mul_((w_inverse * (scale * _LOG2E))[:, None]).exp2_()
-    panel = kept * (row_factor * scale)
+    room = streams.workspace("terms", tuple(kept.shape), kept) if kept.numel() > _ELEMENTS else None
+    panel = torch.mul(kept, row_factor * scale, out=room)
     panel.scatter_(0, labels[None], grad_cosine[None]).mul_(w_inverse[:, None])
 
     grad_x_hat = product_nt(panel.T, w.T)
@@ -95,12 +94,12 @@ def backward(problem: Problem, saved: Forward, upstream: Upstream, need_scale: b
 
 
 def _across(grad: Tensor, rows: Tensor, norm: Tensor) -> Tensor:
-    """``grad`` without its part along each of ``rows``, in the memory that it has: new memory costs more than a pass over it."""
+    """``grad`` without its part along each of ``rows``, in the memory it has: new memory takes longer than a pass."""
     if grad.numel() <= _ELEMENTS:
         return _jacobian(grad, rows, norm, norm)
     size = max(_ELEMENTS // grad.shape[1], 1)
-    for each, *others in zip(grad.split(size), rows.split(size), norm.split(size), strict=True):
-        each.copy_(_jacobian(each, *others, others[-1]))
+    for part, of, length in zip(grad.split(size), rows.split(size), norm.split(size), strict=True):
+        part.copy_(_jacobian(part, of, length, length))
     return grad
 
 
