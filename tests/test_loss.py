@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import amsoftmax_kernels as ak
-from amsoftmax_kernels.backends import products, shard
+from amsoftmax_kernels.backends import one_chunk, products, shard
 
 from .cases import BY_NAME, CASES, CHUNK, FLOAT32, FLOAT64, Case, check, eager, evaluate, oracle, relative
 
@@ -45,6 +45,15 @@ def test_the_formula(backend: str, small_chunks: None) -> None:
 def test_against_the_reference(case: Case, dtype: torch.dtype, save_bytes: int | None, small_chunks: None) -> None:
     actual = evaluate(ak.am_softmax_loss, *case.tensors(dtype), save_bytes=save_bytes, backend="chunked", **case.options)
     check(case, dtype, actual, oracle(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_in_one_chunk_in_pieces(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As larger problems are: the panel in memory that is used again, the gradient finished some rows at a time."""
+    monkeypatch.setattr(one_chunk, "_ELEMENTS", 100)
+    for _ in range(2):
+        check(case, dtype, evaluate(ak.am_softmax_loss, *case.tensors(dtype), **case.options), oracle(case, dtype))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
