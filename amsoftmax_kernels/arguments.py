@@ -232,7 +232,7 @@ def _canonical_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Te
     if readable and labels.numel() and not 0 <= ignore_index < num_classes:
         smallest, largest = torch.aminmax(given)
         if smallest.item() >= 0 and largest.item() < num_classes:  # as nearly always
-            return given
+            return given.clone() if given is labels else given  # the caller may write into theirs before the backward pass
     ignored = given == ignore_index
     labels64 = given.masked_fill(given < 0, num_classes).clamp(max=num_classes).masked_fill_(ignored, -1)
     if readable and bool((invalid := labels64 == num_classes).any()):
@@ -249,11 +249,11 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
-# An operator, so that the check of the values also runs where torch.compile has traced the caller. It may return no input.
+# An operator, so that the check of the values also runs where torch.compile has traced the caller.
 register(
     "canonical_labels",
     LABELS_SCHEMA,
-    lambda labels, *others: _canonical_labels(labels.to(torch.int64, copy=True), *others),
+    _canonical_labels,
     lambda labels, *others: torch.empty_like(labels, dtype=torch.int64),
     differentiable=False,
 )

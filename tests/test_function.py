@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import amsoftmax_kernels as ak
+from amsoftmax_kernels.backends import one_chunk
 
-from .cases import FLOAT64, Case, relative
+from .cases import BY_NAME, FLOAT64, Case, relative
 
 CASE = Case("", "", own=0.5)
 
@@ -133,3 +134,15 @@ def test_gradients_of_each_sample(options: dict[str, Any]) -> None:
     labels[5] = CASE.C
     nan = mapped(features, weight, labels)[0].isnan().any(1)
     assert nan.nonzero().flatten().tolist() == [5]
+
+
+def test_several_upstream_gradients_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autograd.functional.jacobian(..., vectorize=True) has them; in one chunk, also a large one."""
+    monkeypatch.setattr(one_chunk, "_ELEMENTS", 100)
+    features, weight, labels, _upstream = BY_NAME["plain"].tensors()
+    inputs = features.requires_grad_(), weight.requires_grad_()
+    rows, some = ak.am_softmax_loss(*inputs, labels, reduction="none"), torch.eye(len(labels), dtype=torch.float64)[:3]
+    at_once = torch.autograd.grad(rows, inputs, some, is_grads_batched=True, retain_graph=True)
+    for i, upstream in enumerate(some):
+        single = torch.autograd.grad(rows, inputs, upstream, retain_graph=True)
+        assert all(relative(each[i], one) < 1e-14 for each, one in zip(at_once, single, strict=True))

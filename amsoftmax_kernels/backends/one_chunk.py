@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from . import Forward, Problem, Upstream, host_scale, streams
+from . import Forward, Problem, Upstream, host_scale
 from .budget import BOUNDED_SCALE
 from .norms import are_usual
 from .products import product_nt
 
 _LOG2E = math.log2(math.e)
-_ELEMENTS = 1 << 18  # of which a gradient is finished at a time; a larger temporary is not asked for anew each step
+_ELEMENTS = 1 << 18  # of which a gradient is finished at a time
 
 
 def serves(problem: Problem, largest: int) -> bool:
@@ -76,8 +76,7 @@ def backward(problem: Problem, saved: Forward, upstream: Upstream, need_scale: b
     x_hat = x / norm
     if not len(kept):
         kept = product_nt(w, x_hat).mul_((w_inverse * (scale * _LOG2E))[:, None]).exp2_()
-    room = streams.workspace("terms", tuple(kept.shape), kept) if kept.numel() > _ELEMENTS else None
-    panel = torch.mul(kept, row_factor * scale, out=room)
+    panel = kept * (row_factor * scale)
     panel.scatter_(0, labels[None], grad_cosine[None]).mul_(w_inverse[:, None])
 
     grad_x_hat = product_nt(panel.T, w.T)
