@@ -62,6 +62,7 @@ BAD = [
     ("ignore_index", -1.0, TypeError, "float"),
     ("ignore_index", 2**70, ValueError, str(2**70)),
     ("backend", 3, TypeError, "int"),
+    ("backend", [1], TypeError, "list"),
     ("backend", "tensorflow", ValueError, "'tensorflow'"),
     ("backend", "cuda", ValueError, "cannot run here"),
     ("save_bytes", 1.5, TypeError, "float"),

@@ -29,6 +29,16 @@ def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
     assert relative(ak.am_softmax_loss(features, weight, labels), ak.am_softmax_loss(features, weight, labels.long())) == 0
 
 
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+@BACKENDS
+def test_an_ignored_row_has_no_gradient_even_beside_a_broken_centre(backend: str, broken: float) -> None:
+    features, weight, labels, upstream = PLAIN.tensors()
+    weight[9, 3], labels[6] = broken, -100
+    labels[labels == 9] = 8
+    loss, dx, _ = evaluate(ak.am_softmax_loss, features, weight, labels, upstream, backend=backend)
+    assert loss[6] == 0 and not dx[6].any() and loss[7].isnan() and dx[7].isnan().any()
+
+
 def test_labels_belong_to_the_caller() -> None:
     """Who may write into them between the passes, through NumPy too, and may have made them in inference mode."""
     features, weight, labels, upstream = PLAIN.tensors()

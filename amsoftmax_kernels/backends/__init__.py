@@ -203,6 +203,8 @@ def choose(name: str | None, traits: Traits) -> str:
         TypeError, ValueError: as :func:`check_available`, and where it cannot serve tensors of this device and dtype.
         RuntimeError: it failed its proof on this device; or it has none yet, and a CUDA graph is being captured.
     """
+    if name is not None and not isinstance(name, str):
+        check_available(name)
     chosen: str = _chosen(name, *traits)
     return chosen
 

@@ -275,6 +275,7 @@ def _finish_rows(
     for part in parts:
         assert part is not None
         rows64 += part
+    rows64.masked_fill_((problem.labels < 0)[:, None], 0)  # E is 0 there, but a centre may be infinite
     row_coefficient = upstream.row_factor.double()
     x_coefficient = torch.zeros_like(row_coefficient) if upstream.norm is None else upstream.norm.double()
     grad_scale = row_coefficient.new_zeros(())
