@@ -129,7 +129,8 @@ def _workspace(run: Run) -> dict[str, int]:
         count = shard.stream_count(rows, dim, classes, torch.device("cpu"), run.subcentres)
         parts["sums of the streams"] = count * rows * (4 * dim + 32)
         threads = max(torch.get_num_threads() // run.ranks, 1)  # ranks share the machine
-        widths = 2 * rows + dim * (1 if run.dtype == torch.float32 else 2)  # E, its terms, the gradient, converted centres
+        # E, its terms; the gradient before and after the Jacobian, converted centres.
+        widths = 2 * rows + dim * (2 if run.dtype == torch.float32 else 3)
         parts["chunks, one a thread"] = threads * 4 * chunk * widths + _CPU_BUFFERS
         if run.fused and (run.sampled or run.dtype != torch.float32):  # copies of centres and state
             block = 4 * min(update.ELEMENTS, classes * dim)
